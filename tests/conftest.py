@@ -1,0 +1,28 @@
+"""What every test shares: the project's root on the path, two threads, and where the real inputs lie (if they do)."""
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"                                   # no test needs the network, none may use it
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def real():
+    """The folder of real photographs, dialogues and tokenizers, which is not part of this repository."""
+    folder = ROOT.parent / "shared" / "real"
+    if not folder.is_dir():
+        pytest.skip(f"no real inputs at {folder}")
+    return folder
+
+
+def relative_error(ours, reference):
+    """‖a−b‖ / ‖b‖ in float64; NaN never passes a comparison with it."""
+    ours, reference = ours.double(), reference.double()
+    return ((ours - reference).norm() / reference.norm()).item()
