@@ -1,0 +1,102 @@
+"""The command line of every command here: a dataclass is the configuration, a TOML file and `--key=value` change it.
+
+    python train.py config/dense_7b.toml --lr=1e-5 --resume
+
+`--help` prints the dataclass: every field, its default and the comment behind it. An unknown key or a value of the wrong
+type is one line on stderr that names the nearest key, and exit status 2; so is every other InputError.
+"""
+import difflib
+import inspect
+import re
+import sys
+import tomllib
+import types
+import typing
+from pathlib import Path
+
+from hub import InputError
+
+
+def parse(cls, arguments, about=""):
+    """Arguments -> cls(...). A word that ends in .toml is read first, then the --key=value in order; `--key` alone means true.
+    Another bare word is the value of the first field. Raises InputError."""
+    values, hints = {}, typing.get_type_hints(cls)
+    for argument in arguments:
+        if argument in ("-h", "--help"):
+            print(f"{about.strip()}\n\n{describe(cls)}")
+            sys.exit(0)
+        if argument.startswith("--"):
+            key, equals, text = argument[2:].partition("=")
+            key = check_key(key.replace("-", "_"), hints, "--")
+            if not equals and hints[key] is not bool:
+                raise InputError(f"--{key} needs a value: --{key}=...")
+            values[key] = convert(text if equals else "true", hints[key], f"--{key}")
+        elif argument.endswith(".toml"):
+            for key, value in read_toml(argument).items():
+                key = check_key(key, hints, f"{argument}: ")
+                values.setdefault(key, convert(value, hints[key], f"{argument}: {key}"))
+        elif next(iter(hints)) not in values:
+            values[next(iter(hints))] = convert(argument, hints[next(iter(hints))], argument)
+        else:
+            raise InputError(f"{argument!r}: options look like --key=value (--help lists them)")
+    return cls(**values)
+
+
+def read_toml(path):
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except OSError:
+        raise InputError(f"{path}: no such file; the recipes are in config/") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not TOML: {error}") from None
+
+
+def check_key(key, hints, where):
+    if key in hints:
+        return key
+    nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0)
+    raise InputError(f"{where}{key}: unknown option, the nearest is {nearest[0]} (--help lists all)")
+
+
+def convert(value, hint, where):
+    """Text of the command line, or a TOML value -> a value of the field's type (int, float, bool, str, or a list of str)."""
+    if isinstance(hint, types.UnionType):                            # "float | None": an empty value means None
+        if value in ("", "none", "None"):
+            return None
+        hint = hint.__args__[0]
+    if typing.get_origin(hint) is list:
+        items = value.split(",") if isinstance(value, str) else value
+        return [str(item) for item in items if item != ""]
+    if hint is bool and str(value).lower() in ("true", "false", "1", "0", "yes", "no"):
+        return str(value).lower() in ("true", "1", "yes")
+    try:
+        if hint is bool or isinstance(value, bool) or hint is str and not isinstance(value, str):
+            raise ValueError
+        return int(str(value).replace("_", "")) if hint is int else hint(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: should be {hint.__name__}, got {value!r}") from None
+
+
+def describe(cls):
+    """The fields of a configuration with their defaults and comments, read off its source."""
+    lines = []
+    for line in inspect.getsource(cls).splitlines()[1:]:
+        field = re.match(r"\s+(\w+): [^=]+? = (.*?)\s+# (.*)", line)
+        if field:
+            name, default, comment = field.groups()
+            default = re.sub(r"field\(default_factory=lambda: (.*)\)", r"\1", default).strip("\"'")
+            lines.append(f"  --{name}={default}".ljust(34) + f" {comment}")
+        elif line.strip().startswith("#"):
+            lines.append(f"\n{line.strip(' #')}")
+    return "\n".join(lines)
+
+
+def run(main):
+    """main(arguments), with an InputError as one line on stderr and exit status 2."""
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:                                          # the reader (head, say) has seen enough
+        sys.exit(0)

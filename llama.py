@@ -1,0 +1,386 @@
+"""LLaMA: the language model, a causal transformer that predicts the next token.
+
+Papers: LLaMA (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783); RMSNorm (1910.07467), rotary positions
+(RoPE, 2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245), Mistral's sliding window (2310.06825).
+Checkpoints: all of this shape: meta-llama/Llama-2-7b-hf and Llama 3.x, lmsys/vicuna-7b-v1.5, TinyLlama, SmolLM2, Yi and
+Hermes-34B, mistralai/Mistral-7B-v0.1.
+
+    tokens (B, T) --embed--> hidden[0] (B, T, C)
+        each of L blocks:   x = x + attention(norm(x))        a token looks back at those before it
+                            x = x + mlp(norm(x))              each token by itself
+    hidden[i] (B, T, C): the output of block i; hidden[L]: the same after the final norm
+        --lm_head--> logits (B, T, V): row t scores token t+1
+
+Against GPT-2: RMSNorm for LayerNorm, RoPE for learnt positions, a gated MLP, no biases, and fewer heads for keys and
+values (G) than for queries (H), which makes the cache of generation H/G times smaller.
+
+Generation runs the whole prompt once (prefill), keeps every block's keys and values in a static cache, then feeds one
+token a step. Prompts of different lengths are padded on the right; each row counts its own positions and writes into
+the cache at its own place, over the padding. So no row sees padding, and a row in a batch says what it would say alone.
+"""
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from hub import InputError, fields_of, load_weights, locate, read_config, read_json, save_checkpoint
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+ROPE_KEYS = {"default": (), "linear": ("factor",),
+             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
+@dataclass
+class LlamaConfig:
+    """The fields are keys of config.json. The defaults are what their absence means there: early files lack some."""
+    vocab_size: int                         # V
+    hidden_size: int                        # C
+    intermediate_size: int                  # width inside the MLP
+    num_hidden_layers: int                  # L
+    num_attention_heads: int                # H, heads of the queries
+    num_key_value_heads: int = None         # G, heads of keys and values; None: H, which is plain multi-head attention
+    head_dim: int = None                    # D, width of a head; None: C / H
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0             # base of the wavelengths: the longest is about 2 pi theta positions
+    rope_scaling: dict = None               # {"rope_type": "linear" or "llama3", "factor": ...} stretches them
+    max_position_embeddings: int = 2048     # trained context, in tokens
+    tie_word_embeddings: bool = False       # True: the embedding is also lm_head
+    attention_bias: bool = False            # on q, k, v and o
+    mlp_bias: bool = False
+    hidden_act: str = "silu"
+    sliding_window: int = None              # Mistral: a token sees this many, itself included; None: all before it
+    bos_token_id: int = 1
+    eos_token_id: int | list = 2            # Llama 3's chat models have several
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, config, where):
+        """config.json's object -> LlamaConfig; `where` names its folder in errors. RoPE is in it as `rope_theta` and
+        `rope_scaling`, or since transformers 5 as `rope_parameters`, which holds both."""
+        kind = config.get("model_type", "llama")
+        if kind not in ("llama", "mistral"):
+            raise InputError(f"{where}: model_type is {kind!r}, not one of llama, mistral")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ROPE_KEYS:
+            raise InputError(f"{where}: rope_type is {rope_type!r}, not one of {', '.join(ROPE_KEYS)}")
+        for key in ROPE_KEYS[rope_type]:
+            if key not in rope:
+                raise InputError(f"{where}: the config's {rope_type} rope lacks {key}")
+        scaling = {"rope_type": rope_type} | {key: rope[key] for key in ROPE_KEYS[rope_type]}
+        config = config | {"rope_theta": rope.get("rope_theta", config.get("rope_theta")),
+                           "rope_scaling": None if rope_type == "default" else scaling}
+        if kind == "mistral":
+            config = {"sliding_window": 4096} | config               # null is none, but absent is 4096
+        self = fields_of(cls, config, where)
+        self.eos_token_id = config.get("eos_token_id", self.eos_token_id)  # here null means that nothing ends a text
+        if self.hidden_act not in ACTIVATIONS:
+            raise InputError(f"{where}: hidden_act is {self.hidden_act!r}, not one of {', '.join(ACTIVATIONS)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(f"{where}: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                             f"num_key_value_heads {self.num_key_value_heads}")
+        return self
+
+    def to_dict(self):
+        """What config.json holds for this model; transformers reads it too."""
+        kind, name = ("llama", "Llama") if self.sliding_window is None else ("mistral", "Mistral")
+        return {"architectures": [f"{name}ForCausalLM"], "model_type": kind} | asdict(self)
+
+    @property
+    def context(self):
+        """The longest sequence, prompt and answer. With linear scaling the config keeps the length before it (4096 in
+        the 16K Vicunas); Llama 3.1's config holds the length after it."""
+        linear = self.rope_scaling is not None and self.rope_scaling["rope_type"] == "linear"
+        return int(self.max_position_embeddings * (self.rope_scaling["factor"] if linear else 1))
+
+
+def rope_frequencies(config):
+    """-> (D/2,) float32: by what angle each pair of a head's channels turns from one position to the next. Checkpoints
+    do not hold it, so it is built on the CPU even where the module is built on the meta device."""
+    channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    frequency = 1.0 / config.rope_theta ** (channel / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling["rope_type"] == "linear":
+        return frequency / scaling["factor"]
+    # llama3: pairs that turn often within the original context stay, those that turn less than low_freq_factor times
+    # are slowed by `factor`, and in between the two are blended.
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * frequency + (1 - keep) * frequency / scaling["factor"]
+
+
+def rotate(x, cos, sin):
+    """RoPE: turn the pairs (x[i], x[i + D/2]) of every head. x: (B, heads, T, D); cos, sin: (B or 1, 1, T, D/2).
+    The tables make this float32 whatever x is: bfloat16 cannot tell position 257 from 258."""
+    first, second = x.chunk(2, dim=-1)  # (B, heads, T, D/2) each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def visible(positions, keys, window):
+    """Which of the places 0..keys-1 a token at each of positions (B, T) sees -> bool (B, 1, T, keys): those up to its
+    own, and with a window only the last `window` of them."""
+    key, position = torch.arange(keys, device=positions.device), positions[:, None, :, None]
+    mask = key <= position
+    return mask if window is None else mask & (key > position - window)
+
+
+class KVCache:
+    """Keys and values of all blocks, (L, B, G, max_length, D) each. A token's place in it is its position."""
+
+    def __init__(self, config, batch, max_length, dtype=torch.float32, device="cpu"):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)   # zeros, since a NaN spoils even a masked sum
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1)
+
+    def write(self, layer, k, v, positions):
+        """Put k, v (B, G, T, D) at `positions` (B, T) -> what to look at: all of the layer, (B, G, max_length, D) each.
+        positions None: at 0..T-1 of a new cache, so that there is nothing but k and v to look at."""
+        keys, values = self.keys[layer], self.values[layer]
+        if positions is None:
+            keys[:, :, :k.shape[2]], values[:, :, :v.shape[2]] = k, v
+            return k, v
+        keys[self.rows, :, positions] = k.transpose(1, 2).to(keys.dtype)
+        values[self.rows, :, positions] = v.transpose(1, 2).to(values.dtype)
+        return keys.to(k.dtype), values.to(v.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.float()                                             # the mean of squares needs the precision
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.grouped = config.num_key_value_heads < config.num_attention_heads
+        wide, narrow = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, wide, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.o_proj = nn.Linear(wide, config.hidden_size, bias=config.attention_bias)
+
+    def forward(self, x, rope, mask, positions, cache):
+        B, T, _ = x.shape
+        q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D); k and v: (B, G, T, D)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v, positions)  # (B, G, max_length, D) each, at prefill as they were
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x):
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))  # with SiLU this is SwiGLU
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, rope, mask, positions, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, positions, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))  # (B, T, C)
+
+
+class Llama(nn.Module):
+    """Parameters are named as in the checkpoints, without their prefix "model."."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False                          # True: the backward pass recomputes each block
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("rope_frequencies", rope_frequencies(config), persistent=False)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:                               # 2L branches add up in the residual stream (GPT-2)
+                branch = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if branch else 0.02)
+
+    def _apply(self, fn, recurse=True):
+        """What .to(), .half() and .to_empty() run: the frequencies follow to the device, but stay whole and float32."""
+        super()._apply(fn, recurse)
+        self.rope_frequencies = rope_frequencies(self.config).to(self.rope_frequencies.device)
+        return self
+
+    def embed(self, tokens):
+        return self.embed_tokens(tokens)  # (B, T, C)
+
+    def logits(self, hidden):
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(hidden, head.weight)  # (..., V)
+
+    def forward(self, tokens=None, embeds=None, positions=None, cache=None, hidden_only=False, states=None):
+        """tokens (B, T) or embeds (B, T, C) -> logits (B, T, V), or with hidden_only the final-normed hidden states
+        (B, T, C), for a caller that needs `logits` of some of them only.
+
+        positions: (B, T), None is 0..T-1. Without a cache they only turn the RoPE: a token sees those before it in its
+        row, so padding on the right needs no mask, since no token looks ahead to it.
+        cache: a KVCache. Tokens are added at `positions` and see all up to there; positions None: the cache is new.
+        states: a list to which the hidden states are appended, L+1 of them."""
+        x = self.embed(tokens) if embeds is None else embeds  # (B, T, C)
+        T, window, mask = x.shape[1], self.config.sliding_window, None
+        steps = torch.arange(T, device=x.device)[None]  # (1, T)
+        angles = (steps if positions is None else positions)[:, None, :, None] * self.rope_frequencies
+        rope = angles.cos(), angles.sin()  # (B or 1, 1, T, D/2) each
+        if cache is not None and positions is not None:
+            mask = visible(positions, cache.keys.shape[3], window)  # (B, 1, T, max_length)
+        elif window is not None and T > window:                      # shorter texts fit in the window: plain causal
+            mask = visible(steps, T, window)  # (1, 1, T, T)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for block in self.layers:
+            if states is not None:
+                states.append(x)
+            if recompute:
+                x = checkpoint(block, x, rope, mask, positions, cache, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, positions, cache)
+        x = self.norm(x)
+        if states is not None:
+            states.append(x)
+        return x if hidden_only else self.logits(x)
+
+    @torch.no_grad()
+    def stream(self, tokens=None, embeds=None, lengths=None, max_new_tokens=64, temperature=0, top_k=None, top_p=None,
+               eos=None, generator=None):
+        """Yield the next token of every row, (B,) a step, until all rows have ended or there are max_new_tokens.
+
+        tokens (B, T) or embeds (B, T, C): prompts, padded on the right where `lengths` (B,) says so.
+        eos: id or ids that end a row; None: the config's; []: none. A row that has ended goes on yielding eos."""
+        B, T = (tokens if embeds is None else embeds).shape[:2]
+        device, dtype = self.embed_tokens.weight.device, self.embed_tokens.weight.dtype
+        lengths = torch.full((B,), T, device=device) if lengths is None else torch.as_tensor(lengths, device=device)
+        longest = lengths.max().item() if B and T else 0
+        check_request(lengths, longest, T, self.config, max_new_tokens, temperature, top_k, top_p)
+        if embeds is None:
+            tokens, padding = tokens.to(device), torch.arange(T, device=device) >= lengths[:, None]
+            strange = (tokens < 0) | (tokens >= self.config.vocab_size)
+            if (strange & ~padding).any():
+                raise InputError(f"token id {tokens[strange & ~padding][0]} is outside the vocabulary of "
+                                 f"{self.config.vocab_size}")
+            embeds = self.embed(tokens.masked_fill(strange, 0))      # some tokenizers pad with an id of no embedding
+        eos = self.config.eos_token_id if eos is None else eos
+        eos = torch.tensor([eos] if isinstance(eos, int) else eos or [], dtype=torch.long, device=device)
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)            # the keys' and values' then, whatever the weights'
+
+        cache = KVCache(self.config, B, longest + max_new_tokens, dtype, device)
+        hidden = self(embeds=embeds[:, :longest], cache=cache, hidden_only=True)  # (B, T, C)
+        hidden = hidden[torch.arange(B, device=device), lengths - 1]  # (B, C), each row's last token
+        ended = torch.zeros(B, dtype=torch.bool, device=device)
+        for step in range(max_new_tokens):
+            token = sample(self.logits(hidden), temperature, top_k, top_p, generator)  # (B,)
+            if len(eos):
+                token = torch.where(ended, eos[0], token)
+                ended |= torch.isin(token, eos)
+            yield token
+            if step + 1 == max_new_tokens or ended.all():
+                return
+            hidden = self(token[:, None], positions=(lengths + step)[:, None], cache=cache, hidden_only=True)[:, 0]
+
+    def generate(self, tokens=None, max_new_tokens=64, temperature=0, top_k=None, top_p=None, attention_mask=None,
+                 embeds=None, lengths=None, eos=None, generator=None):
+        """Prompts -> the ids after them, (B, new). Rows that end early are filled up with eos. Prompts of different
+        length are padded: on the right with `lengths` (B,), or on any side with `attention_mask` (B, T), 1 for a token
+        and 0 for padding."""
+        if attention_mask is not None:
+            order = attention_mask.long().argsort(dim=1, descending=True, stable=True)  # (B, T), tokens to the left
+            rows, lengths = torch.arange(len(order), device=order.device)[:, None], attention_mask.long().sum(1)
+            tokens = None if tokens is None else tokens[rows, order]
+            embeds = None if embeds is None else embeds[rows, order]
+        steps = self.stream(tokens, embeds, lengths, max_new_tokens, temperature, top_k, top_p, eos, generator)
+        return torch.stack(list(steps), dim=1)  # (B, new)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
+        folder = locate(folder_or_id)
+        config = LlamaConfig.from_dict(read_config(folder), folder)
+        generation = folder / "generation_config.json"               # some chat models list their end tokens only here
+        if generation.exists():
+            config.eos_token_id = read_json(generation).get("eos_token_id", config.eos_token_id)
+        with torch.device("meta"):
+            model = cls(config)
+        return load_weights(model, folder, model.name_of, dtype, device)
+
+    def name_of(self, name):
+        """A checkpoint's name of a tensor -> ours. None for what is left out: early files hold RoPE's table, and some
+        hold an lm_head that is tied to the embedding anyway."""
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.config.tie_word_embeddings):
+            return None
+        return name.removeprefix("model.")
+
+    def save_pretrained(self, folder):
+        """Write the folder that from_pretrained and transformers' AutoModelForCausalLM read."""
+        tensors = {name if name.startswith("lm_head.") else f"model.{name}": p for name, p in self.named_parameters()}
+        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        save_checkpoint(folder, tensors, self.config.to_dict() | {"torch_dtype": dtype})
+
+
+def check_request(lengths, longest, T, config, max_new_tokens, temperature, top_k, top_p):
+    """InputError where a generation cannot be what was asked for."""
+    for wrong, message in (
+            (longest == 0 or lengths.min() < 1, "empty prompt: each needs a token, if only the one that begins a text"),
+            (longest > T, f"lengths says {longest} tokens, but the prompts are {T} wide"),
+            (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, must be 1 or more"),
+            (longest + max_new_tokens > config.context, f"a prompt of {longest} tokens and max_new_tokens="
+             f"{max_new_tokens} exceed the model's context of {config.context}: shorten one of them"),
+            (not 0 <= temperature < math.inf, f"temperature is {temperature}, must be 0 (greedy) or more"),
+            (top_k is not None and top_k < 1, f"top_k is {top_k}, must be 1 or more"),
+            (top_p is not None and not 0 < top_p <= 1, f"top_p is {top_p}, must be above 0 and at most 1")):
+        if wrong:
+            raise InputError(message)
+
+
+def sample(logits, temperature=0, top_k=None, top_p=None, generator=None):
+    """logits (B, V) -> token ids (B,). Temperature 0 is greedy. top_k keeps the k likeliest tokens; top_p, after it,
+    the fewest likeliest ones whose probabilities sum to p or more."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probabilities = logits.softmax(dim=-1)  # (B, V)
+    if top_p is not None:
+        ranked, order = probabilities.sort(dim=-1, descending=True)
+        before = ranked.cumsum(dim=-1) - ranked                      # probability of all likelier ones
+        probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked.masked_fill(before >= top_p, 0))
+    if generator is not None:                                        # draws happen where it lives, often on the CPU
+        probabilities = probabilities.to(generator.device)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
