@@ -1,0 +1,376 @@
+"""Train the three tiny checkpoints of weights/ from scratch on the embedded world.
+
+The papers start from pretrained encoders and a pretrained LLM, so the embedded default does too. Each is trained the way
+its model at full size was, and written in Hugging Face layout:
+
+    python pretrain.py clip       contrastive: which of 256 captions belongs to which of 256 pictures (arXiv 2103.00020)
+    python pretrain.py dinov2     self-distillation without text: class-token and masked-patch losses, a teacher that is the
+                                  student's running mean, global and local crops (arXiv 2304.07193)
+    python pretrain.py llama      next token on the world's language, without pictures: a scene told in words, then questions
+
+`weights/README.md` has the commands, times and scores of the checkpoints that are in the repository.
+"""
+import copy
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+import cli
+import world
+from clip import CLIP, CLIPTextConfig, CLIPVisionConfig
+from data import encode
+from dinov2 import DINOv2, DINOv2Config
+from hub import InputError
+from llama import Llama, LlamaConfig
+
+SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
+BOS, EOS = 2, 3
+MEAN, STD = (0.33,) * 3, (0.22,) * 3                                 # of the world's pixels
+
+
+@dataclass
+class Config:
+    model: str = ""                      # clip, dinov2 or llama
+    out: str = ""                        # folder to write; empty: weights/<model>
+    steps: int = 0                       # optimizer steps; 0: what the committed checkpoints took
+    batch: int = 0                       # pictures (or texts) a step; 0: likewise
+    lr: float = 1e-3                     # peak learning rate of AdamW, cosine to zero
+    seed: int = 0                        # of the initialisation and of the scenes
+    bf16: bool = True                    # autocast to bfloat16 (on a CPU that has it about 1.4 times as fast)
+    threads: int = 0                     # CPU threads; 0: all cores
+
+
+# --- the loop that all three share ------------------------------------------------------------------------------------
+
+def train(model, loss_of, config, weight_decay=0.05):
+    """AdamW with warm-up and cosine on loss_of(step, progress) -> (loss, text to print), progress from 0 to 1."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+                                  lr=config.lr, betas=(0.9, 0.98), fused=True)
+    start, model = time.time(), model.train()
+    for step in range(config.steps):
+        progress = step / config.steps
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min((step + 1) / 100, (1 + math.cos(math.pi * progress)) / 2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+            loss, note = loss_of(step, progress)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0 or step + 1 == config.steps:
+            print(f"step {step:5d}  loss {loss.item():.4f}  {note}  {time.time() - start:.0f} s", flush=True)
+
+
+def scenes(config, step):
+    """The scenes of a step, each seen once: [(index, objects), ...]."""
+    first = (config.seed * 10_000 + 1) * 1_000_000 + step * config.batch      # far from the indices that train.py draws
+    return [(index, world.scene("train", index)) for index in range(first, first + config.batch)]
+
+
+def pictures(drawn, split="train"):
+    """[(index, objects), ...] -> pixels uint8 (B, 3, 64, 64)."""
+    return torch.from_numpy(np.stack([world.draw(objects, split, index) for index, objects in drawn])).permute(0, 3, 1, 2)
+
+
+def write(model, folder, config, **extra):
+    """Save in Hugging Face layout, in half precision: 12 MB hold all three."""
+    model.half().save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text()) | {"dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    for name, content in extra.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(f"wrote {folder}")
+
+
+PREPROCESSING = {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": world.SIDE},
+                 "do_center_crop": True, "crop_size": {"height": world.SIDE, "width": world.SIDE}, "do_normalize": True,
+                 "do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True, "resample": 3,
+                 "image_mean": MEAN, "image_std": STD}
+
+
+# --- the world's language ---------------------------------------------------------------------------------------------
+
+def place_words(o):
+    """Where an object is, in words: "at the top left", "in the middle"."""
+    column = ("left", "", "right")[min(2, int((o.x + o.side / 2) / world.SIDE * 3))]
+    row = ("top", "", "bottom")[min(2, int((o.y + o.side / 2) / world.SIDE * 3))]
+    return "at the " + " ".join(filter(None, (row, column))) if row or column else "in the middle"
+
+
+def clip_caption(objects, rng):
+    """One to three of the objects with their places, as people caption: not everything, in any order."""
+    chosen = rng.permutation(len(objects))[:rng.integers(1, 4)]
+    return " and ".join(f"a {objects[i].name} {place_words(objects[i])}" for i in chosen)
+
+
+def told(objects, rng):
+    """A scene in words where the picture would stand, and a dialogue or a caption: (turns, template)."""
+    seen = world.listing(objects, rng)
+    if rng.random() < 0.2:
+        return [(seen, world.caption(objects))], "caption"
+    (first, answer), *rest = world.dialogue(objects, rng)
+    return [(f"{seen}\n{first}", answer), *rest], "tiny"
+
+
+def make_tokenizer():
+    """A byte-level BPE whose pieces are words, coordinates ("0.25") and single marks, trained on the world's language. Any
+    text can be written with it; the world's words and coordinates are one token each."""
+    tokenizer = Tokenizer(models.BPE())
+    pieces = Regex(r" ?[A-Za-z]+:?| ?\d\.\d\d| ?\d| ?[^\sA-Za-z\d]|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = []
+    for index in range(4000):
+        objects, rng = world.scene("train", index), world.generator("train", index, 3)
+        texts += [clip_caption(objects, rng), world.caption(objects)]
+        texts += [f"USER: {q} ASSISTANT: {a}" for q, a in told(objects, rng)[0]]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    return tokenizer
+
+
+# --- CLIP -------------------------------------------------------------------------------------------------------------
+
+def pretrain_clip(config, folder):
+    tokenizer = make_tokenizer()
+    shape = dict(hidden_size=128, num_attention_heads=4, intermediate_size=512, hidden_act="gelu")
+    clip = CLIP(CLIPVisionConfig(num_hidden_layers=6, image_size=world.SIDE, patch_size=8, **shape),
+                CLIPTextConfig(num_hidden_layers=2, vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=64,
+                               eos_token_id=EOS, **shape), projection_dim=128, mean=MEAN, std=STD)
+    clip.tokenizer = tokenizer
+
+    def loss_of(step, progress):
+        drawn = scenes(config, step)
+        texts = [clip_caption(objects, world.generator("train", index, 3)) for index, objects in drawn]
+        logits = clip.similarity(pictures(drawn), texts).float()     # (B, B)
+        target = torch.arange(len(drawn))
+        right = (logits.argmax(1) == target).float().mean()
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, f"retrieved {right:.0%}"
+
+    train(clip, loss_of, config)
+    write(clip, folder, config, preprocessor_config=PREPROCESSING)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    print("held out:", clip_scores(folder))
+
+
+@torch.no_grad()
+def clip_scores(folder, count=256):
+    """Zero-shot retrieval among `count` held-out scenes: picture -> caption and back, recall at 1 (chance is 1 / count)."""
+    clip = CLIP.from_pretrained(folder)
+    drawn = [(index, world.scene("test", index)) for index in range(count)]
+    texts = [clip_caption(objects, world.generator("test", index, 3)) for index, objects in drawn]
+    logits, target = clip.similarity(pictures(drawn, "test"), texts), torch.arange(count)
+    return {f"picture to text R@1 of {count}": round((logits.argmax(1) == target).float().mean().item(), 3),
+            f"text to picture R@1 of {count}": round((logits.argmax(0) == target).float().mean().item(), 3)}
+
+
+# --- DINOv2 -----------------------------------------------------------------------------------------------------------
+
+class Head(nn.Module):
+    """Features -> scores over prototypes: an MLP to a unit vector, compared with unit prototypes."""
+
+    def __init__(self, width, prototypes=512, bottleneck=64):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, bottleneck))
+        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
+
+    def forward(self, x):
+        return F.normalize(self.mlp(x), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
+
+
+def crops(pixels, size, scale, generator):
+    """A random square crop of every picture, (B, 3, 64, 64) -> uint8 (B, 3, size, size); its side is `scale` of the picture's.
+    Flipped and changed in brightness at random; colours stay, they carry meaning here."""
+    B = len(pixels)
+    side = torch.empty(B).uniform_(*scale, generator=generator)
+    centre = (torch.rand(B, 2, generator=generator) * 2 - 1) * (1 - side)[:, None]
+    flip = torch.randint(0, 2, (B,), generator=generator) * 2 - 1
+    theta = torch.zeros(B, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = side * flip, side, centre
+    grid = F.affine_grid(theta, (B, 3, size, size), align_corners=False)
+    cropped = F.grid_sample(pixels.float(), grid, align_corners=False, padding_mode="reflection")
+    light = torch.empty(B, 1, 1, 1).uniform_(0.7, 1.3, generator=generator)
+    return (cropped * light).clamp(0, 255).byte()
+
+
+@torch.no_grad()
+def sinkhorn(scores, temperature, rounds=3):
+    """Teacher scores (M, K) -> targets whose rows sum to 1 and which use every prototype alike (no collapse)."""
+    q = ((scores.float() - scores.max()) / temperature).exp()
+    for _ in range(rounds):
+        q = q / q.sum(0, keepdim=True)
+        q = q / q.sum(1, keepdim=True)
+    return q
+
+
+def pretrain_dinov2(config, folder):
+    student = DINOv2(DINOv2Config(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, mlp_ratio=4,
+                                  image_size=world.SIDE, patch_size=8, layerscale_value=0.1), MEAN, STD)
+    student = nn.ModuleDict({"tower": student, "cls": Head(128), "patch": Head(128)})
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def look(model, pixels, mask=None):
+        tower = model["tower"]
+        last = tower.norm(tower(pixels, [tower.config.num_hidden_layers], mask)[0])
+        return last[:, 0], last[:, 1:]                               # class token (B, D), patches (B, N, D)
+
+    def cross_entropy(targets, scores):
+        return -(targets * (scores.float() / 0.1).log_softmax(-1)).sum(-1).mean()
+
+    def loss_of(step, progress):
+        with torch.no_grad():                                        # the teacher follows the student, ever more slowly
+            momentum = 1 - 0.008 * (1 + math.cos(math.pi * progress)) / 2
+            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+        pixels, B = pictures(scenes(config, step)), config.batch
+        views = torch.cat([crops(pixels, world.SIDE, (0.5, 1.0), generator) for _ in range(2)])        # two global views
+        small = torch.cat([crops(pixels, world.SIDE // 2, (0.25, 0.5), generator) for _ in range(2)])  # two local ones
+        heat = 0.04 + 0.03 * min(1.0, progress * 5)                  # the teacher's temperature warms up
+        with torch.no_grad():
+            cls, patches = look(teacher, views)
+            target = sinkhorn(teacher["cls"](cls), heat)             # (2B, K)
+        share = torch.rand(2 * B, 1, generator=generator) * 0.4 + 0.1     # 10% to 50% masked, in half of the pictures
+        mask = (torch.rand(2 * B, patches.shape[1], generator=generator) < share) & (torch.rand(2 * B, 1, generator=generator) < 0.5)
+        mask[0, 0] = True
+        seen, seen_patches = look(student, views, mask)
+        local, _ = look(student, small)
+        scores, local_scores = student["cls"](seen), student["cls"](local)
+        swapped = target.roll(B, 0)                                  # a view learns from the other view
+        loss_cls = (cross_entropy(swapped, scores) + cross_entropy(target, local_scores) + cross_entropy(swapped, local_scores)) / 3
+        patch_target = sinkhorn(teacher["patch"](patches[mask]), heat)
+        loss_patch = cross_entropy(patch_target, student["patch"](seen_patches[mask]))
+        unit = F.normalize(seen.float(), dim=-1)                     # KoLeo: spread the class tokens of a view apart
+        near = (unit[:B] @ unit[:B].T - 2 * torch.eye(B)).argmax(1)
+        koleo = -(unit[:B] - unit[:B][near]).norm(dim=-1).add(1e-6).log().mean()
+        return loss_cls + loss_patch + 0.1 * koleo, f"class {loss_cls.item():.3f} patch {loss_patch.item():.3f} koleo {koleo.item():.2f}"
+
+    train(student, loss_of, config)
+    write(teacher["tower"], folder, config, preprocessor_config=PREPROCESSING | {"image_processor_type": "BitImageProcessor"})
+    print("held out:", probe_scores(DINOv2.from_pretrained(folder)))
+
+
+@torch.no_grad()
+def probe_scores(tower, count=1000):
+    """Linear probes (ridge regression) on the patches of hidden[i]: which colour and which shape lies under the middle of the
+    patch, and where in its object the patch is; accuracy and R² on held-out scenes. `count` scenes for each half."""
+    def features(split):
+        drawn = [(index, world.scene(split, index)) for index in range(count)]
+        pixels = pictures(drawn, split)
+        hidden = [torch.cat(parts)[:, tower.num_prefix_tokens:] for parts in zip(*(tower(part) for part in pixels.split(250)))]
+        grid = int(hidden[0].shape[1] ** 0.5)
+        at = (torch.arange(grid) + 0.5) * world.SIDE / grid
+        truth = torch.full((count, grid, grid), -1)
+        place = torch.zeros(count, grid, grid, 4)
+        for row, (_, objects) in enumerate(drawn):
+            for o in objects:
+                inside = ((at > o.y) & (at < o.y + o.side))[:, None] & ((at > o.x) & (at < o.x + o.side))[None]
+                truth[row][inside] = world.SHAPES.index(o.shape) * 8 + list(world.COLOURS).index(o.colour)
+                place[row][inside] = torch.tensor(o.box)
+        used = truth.flatten() >= 0
+        return [h.flatten(0, 1)[used] for h in hidden], truth.flatten()[used], place.flatten(0, 2)[used]
+
+    (train_x, train_y, train_box), (test_x, test_y, test_box) = features("train"), features("test")
+    scores = {}
+    for layer, (x, x_test) in enumerate(zip(train_x, test_x)):
+        ones = [torch.cat([v, torch.ones(len(v), 1)], 1).double() for v in (x, x_test)]
+        gram = ones[0].T @ ones[0] + 1e-3 * len(x) * torch.eye(ones[0].shape[1])
+        goals = torch.cat([F.one_hot(train_y // 8, 4), F.one_hot(train_y % 8, 8), train_box], 1).double()
+        said = ones[1] @ torch.linalg.solve(gram, ones[0].T @ goals)
+        error = ((said[:, 12:] - test_box) ** 2).sum() / ((test_box - train_box.mean(0)) ** 2).sum()
+        scores[f"hidden[{layer}]"] = {"shape": round((said[:, :4].argmax(1) == test_y // 8).double().mean().item(), 3),
+                                      "colour": round((said[:, 4:12].argmax(1) == test_y % 8).double().mean().item(), 3),
+                                      "box R2": round(1 - error.item(), 3)}
+    return scores
+
+
+# --- LLaMA ------------------------------------------------------------------------------------------------------------
+
+def pretrain_llama(config, folder):
+    tokenizer = make_tokenizer()
+    llama = Llama(LlamaConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=128, intermediate_size=352,
+                              num_hidden_layers=6, num_attention_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5,
+                              tie_word_embeddings=True, bos_token_id=BOS, eos_token_id=EOS))
+
+    def batch(drawn, split="train"):
+        rows = []
+        for index, objects in drawn:
+            turns, template = told(objects, world.generator(split, index, 4))
+            if template == "caption":                                # stage 1's layout, "plain": picture, caption, newline
+                (seen, caption), = turns
+                ids = [BOS] + tokenizer.encode(f"{seen}{caption}\n", add_special_tokens=False).ids
+                answer = len(tokenizer.encode(seen, add_special_tokens=False).ids) + 1
+                rows.append((ids, [0.1] * answer + [1.0] * (len(ids) - answer)))
+            else:
+                ids, labels = encode(tokenizer, turns, "tiny")
+                rows.append((ids, [1.0 if label >= 0 else 0.1 for label in labels]))
+        longest = max(len(ids) for ids, _ in rows)
+        tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
+        return tokens, torch.tensor([weights + [0.0] * (longest - len(weights)) for _, weights in rows])
+
+    def loss_of(step, progress):
+        tokens, weights = batch(scenes(config, step))                # an answer counts ten times as much as what nobody can
+        losses = F.cross_entropy(llama(tokens[:, :-1]).float().transpose(1, 2), tokens[:, 1:], reduction="none")    # guess
+        answers = weights[:, 1:] == 1
+        return (losses * weights[:, 1:]).sum() / weights[:, 1:].sum(), f"answers {losses[answers].mean().item():.4f}"
+
+    train(llama, loss_of, config)
+    write(llama, folder, config, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>",
+                                                   "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
+          generation_config={"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0})
+    config_file = folder / "config.json"                             # how its dialogues are laid out stands in the checkpoint
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"template": "tiny"}, indent=2) + "\n")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    print("held out:", llama_scores(folder))
+
+
+@torch.no_grad()
+def llama_scores(folder, count=200):
+    """Answers about held-out scenes that are told in words, exact match by task."""
+    llama, tokenizer = Llama.from_pretrained(folder), Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    scores = {}
+    for task in world.TASKS:
+        prompts, truths = [], []
+        for index in range(count):
+            objects, rng = world.scene("test", index), world.generator("test", index, 5)
+            turn = world.question(task, objects, rng, about=index)
+            if turn:
+                prompts.append(encode(tokenizer, [(f"{world.listing(objects, rng)}\n{turn[0]}", None)], "tiny")[0])
+                truths.append(turn[1])
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts])
+        said = llama.generate(tokens, 48, lengths=torch.tensor([len(p) for p in prompts]))
+        texts = [tokenizer.decode(row.tolist()).strip() for row in said]
+        scores[task] = round(sum(a == b for a, b in zip(texts, truths)) / len(truths), 3)
+    return scores
+
+
+def main(arguments):
+    config = cli.parse(Config, arguments, __doc__)
+    recipes = {"clip": (pretrain_clip, 1200, 256), "dinov2": (pretrain_dinov2, 1500, 64), "llama": (pretrain_llama, 2000, 64)}
+    if config.model not in recipes:
+        raise InputError(f"which model? python pretrain.py {'|'.join(recipes)}")
+    recipe, steps, batch = recipes[config.model]
+    config.steps, config.batch = config.steps or steps, config.batch or batch
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    folder = Path(config.out or Path(__file__).parent / "weights" / config.model)
+    print(json.dumps(asdict(config)))
+    recipe(config, folder)
+
+
+if __name__ == "__main__":
+    cli.run(main)
