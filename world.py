@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data import Sample
+
 SIDE = 64                                                            # pixels
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (45, 90, 220), "yellow": (240, 210, 50),
@@ -183,7 +185,7 @@ def listing(objects, rng):
 
 class World:
     """The world as a dataset. style "caption": stage 1, a picture and its caption; "dialogue": stage 2, several questions;
-    a task's name: that one question. Item i is `(pictures, turns, id)`; `length` is for grouping by length."""
+    a task's name: that one question. `length` is for grouping by length."""
 
     def __init__(self, split, size, style="dialogue"):
         self.split, self.size, self.style = split, size, style
@@ -207,4 +209,5 @@ class World:
     def __getitem__(self, index):
         objects = scene(self.split, index)
         (first, answer), *rest = self.turns(index, objects)
-        return [draw(objects, self.split, index)], [(f"<image>\n{first}", answer), *rest], f"{self.split} scene {index}"
+        turns = [(f"<image>\n{first}", answer), *rest]
+        return Sample([draw(objects, self.split, index)], turns, f"{self.split} scene {index}")

@@ -1,0 +1,212 @@
+"""The multimodal LLM: vision towers, a connector, and a LLaMA that reads the picture as if it were words.
+
+LLaVA's design (arXiv 2304.08485), with the towers and connectors of COMM (2310.08825) and of the Dense Connector (2405.13800):
+
+    pixels (I, 3, R, R) uint8            one tensor for all towers; I pictures in the batch
+      | each tower, no deeper than the connector reads                 vit.py, dinov2.py, clip.py
+    hidden states, patch tokens only, (I, N, D) each
+      | connector                                                      connector.py
+    visual tokens (I, M, C)              M a picture, as wide as the LLM
+      | take the places of the IMAGE ids in the text's embeddings
+    embeddings (B, T, C)
+      | LLaMA                                                          llama.py
+    logits (n, V) at the n supervised positions -> sum of their cross-entropies
+
+A trained model is one folder that needs nothing else: config.json (towers, connector, LLM, template), model.safetensors,
+tokenizer.json and preprocessor_config.json.
+"""
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
+from connector import ConnectorConfig, TowerShape, layers_needed, make_connector, visual_tokens
+from data import IGNORE, IMAGE, MARK, ImageSpec, encode, end_ids, find_template, load_tokenizer, to_pixels
+from dinov2 import DINOv2, DINOv2Config
+from hub import InputError, fields_of, load_weights, locate, read_config, save_checkpoint
+from llama import Llama, LlamaConfig
+from vit import ViT, ViTConfig
+
+TOWERS = {"clip": (CLIPVision, CLIPVisionConfig), "clip_vision_model": (CLIPVision, CLIPVisionConfig),
+          "siglip": (SigLIPVision, SigLIPVisionConfig), "siglip_vision_model": (SigLIPVision, SigLIPVisionConfig),
+          "dinov2": (DINOv2, DINOv2Config), "dinov2_with_registers": (DINOv2, DINOv2Config),
+          "vit": (ViT, ViTConfig), "deit": (ViT, ViTConfig), "vit_mae": (ViT, ViTConfig)}
+
+
+def tower_class(model_type, where):
+    """model_type of a config.json -> (tower class, config class). Raises InputError for another kind."""
+    if model_type not in TOWERS:
+        raise InputError(f"{where}: model_type {model_type!r} is not a vision tower ({', '.join(TOWERS)})")
+    return TOWERS[model_type]
+
+
+def check_towers(towers, kind):
+    """COMM reads CLIP first and DINOv2 second; widths and depths may not tell them apart, so their kinds are compared."""
+    if kind == "comm" and len(towers) == 2 and isinstance(towers[0], DINOv2) and not isinstance(towers[1], DINOv2):
+        raise InputError("connector comm takes CLIP first and DINOv2 second: swap the two towers")
+
+
+class MLLM(nn.Module):
+    def __init__(self, towers, llm, connector_config, tokenizer, template, spec):
+        """towers: list of vision towers; llm: a Llama; template: a name in data.TEMPLATES; spec: data.ImageSpec, the side R
+        and how a picture is brought to it. The connector is new. Raises InputError where the parts do not fit."""
+        super().__init__()
+        check_towers(towers, connector_config.kind)
+        self.connector_config, self.tokenizer, self.template, self.spec = connector_config, tokenizer, template, spec
+        if tokenizer.get_vocab_size() > llm.config.vocab_size:
+            raise InputError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the LLM only {llm.config.vocab_size}: "
+                             "they do not belong together")
+        self.vision, self.llm = nn.ModuleList(towers), llm
+        shapes = [TowerShape(t.config.num_hidden_layers, t.config.hidden_size, (spec.size // t.config.patch_size) ** 2)
+                  for t in towers]
+        self.connector = make_connector(connector_config, shapes, llm.config.hidden_size)
+        self.layers = layers_needed(connector_config, [shape.num_hidden_layers for shape in shapes])
+        self.tokens_per_image = visual_tokens(connector_config, shapes[0].num_patches)     # M
+
+    @classmethod
+    def assemble(cls, vision, llm, connector_config, template=None, image_size=None, image_mode="pad", tokenizer=None,
+                 dtype=torch.float32, device="cpu"):
+        """Public checkpoints, each named by folder or id, and a new connector -> MLLM. `vision`: a list. template None: the
+        one that the LLM's checkpoint names, else vicuna_v1. image_size None: the first tower's. Raises InputError."""
+        folders = [locate(name) for name in vision]
+        towers = [tower_class(read_config(folder).get("model_type"), folder)[0].from_pretrained(folder, dtype, device)
+                  for folder in folders]
+        llm_folder = locate(llm)
+        words = load_tokenizer(locate(tokenizer) if tokenizer else llm_folder)
+        template = template or find_template(llm_folder) or "vicuna_v1"
+        encode(words, [("", "")], template)                          # has the tokenizer the template's special tokens?
+        size = image_size or towers[0].config.image_size
+        if (folders[0] / "preprocessor_config.json").exists():       # mean and resampling come with the checkpoint
+            spec = ImageSpec.from_folder(folders[0])
+            spec = ImageSpec(size, image_mode, spec.mean, spec.std, spec.resample)
+        else:
+            spec = ImageSpec(size, image_mode)
+        return cls(towers, Llama.from_pretrained(llm_folder, dtype, device), connector_config, words, template, spec).to(device)
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    def see(self, pixels):
+        """pixels uint8 (I, 3, R, R) -> visual tokens (I, M, C). Frozen towers run without gradients."""
+        hidden = []
+        for tower, layers in zip(self.vision, self.layers):
+            trained = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
+            with torch.set_grad_enabled(trained):
+                hidden.append([h[:, tower.num_prefix_tokens:] for h in tower(pixels, layers)])        # (I, N, D) each
+        return self.connector(hidden)
+
+    def embed(self, tokens, pixels):
+        """tokens (B, T), where every picture stands as M times IMAGE; pixels of those pictures in order -> (B, T, C)."""
+        is_image = tokens == IMAGE                                   # (B, T)
+        embeds = self.llm.embed(tokens.masked_fill(is_image, 0))     # (B, T, C)
+        if len(pixels) == 0:
+            if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.connector.parameters())):
+                return embeds
+            blank = pixels.new_zeros(1, *pixels.shape[1:])           # text only: every rank of DDP must still touch the
+            return embeds + 0 * self.see(blank).sum()                # connector, or the others wait for its gradients
+        visual = self.see(pixels).flatten(0, 1).to(embeds.dtype)     # (I·M, C)
+        # the i-th IMAGE of the batch is visual token i: a gather needs no transfer to the host, as masked_scatter would
+        index = (is_image.flatten().cumsum(0) - 1).clamp(0, len(visual) - 1).view_as(tokens)
+        return torch.where(is_image[..., None], visual[index], embeds)
+
+    def forward(self, pixels, tokens, labels, positions=None):
+        """pixels uint8 (I, 3, R, R); tokens, labels, positions (B, T) as in data.Batch -> (sum of the cross-entropies of the
+        supervised tokens, their number), float32. The caller divides: by the number in the whole global batch, not this
+        one's. Logits are computed at supervised positions only; of a dialogue that is a third, of a caption less."""
+        hidden = self.llm(embeds=self.embed(tokens, pixels), positions=positions, hidden_only=True)    # (B, T, C)
+        supervised = labels[:, 1:] != IGNORE                         # position t predicts token t + 1
+        logits = self.llm.logits(hidden[:, :-1][supervised])         # (n, V)
+        return F.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction="sum"), supervised.sum()
+
+    # --- generation --------------------------------------------------------------------------------------------------
+
+    def prompt(self, images, turns):
+        """Pictures (PIL or uint8 arrays) and turns whose last answer is None -> (pixels (I, 3, R, R), token ids with every
+        picture as M times IMAGE). Pictures without a mark in the text stand before the first question."""
+        missing = len(images) - sum(text.count(MARK) for turn in turns for text in turn if text)
+        if missing < 0:
+            raise InputError(f"{-missing} more {MARK} marks than pictures")
+        turns = [(f"{MARK}\n" * missing + turns[0][0], turns[0][1]), *turns[1:]]
+        ids, _ = encode(self.tokenizer, turns, self.template)
+        ids = [i for token in ids for i in ([token] * self.tokens_per_image if token == IMAGE else [token])]
+        pixels = [to_pixels(image, self.spec) for image in images]
+        return torch.stack(pixels) if pixels else torch.zeros(0, 3, self.spec.size, self.spec.size, dtype=torch.uint8), ids
+
+    @torch.no_grad()
+    def stream(self, images, prompts, max_new_tokens=256, **sampling):
+        """As `generate`, but yields the next token ids (B,) a step. A row that has ended goes on with the end token."""
+        images = [[] if some is None else list(some) if isinstance(some, (list, tuple)) else [some] for some in images]
+        turns = [[(prompt, None)] if isinstance(prompt, str) else prompt for prompt in prompts]
+        if len(images) != len(turns) or not turns:
+            raise InputError(f"{len(turns)} prompts and {len(images)} entries of pictures: one entry (None, a picture, or a list) a prompt")
+        pixels, rows = zip(*(self.prompt(*pair) for pair in zip(images, turns)))
+        device, longest = self.llm.embed_tokens.weight.device, max(map(len, rows))
+        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)       # padded on the right
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        embeds = self.embed(tokens, torch.cat(pixels).to(device))
+        yield from self.llm.stream(embeds=embeds, lengths=lengths, max_new_tokens=max_new_tokens,
+                                   eos=end_ids(self.tokenizer, self.template), **sampling)
+
+    def generate(self, images, prompts, max_new_tokens=256, **sampling):
+        """images: one entry a prompt, a PIL picture, a list of them, or None. prompts: texts, or dialogues [(question,
+        answer), ..., (question, None)]. sampling: temperature=0 (greedy), top_k, top_p, generator. -> list of answers."""
+        steps = list(self.stream(images, prompts, max_new_tokens, **sampling))
+        return [self.text(row) for row in torch.stack(steps, dim=1).tolist()]
+
+    def text(self, ids):
+        """Generated ids -> text, up to the end token."""
+        ends = set(end_ids(self.tokenizer, self.template))
+        stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+        return self.tokenizer.decode(ids[:stop]).strip()
+
+    # --- one folder --------------------------------------------------------------------------------------------------
+
+    def save(self, folder, dtype=None):
+        """Write everything that from_pretrained needs. The folder appears whole or not at all. dtype None: as in memory."""
+        folder = Path(folder)
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        config = {"model_type": "mllm", "template": self.template, "connector": asdict(self.connector_config),
+                  "vision": [asdict(tower.config) for tower in self.vision], "llm": self.llm.config.to_dict()}
+        save_checkpoint(partial, {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}, config)
+        self.tokenizer.save(str(partial / "tokenizer.json"))
+        statistics = [{"mean": t.normalize.mean.flatten().tolist(), "std": t.normalize.std.flatten().tolist()} for t in self.vision]
+        (partial / "preprocessor_config.json").write_text(json.dumps(self.spec.config() | {"towers": statistics}, indent=2) + "\n")
+        replace_folder(partial, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
+        """A folder that `save` wrote -> MLLM, ready to generate. Raises InputError naming what is missing or left over."""
+        folder = locate(folder_or_id)
+        config = read_config(folder)
+        if config.get("model_type") != "mllm":
+            raise InputError(f"{folder}: model_type {config.get('model_type')!r} is no multimodal model of ours; "
+                             "train.py writes them under out/")
+        spec, statistics = ImageSpec.from_folder(folder), json.loads((folder / "preprocessor_config.json").read_text())["towers"]
+        with torch.device("meta"):
+            towers = []
+            for shape, numbers in zip(config["vision"], statistics):
+                tower, tower_config = tower_class(shape["model_type"], folder)
+                towers.append(tower(fields_of(tower_config, shape, folder), numbers["mean"], numbers["std"]))
+            llm = Llama(LlamaConfig.from_dict(config["llm"], folder))
+            model = cls(towers, llm, ConnectorConfig(**config["connector"]), load_tokenizer(folder), config["template"], spec)
+        return load_weights(model, folder, lambda name: name, dtype, device).eval()
+
+
+def replace_folder(partial, folder):
+    """Put the finished folder `partial` in the place of `folder`. Every file is synced first; if the machine dies between the
+    two renames, the former folder is still there under its name with ".old" behind it."""
+    for file in partial.iterdir():
+        with open(file, "rb+") as opened:
+            os.fsync(opened.fileno())
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
