@@ -91,6 +91,17 @@ def describe(cls):
     return "\n".join(lines)
 
 
+def pick_device(name):
+    """"auto" (CUDA, else MPS, else CPU) or a device's name -> torch.device. InputError if this machine has no such device."""
+    import torch                                                     # imported here: --help need not wait for it
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:                  # torch built without CUDA asserts
+        raise InputError(f"--device={name}: cannot be used ({str(error).splitlines()[0]})") from None
+
+
 def run(main):
     """main(arguments), with an InputError as one line on stderr and exit status 2."""
     try:

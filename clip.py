@@ -199,12 +199,13 @@ class CLIP(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors as Hugging Face's CLIPModel reads them."""
-        theirs = renamer([(ours, theirs) for theirs, ours in reversed(WHOLE + RENAMES)])
-        config = {"architectures": ["CLIPModel"], "model_type": "clip", "dtype": "float32",
+        their_name = renamer([(ours, theirs) for theirs, ours in reversed(WHOLE + RENAMES)])
+        config = {"architectures": ["CLIPModel"], "model_type": "clip",
+                  "dtype": str(self.logit_scale.dtype).removeprefix("torch."),
                   "projection_dim": self.visual_projection.out_features,
                   "vision_config": {**asdict(self.vision.config), "projection_dim": self.visual_projection.out_features},
                   "text_config": {**asdict(self.text.config), "projection_dim": self.text_projection.out_features}}
-        save_checkpoint(folder, {theirs(name): tensor for name, tensor in self.state_dict().items()}, config)
+        save_checkpoint(folder, {their_name(name): tensor for name, tensor in self.state_dict().items()}, config)
 
 
 WHOLE = [("vision_model.", "vision."), ("text_model.", "text.")]

@@ -15,9 +15,9 @@ and their *-imagenet1k-1-layer forms. COMM takes it as its second tower: CLIP kn
       | ... L blocks in all
     hidden[L] (B, S, D)  -> norm -> class token: the picture; patches: its parts
 
-What differs from vit.py: LayerScale (scale1, scale2), a SwiGLU in place of the MLP in the giant, registers, and positions
-that are resized to any resolution. It was trained at 518 x 518 (37 x 37 patches of 14); COMM shows it 336 x 336 (24 x 24),
-so that its patches lie exactly on those of CLIP-L/14 at 336.
+What differs from vit.py: LayerScale (scale1, scale2), a SwiGLU in place of the giant's MLP, registers, and positions
+that are resized to any resolution. It was trained at 518 x 518 (37 x 37 patches of 14); COMM shows it 336 x 336
+(24 x 24), so that its patches lie exactly on those of CLIP-L/14 at 336.
 """
 from dataclasses import asdict, dataclass
 
@@ -44,6 +44,10 @@ class DINOv2Config:
     layerscale_value: float = 1.0        # where LayerScale starts
     use_swiglu_ffn: bool = False         # the giant's feed-forward
     num_register_tokens: int = 0         # 4 in facebook/dinov2-with-registers-*
+    model_type: str = "dinov2"           # with registers: dinov2_with_registers
+
+    def __post_init__(self):
+        self.model_type = "dinov2_with_registers" if self.num_register_tokens else "dinov2"
 
 
 class SwiGLU(nn.Module):
@@ -51,7 +55,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width, hidden_width):
         super().__init__()
-        hidden_width = (int(hidden_width * 2 / 3) + 7) // 8 * 8      # 2/3: three matrices, as many weights as the MLP's two
+        hidden_width = (int(hidden_width * 2 / 3) + 7) // 8 * 8      # 2/3: three maps, the weights of the MLP's two
         self.weights_in = nn.Linear(width, 2 * hidden_width)
         self.weights_out = nn.Linear(hidden_width, width)
 
@@ -61,8 +65,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """vit.py's block with LayerScale (arXiv 2103.17239): each branch is multiplied by a learnt vector before it is added,
-    which keeps deep towers stable when the vector starts near zero."""
+    """vit.py's block with LayerScale (arXiv 2103.17239): each branch is multiplied by a learnt vector before it is
+    added. A vector that starts near zero keeps a deep tower stable."""
 
     def __init__(self, c):
         super().__init__()
@@ -100,8 +104,8 @@ class DINOv2(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """A start for training from scratch, as the authors': linear maps and positions from a narrow normal, biases 0.
-        The registers must differ, or they would stay alike for ever: nothing else, not even a position, tells them apart."""
+        """A start for training from scratch, as the authors': linear maps and positions narrow normal, biases zero. The
+        registers must differ, or they would stay alike for ever: nothing else tells them apart, not even a position."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -112,12 +116,12 @@ class DINOv2(nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
     def positions(self, grid):
-        """The position embeddings for grid x grid patches, (1, 1 + grid², D): the trained table, its patch part resized
-        bicubically if the grid is another one. In float32 also for a bf16 tower: half precision would move them."""
+        """The position embeddings for grid x grid patches, (1, 1 + grid², D): the trained table, its patch part
+        resized bicubically if the grid is another one. In float32 also for a bf16 tower: bf16 would move them."""
         if grid == self.grid:
             return self.position_embeddings
         table = self.position_embeddings[:, 1:].unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
-        # As transformers does: from one grid's size to the other's, with antialiasing for the towers with registers only.
+        # As transformers does: from one grid's size to the other's, antialiased for the towers with registers only.
         # The authors' code does the same for those; for the towers without registers it resizes by the factor
         # (grid + 0.1) / self.grid instead, which moves the sampling points by up to a tenth of a patch.
         table = F.interpolate(table.float(), size=(grid, grid), mode="bicubic", align_corners=False,
@@ -126,8 +130,8 @@ class DINOv2(nn.Module):
 
     def forward(self, pixels, layers=None, mask=None):
         """pixels: uint8 (B, 3, R, R), R a multiple of the patch size. layers None: all L + 1 hidden states; a list of
-        indices: those, in that order. Each is (B, S, D), before the final norm. mask: bool (B, N), True where the patch is
-        hidden behind the mask token (pretraining). Raises InputError for other pixels or layers."""
+        indices: those, in that order. Each is (B, S, D), before the final norm. mask (pretraining): bool (B, N), True
+        where the mask token stands in for the patch. Raises InputError for other pixels or layers."""
         check_pixels(pixels, None)
         height, width = pixels.shape[2:]
         if height != width or height % self.config.patch_size or not height:
@@ -144,32 +148,30 @@ class DINOv2(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
-        """Load facebook/dinov2-*, facebook/dinov2-with-registers-* or a folder of that layout. A classification checkpoint
-        loads too, without its classifier. Raises InputError."""
+        """Load facebook/dinov2-*, facebook/dinov2-with-registers-* or a folder of that layout. A classification
+        checkpoint loads too, without its classifier. Raises InputError."""
         folder = locate(folder_or_id)
         raw = read_config(folder)
-        if raw.get("model_type") not in DEFAULTS:
-            raise InputError(f"{folder}: model_type {raw.get('model_type')!r} is not one of {', '.join(DEFAULTS)}")
-        config = fields_of(DINOv2Config, {**DEFAULTS[raw["model_type"]], **raw}, folder)
+        if raw.get("model_type") not in ("dinov2", "dinov2_with_registers"):
+            raise InputError(f"{folder}: model_type {raw.get('model_type')!r} is not dinov2 or dinov2_with_registers")
         if raw["model_type"] == "dinov2":
-            config.num_register_tokens = 0
+            raw["num_register_tokens"] = 0                           # whatever else the file says
+        else:
+            raw = {"num_register_tokens": 4, "patch_size": 16} | raw     # Hugging Face's defaults for this type
+        config = fields_of(DINOv2Config, raw, folder)
         with torch.device("meta"):
             tower = cls(config, *pixel_statistics(folder, IMAGENET_MEAN, IMAGENET_STD))
         rename = renamer([("dinov2_with_registers.", ""), ("dinov2.", "")] + RENAMES, skip=("classifier.",))
         return load_weights(tower, folder, rename, dtype, device).eval()
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors as Hugging Face's Dinov2Model or Dinov2WithRegistersModel reads them."""
-        theirs = renamer([(ours, theirs) for theirs, ours in reversed(RENAMES)])
-        model_type, architecture = (("dinov2_with_registers", "Dinov2WithRegistersModel") if self.config.num_register_tokens
-                                    else ("dinov2", "Dinov2Model"))
-        config = {"architectures": [architecture], "model_type": model_type,
+        """Write config.json and model.safetensors for transformers' Dinov2Model or Dinov2WithRegistersModel."""
+        their_name = renamer([(ours, theirs) for theirs, ours in reversed(RENAMES)])
+        config = {"architectures": ["Dinov2WithRegistersModel" if self.config.num_register_tokens else "Dinov2Model"],
                   "dtype": str(self.cls_token.dtype).removeprefix("torch."), **asdict(self.config)}
-        save_checkpoint(folder, {theirs(name): tensor for name, tensor in self.state_dict().items()}, config)
+        save_checkpoint(folder, {their_name(name): tensor for name, tensor in self.state_dict().items()}, config)
 
 
-# what Hugging Face's two configurations leave out of the file; a dinov2 has no registers, whatever its file says
-DEFAULTS = {"dinov2": {}, "dinov2_with_registers": {"num_register_tokens": 4, "patch_size": 16}}
 RENAMES = [("embeddings.patch_embeddings.projection.", "patch."), ("embeddings.cls_token", "cls_token"),
            ("embeddings.mask_token", "mask_token"), ("embeddings.register_tokens", "register_tokens"),
            ("embeddings.position_embeddings", "position_embeddings"), ("encoder.layer.", "blocks."),

@@ -37,9 +37,14 @@ def locate(folder_or_id):
     wanted = dict(repo_id=name, revision=revision or None, allow_patterns=["*.json", "*.safetensors"])
     try:
         try:
-            return Path(huggingface_hub.snapshot_download(**wanted, local_files_only=True))
+            folder = Path(huggingface_hub.snapshot_download(**wanted, local_files_only=True))
         except errors.LocalEntryNotFoundError:
-            return Path(huggingface_hub.snapshot_download(**wanted))
+            folder = None
+        if folder and any(folder.glob("*.safetensors")):             # the cache may hold no more than, say, its tokenizer
+            return folder
+        return Path(huggingface_hub.snapshot_download(**wanted))
+    except errors.HFValidationError:
+        raise InputError(f"{folder_or_id}: no such folder, and not a Hugging Face id (owner/name)") from None
     except errors.GatedRepoError:
         raise InputError(f"{name}: gated repository; accept its licence on the hub, then set HF_TOKEN") from None
     except errors.RepositoryNotFoundError:
@@ -47,6 +52,17 @@ def locate(folder_or_id):
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         raise InputError(f"{name}: no such folder, not in the local cache, and the hub cannot be reached "
                          f"({type(error).__name__}); download it once, or name its folder") from None
+
+
+def newest_model(root="out"):
+    """The multimodal model under `root` that was written last -> its folder. Raises InputError if there is none."""
+    written = []
+    for path in Path(root).rglob("config.json"):
+        if path.parent.suffix not in (".partial", ".old") and read_config(path.parent).get("model_type") == "mllm":
+            written.append((path.stat().st_mtime_ns, path.parent))
+    if not written:
+        raise InputError(f"no model under {root}/: train one first (python train.py), or name its folder (--model=...)")
+    return max(written)[1]
 
 
 def read_json(path):
@@ -88,9 +104,10 @@ def tensor_files(folder):
         with open_safetensors(single) as file:
             return {name: single for name in file.keys()}
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index}: has no weight_map")
+        stated = read_json(index)
+        weight_map = stated.get("weight_map") if isinstance(stated, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise InputError(f"{index}: has no weight_map from tensor names to shards")
         for name, shard in weight_map.items():
             if Path(shard).name != shard:
                 raise InputError(f"{index}: {name} points outside the folder ({shard})")

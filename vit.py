@@ -53,7 +53,7 @@ def pixel_statistics(folder, mean, std):
     """Mean and standard deviation from the checkpoint's preprocessor_config.json, or the given ones where it has none."""
     path = Path(folder) / "preprocessor_config.json"
     stated = read_json(path) if path.exists() else {}
-    return tuple(stated.get("image_mean", mean)), tuple(stated.get("image_std", std))
+    return tuple(stated.get("image_mean") or mean), tuple(stated.get("image_std") or std)
 
 
 class Attention(nn.Module):

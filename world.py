@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data import Sample
+from data import NothingToLearn, Sample
 
 SIDE = 64                                                            # pixels
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -169,6 +169,13 @@ def question(task, objects, rng, about=0):
     return None
 
 
+def any_question(task, objects, rng):
+    """One (question, answer) of a task about a random object that gives one, or None where none does."""
+    start = int(rng.integers(len(objects)))
+    options = (question(task, objects, rng, about=start + i) for i in range(len(objects)))
+    return next((turn for turn in options if turn), None)
+
+
 def dialogue(objects, rng, questions=8):
     """Several questions about one picture, in random order: [(question, answer), ...]. Each is about the next object, so that
     an answer is seldom given away by a question before it; the caption, which gives everything away, comes last or not at all."""
@@ -202,9 +209,10 @@ class World:
             return [("", caption(objects))]
         if self.style == "dialogue":
             return dialogue(objects, rng)
-        start = int(rng.integers(len(objects)))
-        options = (question(self.style, objects, rng, about=start + i) for i in range(len(objects)))
-        return [next((turn for turn in options if turn), None)]
+        turn = any_question(self.style, objects, rng)
+        if turn is None:                                             # the loader skips such a sample
+            raise NothingToLearn(f"{self.split} scene {index} gives no {self.style} question")
+        return [turn]
 
     def __getitem__(self, index):
         objects = scene(self.split, index)

@@ -9,6 +9,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 torch.set_num_threads(2)
 
@@ -26,3 +27,9 @@ def relative_error(ours, reference):
     """‖a−b‖ / ‖b‖ in float64; NaN never passes a comparison with it."""
     ours, reference = ours.double(), reference.double()
     return ((ours - reference).norm() / reference.norm()).item()
+
+
+def recorded(variant):
+    """tests/fixtures/<variant>: (checkpoint folder, {name: tensor} that transformers computed with it)."""
+    folder = ROOT / "tests" / "fixtures" / variant
+    return folder, load_file(folder / "expected.safetensors")

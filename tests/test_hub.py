@@ -1,0 +1,169 @@
+"""hub.py: what is wrong with a checkpoint is said in one line that names the tensor or the file."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hub import InputError, load_weights, locate, read_config, save_checkpoint
+from llama import Llama
+
+FIXTURE = Path(__file__).parent / "fixtures" / "llama_multi_head"
+TENSOR = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A good checkpoint, to be damaged."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(FIXTURE / name, tmp_path / name)
+    return tmp_path
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def shard(folder):
+    """The same checkpoint as two shards and their index."""
+    tensors = load_file(folder / "model.safetensors")
+    names, places = sorted(tensors), {}
+    for part, some in enumerate((names[:9], names[9:])):
+        places |= {name: f"model-{part}.safetensors" for name in some}
+        save_file({name: tensors[name] for name in some}, folder / f"model-{part}.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return places
+
+
+def error_of(folder):
+    with pytest.raises(InputError) as error:
+        Llama.from_pretrained(folder)
+    message = str(error.value)
+    assert "\n" not in message and str(folder) in message
+    return message
+
+
+def test_missing_tensor_is_named(folder):
+    rewrite(folder, lambda tensors: tensors.pop(TENSOR))
+    message = error_of(folder)
+    assert "missing" in message and "layers.1.mlp.up_proj.weight" in message
+
+
+def test_left_over_tensor_is_named(folder):
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(3)}))
+    message = error_of(folder)
+    assert "left over" in message and "model.layers.2.mlp.up_proj.weight" in message
+
+
+def test_tensor_of_another_shape_is_named_with_both_shapes(folder):
+    rewrite(folder, lambda tensors: tensors.update({TENSOR: torch.zeros(41, 32)}))
+    message = error_of(folder)
+    assert TENSOR in message and "(41, 32)" in message and "(40, 32)" in message
+
+
+def test_tensor_that_is_not_made_of_floats_is_named(folder):
+    rewrite(folder, lambda tensors: tensors.update({TENSOR: torch.zeros(40, 32, dtype=torch.int8)}))
+    message = error_of(folder)
+    assert TENSOR in message and "int8" in message
+
+
+@pytest.mark.parametrize("size", [0, 5, 400, 50000])
+def test_truncated_file_is_named(folder, size):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    assert "model.safetensors" in error_of(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
+def test_pickled_weights_are_refused_with_the_reason(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    message = error_of(folder)
+    assert name in message and "pickle" in message and "safetensors" in message
+
+
+def test_folder_without_checkpoint_is_an_error(folder):
+    (folder / "model.safetensors").unlink()
+    assert "no checkpoint" in error_of(folder)
+
+
+def test_folder_without_config_is_an_error(folder):
+    (folder / "config.json").unlink()
+    assert "config.json" in error_of(folder)
+
+
+@pytest.mark.parametrize("text, named", [('{"a": 1,\n"b"}', "line 2"), ("[]", "object"), ("\xff", "config.json")])
+def test_config_that_is_not_an_object_is_an_error(folder, text, named):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    assert named in error_of(folder)
+
+
+def test_name_that_is_neither_a_folder_nor_an_id_is_an_error():
+    for name in ("./nowhere", "/nowhere/at/all", "nowhere"):
+        with pytest.raises(InputError, match="no such folder"):
+            locate(name)
+
+
+def test_id_that_is_not_in_the_cache_is_an_error_without_the_network():
+    with pytest.raises(InputError, match="nobody/no-such-model"):
+        locate("nobody/no-such-model")
+
+
+def test_shards_give_the_same_model(folder):
+    whole = Llama.from_pretrained(folder)
+    shard(folder)
+    for ours, sharded in zip(whole.parameters(), Llama.from_pretrained(folder).parameters(), strict=True):
+        assert torch.equal(ours, sharded)
+
+
+def test_missing_shard_is_named(folder):
+    shard(folder)
+    (folder / "model-1.safetensors").unlink()
+    assert "model-1.safetensors" in error_of(folder)
+
+
+def test_tensor_that_the_index_lists_but_no_shard_holds_is_named(folder):
+    places = shard(folder)
+    places["model.ghost.weight"] = "model-0.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert "model.ghost.weight" in error_of(folder)
+
+
+def test_index_that_points_outside_the_folder_is_refused(folder):
+    places = shard(folder)
+    places[TENSOR] = "../model-0.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert "outside the folder" in error_of(folder)
+
+
+def test_loading_takes_no_second_copy_and_leaves_the_file_as_it_is(folder):
+    """The parameters are the file's own pages, copied on write: training changes the model and not the checkpoint."""
+    before = (folder / "model.safetensors").read_bytes()
+    model = Llama.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_saved_checkpoint_replaces_the_one_it_was_loaded_from(folder):
+    model = Llama.from_pretrained(folder)
+    with torch.no_grad():
+        model.norm.weight.add_(1)
+    model.save_pretrained(folder)
+    assert torch.equal(Llama.from_pretrained(folder).norm.weight, model.norm.weight)
+    assert not list(folder.glob("*.partial"))
+
+
+def test_save_and_load_of_any_module(tmp_path):
+    module = torch.nn.Linear(3, 2)
+    save_checkpoint(tmp_path, {f"x.{name}": p for name, p in module.named_parameters()}, {"model_type": "linear"})
+    with torch.device("meta"):
+        empty = torch.nn.Linear(3, 2)
+    loaded = load_weights(empty, tmp_path, lambda name: name.removeprefix("x."), dtype=torch.bfloat16)
+    assert loaded.weight.dtype == torch.bfloat16 and torch.equal(loaded.weight, module.weight.bfloat16())
+    assert read_config(tmp_path) == {"model_type": "linear"}

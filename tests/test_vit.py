@@ -1,0 +1,223 @@
+"""ViT, DeiT and MAE against what transformers computed (tests/make_tower_fixtures.py), and how every tower behaves."""
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import recorded, relative_error
+from safetensors.torch import load_file, save_file
+
+from hub import InputError
+from vit import ViT, ViTConfig
+
+TOLERANCE = 1e-5     # float32 parity as the project promises it; other orders of summation give about 1e-7
+SMALL = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8)
+
+
+@pytest.fixture
+def tower():
+    torch.manual_seed(0)
+    return ViT(ViTConfig(**SMALL)).eval()
+
+
+@pytest.fixture
+def pixels():
+    return torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A copy of the recorded ViT in float32, to be damaged: (folder, its tensors)."""
+    folder, _ = recorded("vit")
+    shutil.copy(folder / "config.json", tmp_path)
+    tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path, tensors
+
+
+@pytest.mark.parametrize("variant", ["vit", "vit_headless", "deit", "deit_one_head", "mae"])
+@torch.no_grad()
+def test_hidden_states_equal_transformers(variant):
+    folder, expected = recorded(variant)
+    tower = ViT.from_pretrained(folder)
+    hidden = tower(expected["32.pixels"])
+    assert len(hidden) == 4 and hidden[0].shape == (2, (2 if variant.startswith("deit") else 1) + 16, 16)
+    for i, state in enumerate(hidden):
+        assert relative_error(state, expected[f"32.hidden.{i}"]) < TOLERANCE, f"hidden[{i}]"
+
+
+@pytest.mark.parametrize("variant", ["vit", "deit", "deit_one_head"])
+@torch.no_grad()
+def test_logits_equal_transformers(variant):
+    folder, expected = recorded(variant)
+    assert relative_error(ViT.from_pretrained(folder).classify(expected["32.pixels"]), expected["32.logits"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["vit_headless", "mae"])
+def test_a_checkpoint_without_a_head_says_so(variant, pixels):
+    with pytest.raises(InputError, match="no classification head"):
+        ViT.from_pretrained(recorded(variant)[0]).classify(pixels)
+
+
+@pytest.mark.parametrize("variant, prefix", [("vit", 1), ("deit", 2), ("deit_one_head", 2), ("mae", 1)])
+def test_prefix_tokens_do_not_depend_on_the_patches(variant, prefix):
+    """hidden[0] of class and distillation tokens is a parameter and its position, whatever the picture shows."""
+    folder, expected = recorded(variant)
+    tower = ViT.from_pretrained(folder)
+    black, white = (tower(torch.full_like(expected["32.pixels"], value), [0])[0] for value in (0, 255))
+    assert tower.num_prefix_tokens == prefix
+    assert torch.equal(black[:, :prefix], white[:, :prefix]) and not torch.isclose(black[:, prefix:], white[:, prefix:]).any()
+
+
+@torch.no_grad()
+def test_layers_come_in_the_order_asked(tower, pixels):
+    every = tower(pixels)
+    for layers in ([3, 1], [0], [2, 2, 0], [4], []):
+        asked = tower(pixels, layers)
+        assert len(asked) == len(layers) and all(torch.equal(a, every[i]) for a, i in zip(asked, layers))
+
+
+@pytest.mark.parametrize("layers, runs", [([0], 0), ([2, 1], 2), ([], 0), ([4, 0], 4), (None, 4)])
+def test_no_block_runs_beyond_the_deepest_layer_asked(tower, pixels, layers, runs):
+    ran = []
+    for i, block in enumerate(tower.blocks):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    tower(pixels, layers)
+    assert ran == list(range(runs))
+
+
+@pytest.mark.parametrize("layer", [-1, 5])
+def test_a_layer_that_does_not_exist_is_an_error(tower, pixels, layer):
+    with pytest.raises(InputError, match=rf"hidden\[{layer}\] asked of a tower of 4 blocks"):
+        tower(pixels, [1, layer])
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (torch.zeros(2, 3, 32, 32), "should be uint8"), (torch.zeros(3, 32, 32, dtype=torch.uint8), "should be uint8"),
+    (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), "should be uint8"),
+    (torch.zeros(2, 32, 32, 3, dtype=torch.uint8), "should be uint8"),
+    (torch.zeros(2, 3, 40, 40, dtype=torch.uint8), "40 x 40 for a tower that was trained at 32 x 32")])
+def test_pixels_of_another_kind_are_an_error(tower, wrong, message):
+    with pytest.raises(InputError, match=message):
+        tower(wrong)
+
+
+@torch.no_grad()
+def test_pictures_of_a_batch_do_not_see_each_other(tower, pixels):
+    # one picture alone or beside another: the same numbers but for the order of summation
+    assert relative_error(tower(pixels[:1])[-1], tower(pixels)[-1][:1]) < 1e-6
+
+
+@torch.no_grad()
+def test_bf16_halves_the_weights_and_stays_near_float32():
+    folder, expected = recorded("vit")
+    tower = ViT.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in tower.parameters()} == {torch.bfloat16}
+    assert tower.normalize.mean.dtype == torch.float32               # pixels are normalised before they are rounded
+    hidden = tower(expected["32.pixels"])
+    assert hidden[-1].dtype == torch.bfloat16
+    assert relative_error(hidden[-1], expected["32.hidden.3"]) < 0.03     # bf16 rounds by up to 0.4%, dozens of times
+
+
+def test_pixels_are_normalised_as_the_checkpoint_says(tmp_path):
+    folder, expected = recorded("vit")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    pixels = expected["32.pixels"]
+    assert torch.equal(ViT.from_pretrained(tmp_path).normalize(pixels, torch.float32), (pixels / 255 - 0.5) / 0.5)
+    statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(statistics))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in statistics.values())
+    assert torch.equal(ViT.from_pretrained(tmp_path).normalize(pixels, torch.float32), (pixels / 255 - mean) / std)
+
+
+# --- how a checkpoint becomes a module (hub.py) ------------------------------------------------------------------------
+
+def test_parameters_are_the_mapped_file_itself(checkpoint):
+    """No second copy: every parameter lies in the memory range where the system has mapped the file."""
+    folder, _ = checkpoint
+    tower = ViT.from_pretrained(folder)
+    try:
+        lines = open("/proc/self/maps").read().splitlines()
+    except OSError:
+        pytest.skip("this system does not list its mapped files")
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines if str(folder) in line]
+    for name, parameter in tower.named_parameters():
+        assert any(start <= parameter.data_ptr() < end for start, end in ranges), f"{name} was copied"
+
+
+def test_training_a_loaded_tower_leaves_the_file_alone(checkpoint, pixels):
+    folder, _ = checkpoint
+    before = (folder / "model.safetensors").read_bytes()
+    tower = ViT.from_pretrained(folder)
+    optimizer = torch.optim.SGD(tower.parameters(), lr=1.0)
+    tower(pixels)[-1].square().mean().backward()
+    optimizer.step()
+    assert tower.patch.weight.grad.abs().sum() > 0
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_missing_tensor_is_named(checkpoint):
+    folder, tensors = checkpoint
+    del tensors["vit.encoder.layer.1.intermediate.dense.bias"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"blocks\.1\.mlp\.fc1\.bias missing"):
+        ViT.from_pretrained(folder)
+
+
+def test_a_tensor_left_over_is_named(checkpoint):
+    folder, tensors = checkpoint
+    save_file(tensors | {"vit.encoder.layer.3.output.dense.bias": torch.zeros(16)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"vit\.encoder\.layer\.3\.output\.dense\.bias left over"):
+        ViT.from_pretrained(folder)
+
+
+def test_a_tensor_of_another_shape_is_named(checkpoint):
+    folder, tensors = checkpoint
+    save_file(tensors | {"vit.layernorm.bias": torch.zeros(17)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"vit\.layernorm\.bias has shape \(17,\), the config asks for \(16,\)"):
+        ViT.from_pretrained(folder)
+
+
+def test_a_tensor_that_is_no_float_is_named(checkpoint):
+    folder, tensors = checkpoint
+    save_file(tensors | {"vit.layernorm.bias": torch.zeros(16, dtype=torch.int8)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"vit\.layernorm\.bias has dtype torch\.int8"):
+        ViT.from_pretrained(folder)
+
+
+def test_two_tensors_for_one_parameter_are_an_error(checkpoint):
+    folder, tensors = checkpoint
+    save_file(tensors | {"layernorm.bias": torch.zeros(16)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"layernorm\.bias left over"):
+        ViT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("length", [5, 1000, -1])
+def test_a_truncated_file_is_named(checkpoint, length):
+    folder, _ = checkpoint
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(InputError, match=r"model\.safetensors: not a readable safetensors file, truncated or damaged"):
+        ViT.from_pretrained(folder)
+
+
+def test_another_kind_of_checkpoint_is_refused():
+    with pytest.raises(InputError, match="model_type 'clip' is not a ViT"):
+        ViT.from_pretrained(recorded("clip")[0])
+
+
+def test_sharded_checkpoints_load_like_whole_ones(checkpoint, pixels):
+    folder, tensors = checkpoint
+    whole = ViT.from_pretrained(folder).classify(pixels)
+    (folder / "model.safetensors").unlink()
+    shards = {f"model-0000{i + 1}-of-00003.safetensors": sorted(tensors)[i::3] for i in range(3)}
+    for shard, names in shards.items():
+        save_file({name: tensors[name] for name in names}, folder / shard)
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert torch.equal(ViT.from_pretrained(folder).classify(pixels), whole)
+
+
+def test_nothing_stays_on_the_meta_device():
+    tower = ViT.from_pretrained(recorded("vit_headless")[0])
+    assert not any(tensor.is_meta for tensor in [*tower.parameters(), *tower.buffers()])

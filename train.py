@@ -1,0 +1,433 @@
+"""Train a multimodal LLM in the two stages of LLaVA, COMM and the Dense Connector.
+
+    python train.py                                                        the embedded world, on a laptop, in minutes
+    python train.py --connector=comm                                       COMM's merge of CLIP and DINOv2
+    python train.py config/dense_7b.toml --data1=... --image_dir=...       a paper's recipe on your data
+    torchrun --nproc_per_node=8 train.py config/dense_7b.toml              the same on 8 GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...    on two nodes
+    python train.py --resume                                               go on after a stop, bit for bit
+
+Stage 1 teaches the connector to speak the LLM's language, on captions; stage 2 trains connector and LLM, on dialogues. What a
+run writes, under --out: log.jsonl, checkpoints/ (only what is trained, with the optimizer: for --resume and for the next
+stage) and model/ (the whole model, for sample.py and eval.py).
+"""
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import ConcatDataset
+
+import cli
+from connector import ConnectorConfig
+from data import LlavaData, Loader, ShikraData
+from hub import InputError, open_safetensors, read_json, save_safetensors
+from mllm import MLLM, replace_folder
+from world import World
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Config:
+    # the model
+    connector: str = "dense"             # linear, mlp, sti, sci, dci (= dense), efficient, comm
+    vision: list[str] = field(default_factory=lambda: [])  # towers, folders or hub ids; none: the tiny CLIP (comm: and DINOv2)
+    llm: str = ""                        # LLaMA folder or hub id; empty: the tiny one
+    tokenizer: str = ""                  # folder with a tokenizer.json; empty: the LLM's own
+    template: str = ""                   # of stage 2: vicuna_v1, llama_2, llama_3, chatml, tiny; empty: the LLM's own
+    image_size: int = 0                  # side R in pixels; 0: what the first tower was trained at
+    image_mode: str = "pad"              # a picture becomes a square by pad, crop or stretch
+    groups: int = 2                      # dense: number of groups of layers
+    merge: str = "lln"                   # comm: lln, layerscale, mean_half, mean_all
+    dino_depth: int = 2                  # comm: MLPs after DINOv2's merge
+    dino_expansion: int = 4              # comm: their width inside, as a multiple of DINOv2's
+    # what is trained on what: a key that ends in 1 is stage 1's, in 2 stage 2's
+    stage: int = 0                       # 1, 2, or 0: both in a row
+    init: str = ""                       # start stage 2 from this checkpoint; empty: this run's stage 1; "new": from nothing
+    train1: list[str] = field(default_factory=lambda: ["connector"])  # parts that learn: vision, connector, llm
+    train2: list[str] = field(default_factory=lambda: ["connector", "llm"])  # the same for stage 2
+    data1: list[str] = field(default_factory=lambda: ["world"])  # LLaVA's .json(l); rec:FILE or reg:FILE (Shikra's); world
+    data2: list[str] = field(default_factory=lambda: ["world"])  # several files are mixed in proportion to their size
+    image_dir: str = ""                  # folder of the pictures; empty: beside each data file
+    template1: str = "plain"             # template of stage 1
+    max_length: int = 2048               # tokens a dialogue, pictures included; what is over is cut at a whole turn
+    batch1: int = 64                     # samples an optimizer step, over all ranks and micro-batches
+    batch2: int = 64                     # the same for stage 2
+    micro_batch: int = 64                # samples a forward on one rank; a step takes as many forwards as it needs
+    steps1: int = 40                     # optimizer steps of stage 1; 0: epochs1 says
+    steps2: int = 220                    # optimizer steps of stage 2; 0: epochs2 says
+    epochs1: float = 1                   # passes over the data, where steps1 is 0
+    epochs2: float = 1                   # the same for stage 2
+    # optimisation
+    lr1: float = 2e-3                    # peak learning rate of stage 1
+    lr2: float = 2e-3                    # peak learning rate of stage 2, of the LLM and the towers
+    connector_lr2: float = 0             # of the connector in stage 2; 0: lr2
+    warmup: float = 0.03                 # share of the steps in which the learning rate rises; then a cosine to zero
+    weight_decay: float = 0.0            # AdamW's
+    beta2: float = 0.98                  # AdamW's second moment; the papers use 0.999
+    clip: float = 1.0                    # largest norm of the gradient
+    seed: int = 0                        # of the connector's start and the order of the data
+    # how it runs
+    out: str = ""                        # folder of the run; empty: out/<connector>, with a number where that is taken
+    resume: bool = False                 # go on from the newest checkpoint of --out (or of the newest such run)
+    save_every: int = 500                # steps between checkpoints; SIGINT and SIGTERM save as well
+    log_every: int = 10                  # steps between lines
+    log: list[str] = field(default_factory=lambda: [])  # tensorboard and/or wandb, beside log.jsonl
+    evaluate: bool = True                # print the scores at the end, where the data is the embedded world
+    device: str = "auto"                 # cuda, mps, cpu
+    bf16: bool | None = None             # autocast to bfloat16; none: on CUDA
+    compile: bool | None = None          # torch.compile the transformer blocks; none: on CUDA
+    activation_checkpointing: bool = False  # recompute the LLM's blocks in the backward pass: less memory, a third slower
+    workers: int = 0                     # loader processes a rank; 0: in line
+
+
+# --- what a stage needs -----------------------------------------------------------------------------------------------
+
+def settings(config, stage):
+    """The fields of one stage, without the 1 or 2 at their end."""
+    return {key[:-1]: value for key, value in asdict(config).items() if key.endswith(str(stage))}
+
+
+def build_model(config, device):
+    tiny = [HERE / "weights" / name for name in (("clip", "dinov2") if config.connector == "comm" else ("clip",))]
+    shape = ConnectorConfig(config.connector, config.groups, config.merge, config.dino_depth, config.dino_expansion)
+    torch.manual_seed(config.seed)                                   # the connector's start
+    return MLLM.assemble(config.vision or tiny, config.llm or HERE / "weights" / "llama", shape, config.template or None,
+                         config.image_size or None, config.image_mode, config.tokenizer or None, device=device)
+
+
+def build_data(config, stage):
+    """The stage's dataset. Errors name file and line, before anything is trained."""
+    own, parts = settings(config, stage), []
+    for name in own["data"]:
+        kind, colon, path = name.partition(":")
+        if name == "world":
+            parts.append(World("train", own["steps"] * own["batch"] or 20_000, "caption" if stage == 1 else "dialogue"))
+        elif colon and kind in ("rec", "reg"):
+            if config.image_mode != "pad":
+                raise InputError(f"{name}: boxes are those of padded pictures, with --image_mode={config.image_mode} they are wrong")
+            parts.append(ShikraData(path, config.image_dir or Path(path).parent, kind))
+        else:
+            parts.append(LlavaData(name, config.image_dir or Path(name).parent))
+    if not parts:
+        raise InputError(f"--data{stage} is empty")
+    return parts[0] if len(parts) == 1 else ConcatDataset(parts)
+
+
+def choose_trained(model, parts, keep_frozen_small):
+    """Set requires_grad: `parts` learn, the others are frozen. Returns {part: its trained parameters}."""
+    trained = {}
+    for part in ("vision", "connector", "llm"):
+        module = getattr(model, part)
+        module.requires_grad_(part in parts)
+        if part == "llm" and part not in parts and keep_frozen_small:
+            module.to(torch.bfloat16)                                # a frozen LLM needs no float32 master copy
+    for tower, layers in zip(model.vision, model.layers):            # nothing beyond the deepest layer read can learn
+        for name, parameter in tower.named_parameters():
+            depth = int(name.split(".")[1]) if name.startswith("blocks.") else 0
+            if depth >= max(layers) or name.startswith(("norm.", "norm_post.", "classifier", "distillation_c", "mask_token")):
+                parameter.requires_grad_(False)
+    for part in parts:
+        if part not in ("vision", "connector", "llm"):
+            raise InputError(f"{part!r} cannot be trained: vision, connector or llm")
+        trained[part] = [p for p in getattr(model, part).parameters() if p.requires_grad]
+    return trained
+
+
+def learning_rate(step, steps, warmup):
+    """Factor on the peak rate: a linear rise over the first `warmup` share of the steps, then a cosine to zero."""
+    rise = max(1, round(steps * warmup))
+    return (step + 1) / rise if step < rise else (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(folder, model, optimizer, state):
+    """What is trained, the optimizer's moments and `state`, all in one folder that appears whole or not at all. The former
+    checkpoints of the stage go only after that."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    names = {p: name for name, p in trained.items()}
+    moments = {f"{key}.{names[p]}": value for p, values in optimizer.state.items() for key, value in values.items()}
+    save_safetensors(trained, partial / "trained.safetensors")
+    save_safetensors(moments | {"random_state": torch.get_rng_state()}, partial / "optimizer.safetensors")
+    (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    replace_folder(partial, folder)
+    for former in checkpoints(folder.parent, state["stage"])[:-1]:
+        shutil.rmtree(former)
+
+
+def checkpoints(folder, stage):
+    """The whole checkpoints of a stage, oldest first."""
+    return sorted(path for path in folder.glob(f"stage{stage}-*[0-9]") if (path / "state.json").exists())
+
+
+def load_checkpoint(folder, model, optimizer=None):
+    """Put a checkpoint's tensors into the model (and the optimizer). Returns its state. Every trained tensor must be there."""
+    folder, parameters = Path(folder), dict(model.named_parameters())
+    state = read_json(folder / "state.json")
+    with open_safetensors(folder / "trained.safetensors") as file:
+        expected = {name for name, p in parameters.items() if p.requires_grad} if optimizer else set(file.keys())
+        for name in sorted(expected ^ set(file.keys()) or set(file.keys()) - set(parameters)):
+            raise InputError(f"{folder}: tensor {name} does not fit: this is the checkpoint of another model or another stage")
+        with torch.no_grad():
+            for name in file.keys():
+                tensor = file.get_tensor(name)
+                if tensor.shape != parameters[name].shape:
+                    raise InputError(f"{folder}: tensor {name} has shape {tuple(tensor.shape)}, the model's "
+                                     f"{tuple(parameters[name].shape)}: this is the checkpoint of another model")
+                parameters[name].copy_(tensor)
+    if optimizer:
+        with open_safetensors(folder / "optimizer.safetensors") as file:
+            torch.set_rng_state(file.get_tensor("random_state"))
+            for name, parameter in parameters.items():
+                if f"step.{name}" in file.keys():
+                    optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}").to(
+                        parameter.device if key != "step" or parameter.is_cuda else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")}
+    return state
+
+
+def check_same(config, state, folder):
+    """A resumed run must be the run that was stopped."""
+    free = ("resume", "out", "stage", "device", "log", "log_every", "save_every", "evaluate", "workers", "compile", "micro_batch")
+    for key, value in asdict(config).items():
+        if key not in free and state["config"].get(key) != value:
+            raise InputError(f"{folder}: was trained with --{key}={state['config'].get(key)}, not {value}: resume with the "
+                             "same options, or start anew with another --out")
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+def train_stage(config, stage, model, run, world):
+    """One stage on this rank. `run`: the folder, `world`: rank, size and device of this process and the stop flag."""
+    own, dataset, main = settings(config, stage), build_data(config, stage), world.rank == 0
+    use_bf16 = world.device.type == "cuda" if config.bf16 is None else config.bf16
+    trained = choose_trained(model, own["train"], keep_frozen_small=use_bf16 and world.device.type == "cuda")
+    steps = own["steps"] or math.ceil(own["epochs"] * len(dataset) / own["batch"])
+    rates = {part: own.get("connector_lr") or own["lr"] if part == "connector" else own["lr"] for part in trained}
+    optimizer = torch.optim.AdamW([{"params": trained[part], "peak": rates[part]} for part in trained], lr=own["lr"],
+                                  betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
+    start = 0
+    if config.resume and (saved := checkpoints(run / "checkpoints", stage)):
+        state = load_checkpoint(saved[-1], model, optimizer)
+        check_same(config, state, saved[-1])
+        start = state["step"]
+        say(main, f"resumed from {saved[-1]} at step {start}")
+        if start >= steps:
+            return True
+    template = own.get("template") if stage == 1 else model.template
+    loader = Loader(dataset, model.tokenizer, template, model.spec, model.tokens_per_image, config.max_length, own["batch"],
+                    config.micro_batch, config.seed + stage, world.rank, world.size, config.workers, start * own["batch"])
+    model.llm.gradient_checkpointing = config.activation_checkpointing
+    model.train()
+    network = model
+    if world.size > 1:
+        network = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+
+    count = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("vision", "connector", "llm")}
+    say(main, f"\nstage {stage}: " + ", ".join(f"{part} {count[part] / 1e6:.2f}M {'trained' if part in trained else 'frozen'}"
+                                              for part in count))
+    say(main, f"  {len(dataset):,} samples, {steps} steps of {own['batch']}, {model.tokens_per_image} visual tokens a picture, "
+              f"peak learning rate {own['lr']:g}, {'bfloat16' if use_bf16 else 'float32'} on {world.size} x {world.device.type}")
+
+    writer, bad_steps, skipped, began = Log(config, run, main), 0, 0, time.time()
+    tokens_seen, since = 0, time.time()
+    save = lambda step: main and save_checkpoint(run / "checkpoints" / f"stage{stage}-{step:07d}", model, optimizer,
+                                                 {"stage": stage, "step": step, "steps": steps, "config": asdict(config)})
+    for step, micro_batches in zip(range(start, steps), loader):
+        factor = learning_rate(step, steps, config.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        # every rank learns how many tokens the whole global batch supervises, how many it holds, and who was asked to stop
+        supervised = sum((batch.labels[:, 1:] >= 0).sum() for batch in micro_batches)
+        held = sum(int((batch.tokens != 0).sum()) for batch in micro_batches)
+        totals = world.sum(torch.tensor([float(supervised), float(held), float(world.stop)], dtype=torch.float64))
+        loss_sum = torch.zeros((), dtype=torch.float64, device=world.device if world.device.type != "mps" else "cpu")
+        for i, batch in enumerate(micro_batches):
+            last = i + 1 == len(micro_batches)
+            with nullcontext() if last or world.size == 1 else network.no_sync():
+                with torch.autocast(world.device.type, torch.bfloat16, enabled=use_bf16):
+                    loss, _ = network(*(t.to(world.device, non_blocking=True) for t in
+                                        (batch.pixels, batch.tokens, batch.labels, batch.positions)))
+                # DDP averages over ranks, so world.size undoes that: the gradient is that of sum / number of the global batch
+                (loss * (world.size / max(1.0, totals[0].item()))).backward()
+                loss_sum += loss.detach().to(loss_sum)
+        loss = world.sum(loss_sum).item() / max(1.0, totals[0].item())
+        norm = torch.nn.utils.clip_grad_norm_([p for part in trained.values() for p in part], config.clip).item()
+        if math.isfinite(loss) and math.isfinite(norm):              # both are the same on every rank, so all decide alike
+            optimizer.step()
+            bad_steps = 0
+        else:
+            bad_steps += 1
+            print(f"step {step}: loss {loss}, gradient norm {norm}: step skipped; its samples: "
+                  + ", ".join(name for batch in micro_batches for name in batch.ids[:8]), file=sys.stderr, flush=True)
+            if bad_steps == 10:
+                raise InputError(f"ten steps in a row without a finite loss, stopped at step {step}; the last checkpoint under "
+                                 f"{run}/checkpoints is good: lower the learning rate, then --resume")
+        optimizer.zero_grad(set_to_none=True)
+        tokens_seen += totals[1].item()
+        stop = totals[2] > 0
+        if len(loader.skipped) > skipped:
+            for name, error in list(loader.skipped.items())[skipped:]:
+                print(f"skipped {name}: {error}", file=sys.stderr)
+            skipped = len(loader.skipped)
+        if step % config.log_every == 0 or step + 1 == steps or stop:
+            now = time.time()
+            left = (now - began) / (step + 1 - start) * (steps - step - 1)
+            say(main, f"stage {stage}  step {step:5d}/{steps}  loss {loss:.4f}  lr {own['lr'] * factor:.2e}  "
+                      f"{tokens_seen / max(now - since, 1e-9):,.0f} tokens/s  {left // 60:.0f}m{left % 60:02.0f}s left")
+            writer.write({"stage": stage, "step": step, "loss": loss, "lr": own["lr"] * factor, "gradient_norm": norm,
+                          "tokens": int(totals[1]), "supervised": int(totals[0]), "tokens_per_second":
+                          round(tokens_seen / max(now - since, 1e-9)), "skipped": skipped, "seconds": round(now - began, 1)})
+            tokens_seen, since = 0, now
+        if stop or step + 1 == steps or (step + 1) % config.save_every == 0:
+            save(step + 1)
+        if stop:
+            say(main, f"stopped at step {step + 1} of stage {stage}, saved; go on with --resume")
+            return False
+    return True
+
+
+class Log:
+    """log.jsonl, and TensorBoard or wandb where asked for; rank 0 alone writes."""
+
+    def __init__(self, config, run, main):
+        self.main, self.path, self.board, self.wandb = main, run / "log.jsonl", None, None
+        for name in config.log:
+            if name not in ("tensorboard", "wandb"):
+                raise InputError(f"--log={name}: tensorboard or wandb")
+            try:
+                if name == "tensorboard":
+                    from torch.utils.tensorboard import SummaryWriter
+                    self.board = SummaryWriter(run) if main else None
+                else:
+                    import wandb
+                    self.wandb = (wandb.run or wandb.init(project="mllm", config=asdict(config))) if main else None
+            except ImportError:
+                raise InputError(f"--log={name}: not installed; pip install {name}") from None
+
+    def write(self, record):
+        if self.main:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+            if self.board:
+                for key in ("loss", "lr", "gradient_norm", "tokens_per_second"):
+                    self.board.add_scalar(f"stage{record['stage']}/{key}", record[key], record["step"])
+            if self.wandb:
+                self.wandb.log({f"stage{record['stage']}/{key}": value for key, value in record.items()})
+
+
+class Processes:
+    """This process among those that torchrun started (or alone): its rank, its device, sums over all of them, and whether it
+    was asked to stop."""
+
+    def __init__(self, device):
+        self.rank, self.size, self.stop = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), False
+        self.device = cli.pick_device(device)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if self.size > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask_to_stop)
+
+    def ask_to_stop(self, number, frame):
+        if self.stop:                                                # asked twice: at once
+            sys.exit(128 + number)
+        self.stop = True
+        say(self.rank == 0, "\nfinishing this step, then saving (once more: stop at once)")
+
+    def sum(self, tensor):
+        """Sum over all processes; a tensor on the CPU stays there."""
+        if self.size > 1:
+            moved = tensor.to(self.device)
+            dist.all_reduce(moved)
+            tensor = moved.to(tensor.device)
+        return tensor
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+
+def say(main, text):
+    if main:
+        print(text, flush=True)
+
+
+def run_folder(config):
+    """Where this run lives. A run that is there already is never written over."""
+    if config.out:
+        run = Path(config.out)
+        if not config.resume and (run / "checkpoints").exists():
+            raise InputError(f"{run}: holds a run already; --resume goes on with it, another --out starts anew")
+        return run
+    taken = sorted(Path("out").glob(f"{config.connector}*/checkpoints"), key=lambda path: path.stat().st_mtime)
+    names = [path.parent for path in taken if path.parent.name.removeprefix(config.connector).lstrip("-").isdigit()
+             or path.parent.name == config.connector]
+    if config.resume:
+        if not names:
+            raise InputError(f"nothing to resume under out/{config.connector}*: name the run with --out")
+        return names[-1]
+    return next(path for i in range(1, 10_000) if not (path := Path("out") / (config.connector + (f"-{i}" if i > 1 else ""))).exists())
+
+
+def main(arguments):
+    config = cli.parse(Config, arguments, __doc__)
+    if config.stage not in (0, 1, 2):
+        raise InputError(f"--stage={config.stage}: 1, 2, or 0 for both")
+    if min(config.batch1, config.batch2, config.micro_batch, config.log_every, config.save_every) < 1:
+        raise InputError("batch1, batch2, micro_batch, log_every and save_every are at least 1")
+    world, began = Processes(config.device), time.time()
+    run = run_folder(config)
+    world.barrier()                                                  # all ranks have looked before one of them writes
+    model = build_model(config, world.device)
+    if world.device.type == "cuda" if config.compile is None else config.compile:
+        for blocks in [model.llm.layers, *(tower.blocks for tower in model.vision)]:
+            for block in blocks:                                     # block by block: quick to compile, no break at its borders
+                block.compile(dynamic=True)
+    say(world.rank == 0, f"{config.connector} connector, run folder {run}")
+    for stage in [config.stage] if config.stage else [1, 2]:
+        if stage == 2 and config.init != "new":
+            former = [Path(config.init)] if config.init else checkpoints(run / "checkpoints", 1)
+            if not former:
+                raise InputError(f"stage 2 starts from stage 1's connector, and {run}/checkpoints has none: run stage 1 first, or "
+                                 "name a checkpoint with --init=FOLDER (--init=new starts from a random connector)")
+            if config.stage == 2:
+                load_checkpoint(former[-1], model)
+        run.mkdir(parents=True, exist_ok=True)
+        if not train_stage(config, stage, model, run, world):
+            break
+        if stage == 1 and config.stage == 0:
+            model.llm.float()                                        # stage 2 trains it
+    else:
+        if world.rank == 0:
+            model.eval().save(run / "model")
+            say(True, f"\nwrote {run}/model after {time.time() - began:.0f} s")
+            if config.evaluate and "world" in (config.data1 if config.stage == 1 else config.data2):
+                from eval import evaluate, table
+                say(True, "\nscores on held-out scenes, and blind: the same questions with the pictures exchanged\n"
+                          + table(evaluate(model, count=200)))
+            say(True, f"\nnext: python sample.py --model={run}/model   (answers beside the truth, and a picture with boxes)\n"
+                      f"      python eval.py --model={run}/model")
+    world.barrier()
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    cli.run(main)
