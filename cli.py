@@ -109,5 +109,7 @@ def run(main):
     except InputError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:                                        # Ctrl-C is how a person leaves, not a fault
+        sys.exit(130)
     except BrokenPipeError:                                          # the reader (head, say) has seen enough
         sys.exit(0)

@@ -51,8 +51,8 @@ class NothingToLearn(InputError):
 
 @dataclass(frozen=True)
 class Template:
-    """first q1 ask reply a1 end, later q2 ask reply a2 end, ...; a prompt stops after `ask`; `a end` is supervised.
-    A space before the answer belongs to `reply`, not to `ask`: tokenizers glue it to the word that follows, and a
+    """first q1 ask reply a1 end, later q2 ask reply a2 end, ...; a prompt stops after `ask`; `reply a end` is supervised.
+    A space before the answer belongs to `reply`, not to `ask`: most tokenizers glue it to the word that follows, and a
     prompt that ended in it would not be, in tokens, a prefix of what was trained."""
     first: str                                                       # before the first question: system prompt and role
     later: str                                                       # before every other question
@@ -94,7 +94,8 @@ def named(template):
 
 def render(turns, template):
     """turns [(question, answer), ...] -> text, spans. The last answer may be None: the text is then the prompt for it.
-    spans: the (start, end) character ranges that are supervised. An empty answer teaches nothing and has none."""
+    spans: the (start, end) character ranges that are supervised, each all that follows its prompt: the answer, its end
+    token, and a space before them if the template has one. An empty answer teaches nothing and has no span."""
     layout, text, spans = named(template), "", []
     for i, (question, answer) in enumerate(turns):
         text += layout.later if i else layout.first
@@ -102,9 +103,9 @@ def render(turns, template):
         if answer is None:
             break
         answer = answer.lstrip()                                     # spaces would merge with the prompt's last token
-        text += layout.reply + answer + layout.end
+        start, text = len(text), text + layout.reply + answer + layout.end
         if answer:
-            spans.append((len(text) - len(answer + layout.end), len(text)))
+            spans.append((start, len(text)))
     return text, spans
 
 
@@ -144,8 +145,8 @@ def load_tokenizer(folder):
 
 
 def encode(tokenizer, turns, template):
-    """turns -> ids, labels, two lists of equal length. A picture is one IMAGE. A label is the token itself where a
-    supervised range covers it, else IGNORE; shifting by one is left to the loss.
+    """turns -> ids, labels, two lists of equal length. A picture is one IMAGE. A label is the token itself where it begins
+    in a supervised range, else IGNORE; shifting by one is left to the loss.
 
     Each chunk of text between pictures is tokenised once, on its own, as in LLaVA. (A sentencepiece tokenizer puts a
     space before every chunk: before the first word after a picture, too.)"""
@@ -155,19 +156,17 @@ def encode(tokenizer, turns, template):
             raise InputError(f"the tokenizer has no token {token}, which the template {template} needs: choose the "
                              "template that the language model was trained with")
     text, spans = render(turns, template)
+    supervised = {i for start, end in spans for i in range(start, end)}              # characters
     ids = [tokenizer.token_to_id(token) for token in layout.bos if tokenizer.token_to_id(token) is not None][:1]
     labels = [IGNORE] * len(ids)
     begin = 0                                                        # where the chunk begins in the text
     for i, chunk in enumerate(text.split(MARK)):
         if i:
             ids, labels, begin = ids + [IMAGE], labels + [IGNORE], begin + len(MARK)
-        encoding, covered = tokenizer.encode(chunk, add_special_tokens=False), begin
-        for token, (start, stop) in zip(encoding.ids, encoding.offsets):
-            start, stop = min(begin + start, covered), begin + stop  # a space trimmed off is the token's own
-            inside = any((start >= first or stop > first) and start < last for first, last in spans)
-            ids.append(token)
-            labels.append(token if inside else IGNORE)
-            covered = stop
+        encoding = tokenizer.encode(chunk, add_special_tokens=False)
+        ids += encoding.ids
+        labels += [token if begin + start in supervised else IGNORE
+                   for token, (start, _) in zip(encoding.ids, encoding.offsets)]
         begin += len(chunk)
     return ids, labels
 
@@ -266,7 +265,7 @@ def to_rgb(image):
 
 def to_pixels(image, spec):
     """PIL image or uint8 (H, W, 3) -> uint8 (3, R, R): the very pixels that transformers' PIL processors make."""
-    image = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
+    image = to_rgb(image) if isinstance(image, Image.Image) else Image.fromarray(image)
     longest, shortest = max(image.size), min(image.size)
     side = spec.size if spec.mode == "pad" else spec.resize_to or spec.size
     largest = {"pad": longest ** 2, "crop": side * int(side * longest / shortest), "stretch": side ** 2}[spec.mode]

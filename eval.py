@@ -159,9 +159,9 @@ def answer(model, pictures, texts, max_new_tokens, batch):
 
 def evaluate(model, count=200, batch=50, blind=True, seed=0):
     """-> {task: {"samples": count, "scores": {metric: value}, "blind": the same, or None}}; all values from 0 to 1."""
-    if count < 2 or batch < 1:
-        raise InputError(f"count is {count} and batch {batch}: needs 2 questions or more (the blind score exchanges "
-                         "pictures), and batches of 1 or more")
+    if count < 2 or batch < 1 or seed < 0:
+        raise InputError(f"count {count}, batch {batch}, seed {seed}: should be 2 or more (the blind score exchanges pictures), "
+                         "1 or more, and 0 or more")
     was_training, results = model.training, {}
     model.eval()
     for task in world.TASKS:

@@ -14,7 +14,6 @@ stage) and model/ (the whole model, for sample.py and eval.py).
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -27,11 +26,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset
 
+import checkpoint
 import cli
 from connector import ConnectorConfig
 from data import LlavaData, Loader, ShikraData
-from hub import InputError, open_safetensors, read_json, save_safetensors
-from mllm import MLLM, replace_folder
+from hub import InputError
+from mllm import MLLM
 from world import World
 
 HERE = Path(__file__).resolve().parent
@@ -126,7 +126,9 @@ def build_data(config, stage):
 
 def choose_trained(model, parts, keep_frozen_small):
     """Set requires_grad: `parts` learn, the others are frozen. Returns {part: its trained parameters}."""
-    trained = {}
+    for part in parts:
+        if part not in ("vision", "connector", "llm"):
+            raise InputError(f"{part!r} cannot be trained: vision, connector or llm")
     for part in ("vision", "connector", "llm"):
         module = getattr(model, part)
         module.requires_grad_(part in parts)
@@ -137,11 +139,7 @@ def choose_trained(model, parts, keep_frozen_small):
             depth = int(name.split(".")[1]) if name.startswith("blocks.") else 0
             if depth >= max(layers) or name.startswith(("norm.", "norm_post.", "classifier", "distillation_c", "mask_token")):
                 parameter.requires_grad_(False)
-    for part in parts:
-        if part not in ("vision", "connector", "llm"):
-            raise InputError(f"{part!r} cannot be trained: vision, connector or llm")
-        trained[part] = [p for p in getattr(model, part).parameters() if p.requires_grad]
-    return trained
+    return {part: [p for p in getattr(model, part).parameters() if p.requires_grad] for part in parts}
 
 
 def learning_rate(step, steps, warmup):
@@ -150,101 +148,43 @@ def learning_rate(step, steps, warmup):
     return (step + 1) / rise if step < rise else (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-def save_checkpoint(folder, model, optimizer, state):
-    """What is trained, the optimizer's moments and `state`, all in one folder that appears whole or not at all. The former
-    checkpoints of the stage go only after that."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    names = {p: name for name, p in trained.items()}
-    moments = {f"{key}.{names[p]}": value for p, values in optimizer.state.items() for key, value in values.items()}
-    save_safetensors(trained, partial / "trained.safetensors")
-    save_safetensors(moments | {"random_state": torch.get_rng_state()}, partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    replace_folder(partial, folder)
-    for former in checkpoints(folder.parent, state["stage"])[:-1]:
-        shutil.rmtree(former)
-
-
-def checkpoints(folder, stage):
-    """The whole checkpoints of a stage, oldest first."""
-    return sorted(path for path in folder.glob(f"stage{stage}-*[0-9]") if (path / "state.json").exists())
-
-
-def load_checkpoint(folder, model, optimizer=None):
-    """Put a checkpoint's tensors into the model (and the optimizer). Returns its state. Every trained tensor must be there."""
-    folder, parameters = Path(folder), dict(model.named_parameters())
-    state = read_json(folder / "state.json")
-    with open_safetensors(folder / "trained.safetensors") as file:
-        expected = {name for name, p in parameters.items() if p.requires_grad} if optimizer else set(file.keys())
-        for name in sorted(expected ^ set(file.keys()) or set(file.keys()) - set(parameters)):
-            raise InputError(f"{folder}: tensor {name} does not fit: this is the checkpoint of another model or another stage")
-        with torch.no_grad():
-            for name in file.keys():
-                tensor = file.get_tensor(name)
-                if tensor.shape != parameters[name].shape:
-                    raise InputError(f"{folder}: tensor {name} has shape {tuple(tensor.shape)}, the model's "
-                                     f"{tuple(parameters[name].shape)}: this is the checkpoint of another model")
-                parameters[name].copy_(tensor)
-    if optimizer:
-        with open_safetensors(folder / "optimizer.safetensors") as file:
-            torch.set_rng_state(file.get_tensor("random_state"))
-            for name, parameter in parameters.items():
-                if f"step.{name}" in file.keys():
-                    optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}").to(
-                        parameter.device if key != "step" or parameter.is_cuda else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")}
-    return state
-
-
-def check_same(config, state, folder):
-    """A resumed run must be the run that was stopped."""
-    free = ("resume", "out", "stage", "device", "log", "log_every", "save_every", "evaluate", "workers", "compile", "micro_batch")
-    for key, value in asdict(config).items():
-        if key not in free and state["config"].get(key) != value:
-            raise InputError(f"{folder}: was trained with --{key}={state['config'].get(key)}, not {value}: resume with the "
-                             "same options, or start anew with another --out")
-
-
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
-def train_stage(config, stage, model, run, world):
-    """One stage on this rank. `run`: the folder, `world`: rank, size and device of this process and the stop flag."""
-    own, dataset, main = settings(config, stage), build_data(config, stage), world.rank == 0
-    use_bf16 = world.device.type == "cuda" if config.bf16 is None else config.bf16
-    trained = choose_trained(model, own["train"], keep_frozen_small=use_bf16 and world.device.type == "cuda")
+def train_stage(config, stage, model, run, ranks):
+    """One stage on this rank. `run`: its folder. Returns False if it was asked to stop before the end."""
+    own, dataset, main = settings(config, stage), build_data(config, stage), ranks.rank == 0
+    use_bf16 = ranks.device.type == "cuda" if config.bf16 is None else config.bf16
+    trained = choose_trained(model, own["train"], keep_frozen_small=use_bf16 and ranks.device.type == "cuda")
     steps = own["steps"] or math.ceil(own["epochs"] * len(dataset) / own["batch"])
     rates = {part: own.get("connector_lr") or own["lr"] if part == "connector" else own["lr"] for part in trained}
     optimizer = torch.optim.AdamW([{"params": trained[part], "peak": rates[part]} for part in trained], lr=own["lr"],
                                   betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
     start = 0
-    if config.resume and (saved := checkpoints(run / "checkpoints", stage)):
-        state = load_checkpoint(saved[-1], model, optimizer)
-        check_same(config, state, saved[-1])
+    if config.resume and (saved := checkpoint.newest_last(run / "checkpoints", stage)):
+        state = checkpoint.load(saved[-1], model, optimizer)
+        checkpoint.check_same(config, state, saved[-1])
         start = state["step"]
         say(main, f"resumed from {saved[-1]} at step {start}")
         if start >= steps:
             return True
     template = own.get("template") if stage == 1 else model.template
     loader = Loader(dataset, model.tokenizer, template, model.spec, model.tokens_per_image, config.max_length, own["batch"],
-                    config.micro_batch, config.seed + stage, world.rank, world.size, config.workers, start * own["batch"])
+                    config.micro_batch, config.seed + stage, ranks.rank, ranks.size, config.workers, start * own["batch"])
     model.llm.gradient_checkpointing = config.activation_checkpointing
     model.train()
     network = model
-    if world.size > 1:
-        network = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    if ranks.size > 1:
+        network = DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
 
     count = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("vision", "connector", "llm")}
     say(main, f"\nstage {stage}: " + ", ".join(f"{part} {count[part] / 1e6:.2f}M {'trained' if part in trained else 'frozen'}"
                                               for part in count))
     say(main, f"  {len(dataset):,} samples, {steps} steps of {own['batch']}, {model.tokens_per_image} visual tokens a picture, "
-              f"peak learning rate {own['lr']:g}, {'bfloat16' if use_bf16 else 'float32'} on {world.size} x {world.device.type}")
+              f"peak learning rate {own['lr']:g}, {'bfloat16' if use_bf16 else 'float32'} on {ranks.size} x {ranks.device.type}")
 
     writer, bad_steps, skipped, began = Log(config, run, main), 0, 0, time.time()
     tokens_seen, since = 0, time.time()
-    save = lambda step: main and save_checkpoint(run / "checkpoints" / f"stage{stage}-{step:07d}", model, optimizer,
+    save = lambda step: main and checkpoint.save(run / "checkpoints" / f"stage{stage}-{step:07d}", model, optimizer,
                                                  {"stage": stage, "step": step, "steps": steps, "config": asdict(config)})
     for step, micro_batches in zip(range(start, steps), loader):
         factor = learning_rate(step, steps, config.warmup)
@@ -253,26 +193,27 @@ def train_stage(config, stage, model, run, world):
         # every rank learns how many tokens the whole global batch supervises, how many it holds, and who was asked to stop
         supervised = sum((batch.labels[:, 1:] >= 0).sum() for batch in micro_batches)
         held = sum(int((batch.tokens != 0).sum()) for batch in micro_batches)
-        totals = world.sum(torch.tensor([float(supervised), float(held), float(world.stop)], dtype=torch.float64))
-        loss_sum = torch.zeros((), dtype=torch.float64, device=world.device if world.device.type != "mps" else "cpu")
+        totals = ranks.sum(torch.tensor([float(supervised), float(held), float(ranks.stop)], dtype=torch.float64))
+        losses = []
         for i, batch in enumerate(micro_batches):
             last = i + 1 == len(micro_batches)
-            with nullcontext() if last or world.size == 1 else network.no_sync():
-                with torch.autocast(world.device.type, torch.bfloat16, enabled=use_bf16):
-                    loss, _ = network(*(t.to(world.device, non_blocking=True) for t in
+            with nullcontext() if last or ranks.size == 1 else network.no_sync():
+                with torch.autocast(ranks.device.type, torch.bfloat16, enabled=use_bf16):
+                    loss, _ = network(*(t.to(ranks.device, non_blocking=True) for t in
                                         (batch.pixels, batch.tokens, batch.labels, batch.positions)))
-                # DDP averages over ranks, so world.size undoes that: the gradient is that of sum / number of the global batch
-                (loss * (world.size / max(1.0, totals[0].item()))).backward()
-                loss_sum += loss.detach().to(loss_sum)
-        loss = world.sum(loss_sum).item() / max(1.0, totals[0].item())
+                # DDP averages over ranks, so ranks.size undoes that: the gradient is that of sum / number of the global batch
+                (loss * (ranks.size / max(1.0, totals[0].item()))).backward()
+                losses.append(loss.detach())
+        loss = ranks.sum(torch.stack(losses).sum()).item() / max(1.0, totals[0].item())
         norm = torch.nn.utils.clip_grad_norm_([p for part in trained.values() for p in part], config.clip).item()
         if math.isfinite(loss) and math.isfinite(norm):              # both are the same on every rank, so all decide alike
             optimizer.step()
             bad_steps = 0
         else:
             bad_steps += 1
-            print(f"step {step}: loss {loss}, gradient norm {norm}: step skipped; its samples: "
-                  + ", ".join(name for batch in micro_batches for name in batch.ids[:8]), file=sys.stderr, flush=True)
+            mine = [name for batch, part in zip(micro_batches, losses) if not part.isfinite() for name in batch.ids]
+            print(f"step {step}: loss {loss}, gradient norm {norm}: step skipped" + (f"; among {', '.join(mine)}" if mine else ""),
+                  file=sys.stderr, flush=True)
             if bad_steps == 10:
                 raise InputError(f"ten steps in a row without a finite loss, stopped at step {step}; the last checkpoint under "
                                  f"{run}/checkpoints is good: lower the learning rate, then --resume")
@@ -329,7 +270,7 @@ class Log:
                 self.wandb.log({f"stage{record['stage']}/{key}": value for key, value in record.items()})
 
 
-class Processes:
+class Ranks:
     """This process among those that torchrun started (or alone): its rank, its device, sums over all of them, and whether it
     was asked to stop."""
 
@@ -371,19 +312,17 @@ def say(main, text):
 
 def run_folder(config):
     """Where this run lives. A run that is there already is never written over."""
+    goes_on, first = config.resume or (config.stage == 2 and not config.init), config.stage or 1
     if config.out:
         run = Path(config.out)
-        if not config.resume and (run / "checkpoints").exists():
-            raise InputError(f"{run}: holds a run already; --resume goes on with it, another --out starts anew")
+        if not config.resume and checkpoint.newest_last(run / "checkpoints", first):
+            raise InputError(f"{run}: holds a run of stage {first} already; --resume goes on with it, another --out starts anew")
         return run
-    taken = sorted(Path("out").glob(f"{config.connector}*/checkpoints"), key=lambda path: path.stat().st_mtime)
-    names = [path.parent for path in taken if path.parent.name.removeprefix(config.connector).lstrip("-").isdigit()
-             or path.parent.name == config.connector]
-    if config.resume:
-        if not names:
-            raise InputError(f"nothing to resume under out/{config.connector}*: name the run with --out")
-        return names[-1]
-    return next(path for i in range(1, 10_000) if not (path := Path("out") / (config.connector + (f"-{i}" if i > 1 else ""))).exists())
+    name = lambda i: Path("out") / (config.connector + (f"-{i}" if i > 1 else ""))
+    free = next(i for i in range(1, 10_000) if not name(i).exists())
+    if goes_on and free == 1:
+        raise InputError(f"nothing to go on with under {name(1)}: name the run with --out, or run stage 1 first")
+    return name(free - 1 if goes_on else free)
 
 
 def main(arguments):
@@ -392,40 +331,38 @@ def main(arguments):
         raise InputError(f"--stage={config.stage}: 1, 2, or 0 for both")
     if min(config.batch1, config.batch2, config.micro_batch, config.log_every, config.save_every) < 1:
         raise InputError("batch1, batch2, micro_batch, log_every and save_every are at least 1")
-    world, began = Processes(config.device), time.time()
+    ranks, began = Ranks(config.device), time.time()
     run = run_folder(config)
-    world.barrier()                                                  # all ranks have looked before one of them writes
-    model = build_model(config, world.device)
-    if world.device.type == "cuda" if config.compile is None else config.compile:
-        for blocks in [model.llm.layers, *(tower.blocks for tower in model.vision)]:
-            for block in blocks:                                     # block by block: quick to compile, no break at its borders
-                block.compile(dynamic=True)
-    say(world.rank == 0, f"{config.connector} connector, run folder {run}")
+    ranks.barrier()                                                  # all ranks have looked before one of them writes
+    say(ranks.rank == 0, f"{config.connector} connector, run folder {run}")
     for stage in [config.stage] if config.stage else [1, 2]:
+        model = build_model(config, ranks.device)                    # anew for stage 2: from the very weights that were named
         if stage == 2 and config.init != "new":
-            former = [Path(config.init)] if config.init else checkpoints(run / "checkpoints", 1)
+            former = [Path(config.init)] if config.init else checkpoint.newest_last(run / "checkpoints", 1)
             if not former:
                 raise InputError(f"stage 2 starts from stage 1's connector, and {run}/checkpoints has none: run stage 1 first, or "
                                  "name a checkpoint with --init=FOLDER (--init=new starts from a random connector)")
-            if config.stage == 2:
-                load_checkpoint(former[-1], model)
+            checkpoint.load(former[-1], model)
+        if ranks.device.type == "cuda" if config.compile is None else config.compile:
+            for blocks in [model.llm.layers, *(tower.blocks for tower in model.vision)]:
+                for block in blocks:                                 # block by block: quick to compile, no break at its borders
+                    block.compile(dynamic=True)
         run.mkdir(parents=True, exist_ok=True)
-        if not train_stage(config, stage, model, run, world):
+        finished = train_stage(config, stage, model, run, ranks)
+        ranks.barrier()                                              # stage 2 reads what rank 0 saved
+        if not finished:
             break
-        if stage == 1 and config.stage == 0:
-            model.llm.float()                                        # stage 2 trains it
-    else:
-        if world.rank == 0:
-            model.eval().save(run / "model")
-            say(True, f"\nwrote {run}/model after {time.time() - began:.0f} s")
-            if config.evaluate and "world" in (config.data1 if config.stage == 1 else config.data2):
-                from eval import evaluate, table
-                say(True, "\nscores on held-out scenes, and blind: the same questions with the pictures exchanged\n"
-                          + table(evaluate(model, count=200)))
-            say(True, f"\nnext: python sample.py --model={run}/model   (answers beside the truth, and a picture with boxes)\n"
-                      f"      python eval.py --model={run}/model")
-    world.barrier()
-    if world.size > 1:
+    if finished and ranks.rank == 0:
+        model.eval().save(run / "model")
+        say(True, f"\nwrote {run}/model after {time.time() - began:.0f} s")
+        if config.evaluate and "world" in (config.data1 if config.stage == 1 else config.data2):
+            from eval import evaluate, table
+            say(True, "\nscores on held-out scenes, and blind: the same questions with the pictures exchanged\n"
+                      + table(evaluate(model, count=200)))
+        say(True, f"\nnext: python sample.py --model={run}/model   (answers beside the truth, and a picture with boxes)\n"
+                  f"      python eval.py --model={run}/model")
+    ranks.barrier()
+    if ranks.size > 1:
         dist.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"                                   # no test needs the network, none may use it
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")                 # on shared cores, spinning threads slow each other down
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
