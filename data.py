@@ -51,7 +51,7 @@ class NothingToLearn(InputError):
 
 @dataclass(frozen=True)
 class Template:
-    """first q1 ask reply a1 end, later q2 ask reply a2 end, ...; a prompt stops after `ask`; `reply a end` is supervised.
+    """first q1 ask reply a1 end, later q2 ask reply a2 end, ...; a prompt stops after `ask`, the rest is supervised.
     A space before the answer belongs to `reply`, not to `ask`: most tokenizers glue it to the word that follows, and a
     prompt that ended in it would not be, in tokens, a prefix of what was trained."""
     first: str                                                       # before the first question: system prompt and role
@@ -145,8 +145,8 @@ def load_tokenizer(folder):
 
 
 def encode(tokenizer, turns, template):
-    """turns -> ids, labels, two lists of equal length. A picture is one IMAGE. A label is the token itself where it begins
-    in a supervised range, else IGNORE; shifting by one is left to the loss.
+    """turns -> ids, labels, two lists of equal length. A picture is one IMAGE. A label is the token itself where that
+    begins in a supervised range, else IGNORE; shifting by one is left to the loss.
 
     Each chunk of text between pictures is tokenised once, on its own, as in LLaVA. (A sentencepiece tokenizer puts a
     space before every chunk: before the first word after a picture, too.)"""

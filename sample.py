@@ -150,12 +150,22 @@ def say(model, picture, turns, config, sampling):
     return answer
 
 
+def read_text(read):
+    """What read() returns, if that is text: bytes that are not UTF-8 fail in reading, or are smuggled in as surrogates."""
+    try:
+        text = read()
+        text.encode()
+        return text
+    except UnicodeError:
+        raise InputError("the question is not UTF-8 text") from None
+
+
 def chat(model, picture, config, sampling):
     """Question by question from stdin, each with all that was said before it."""
     turns, asking = [], "> " if sys.stdin.isatty() else ""
     while True:
         print(asking, end="", flush=True)
-        question = sys.stdin.readline().strip()                      # "" at the end of the input, too
+        question = read_text(sys.stdin.readline).strip()             # "" at the end of the input, too
         if not question:
             return
         turns.append((question, None))
@@ -207,7 +217,7 @@ def main(arguments):
         print(f"(about test scene {config.seed}, which {config.out} shows)", file=sys.stderr)
     if config.chat:
         return chat(model, picture, config, sampling)
-    say(model, picture, [(config.prompt or "Describe the picture.", None)], config, sampling)
+    say(model, picture, [(read_text(lambda: config.prompt) or "Describe the picture.", None)], config, sampling)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ class Config:
     train1: list[str] = field(default_factory=lambda: ["connector"])  # parts that learn: vision, connector, llm
     train2: list[str] = field(default_factory=lambda: ["connector", "llm"])  # the same for stage 2
     data1: list[str] = field(default_factory=lambda: ["world"])  # LLaVA's .json(l); rec:FILE or reg:FILE (Shikra's); world
-    data2: list[str] = field(default_factory=lambda: ["world"])  # several files are mixed in proportion to their size
+    data2: list[str] = field(default_factory=lambda: ["world"])  # several files are mixed, in proportion to their size
+    equal1: bool = False                 # every file counts alike: the smaller ones are repeated
+    equal2: bool = False                 # the same for stage 2
     image_dir: str = ""                  # folder of the pictures; empty: beside each data file
     template1: str = "plain"             # template of stage 1
     max_length: int = 2048               # tokens a dialogue, pictures included; what is over is cut at a whole turn
@@ -121,6 +123,8 @@ def build_data(config, stage):
             parts.append(LlavaData(name, config.image_dir or Path(name).parent))
     if not parts:
         raise InputError(f"--data{stage} is empty")
+    if own["equal"]:
+        parts = [part for part in parts for _ in range(round(max(map(len, parts)) / len(part)))]
     return parts[0] if len(parts) == 1 else ConcatDataset(parts)
 
 

@@ -1,4 +1,4 @@
-"""Writes fixtures/pixels.safetensors: small synthetic pictures, and what the PIL processors of transformers make of them.
+"""Writes fixtures/pixels.safetensors: small synthetic pictures, and what transformers' PIL processors make of them.
 
     pip install -r requirements-dev.txt && python tests/make_data_fixtures.py
 

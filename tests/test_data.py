@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.utils.data import ConcatDataset
 
 import data
-from data import (IGNORE, IMAGE, TEMPLATES, BadImage, ImageSpec, LlavaData, Loader, Sample, ShikraData, cut_to_length, encode,
-                  end_ids, find_template, format_box, load_tokenizer, open_image, order, pad_box, parse_box, render,
-                  to_pixels, unpad_box)
+from data import (IGNORE, IMAGE, TEMPLATES, BadImage, ImageSpec, LlavaData, Loader, Sample, ShikraData, cut_to_length,
+                  encode, end_ids, find_template, format_box, load_tokenizer, open_image, order, pad_box, parse_box,
+                  render, to_pixels, unpad_box)
 from hub import InputError
 
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
@@ -46,7 +46,7 @@ def small():
 
 @pytest.fixture(scope="session", params=["small", "llama2", "llama3"])
 def tokenizer(request, small):
-    """Three kinds: one made here; sentencepiece's; tiktoken's. The last two are real and get the special tokens they lack."""
+    """Three kinds: one made here; sentencepiece's; tiktoken's. The real ones get the special tokens that they lack."""
     if request.param == "small":
         return small
     loaded = load_tokenizer(request.getfixturevalue("real") / "tokenizers" / request.param)
@@ -106,7 +106,7 @@ def test_labels_are_the_answers_and_their_end_tokens(tokenizer, template):
         assert ids.count(IMAGE) == sum(question.count("<image>") for question, _ in turns)
         supervised = tokenizer.decode([label for label in labels if label != IGNORE], skip_special_tokens=False)
         expected = "".join(answer.lstrip() + TEMPLATES[template].end for _, answer in turns)
-        assert supervised.replace(" ", "") == expected.replace(" ", "")      # spaces: decoders add and drop some at the ends
+        assert supervised.replace(" ", "") == expected.replace(" ", "")      # decoders add and drop spaces at the ends
 
 
 def test_labels_survive_a_tokenizer_that_trims_its_offsets(small):
@@ -159,7 +159,7 @@ def llavas_vicuna_v1(turns):
 
 
 def llavas_mask(conversation, ids, tokenizer):
-    """LLaVA's preprocess_v1: lengths of re-tokenised prefixes, with its corrections of -2 for the BOS and a last space."""
+    """LLaVA's preprocess_v1: lengths of re-tokenised prefixes, less 2 for the BOS and the last space."""
     targets, place = list(ids), 1
     targets[0] = IGNORE
     for turn in conversation.split("</s>"):
@@ -241,7 +241,7 @@ def test_too_long_a_dialogue_is_cut_at_a_whole_turn(tokenizer, template):
     for limit in range(lengths[-1] + 2):
         fitting = [whole for whole, length in zip(wholes, lengths) if length <= limit]
         expected = fitting[-1] if fitting else ([], [])
-        if template == "plain" and fitting:                          # without questions two captions in a row are one text
+        if template == "plain" and fitting:                          # no questions: captions in a row are one text
             expected = ([([], [])] + [whole for whole in (wholes[1], wholes[3]) if whole in fitting])[-1]
         assert cut_to_length(*wholes[-1], limit, 10) == expected
 
@@ -261,7 +261,8 @@ def rgb():
 def test_every_mode_opens_as_rgb(rgb, tmp_path):
     grey, palette = rgb.convert("L"), rgb.convert("P")
     opened = {mode: open_image(saved(image, tmp_path / f"{mode}.{kind}")) for mode, image, kind in [
-        ("L", grey, "png"), ("P", palette, "png"), ("1", rgb.convert("1"), "png"), ("CMYK", rgb.convert("CMYK"), "tiff")]}
+        ("L", grey, "png"), ("P", palette, "png"), ("1", rgb.convert("1"), "png"),
+        ("CMYK", rgb.convert("CMYK"), "tiff")]}
     assert all(image.mode == "RGB" and image.size == (20, 12) for image in opened.values())
     assert np.array_equal(opened["L"], np.repeat(np.asarray(grey)[..., None], 3, axis=2))
     assert np.array_equal(opened["P"], palette.convert("RGB"))
@@ -336,8 +337,8 @@ def test_a_needle_is_refused_before_it_fills_the_memory(mode):
 def test_pixels_are_those_recorded_from_transformers():
     """Recorded by make_data_fixtures.py; test_data_live.py compares with transformers itself, on photographs too."""
     recorded = load_file(Path(__file__).parent / "fixtures" / "pixels.safetensors")
-    specs = {"clip": ImageSpec(32, "crop"), "siglip": ImageSpec(32, "stretch"), "dinov2": ImageSpec(32, "crop", resize_to=37),
-             "llava": ImageSpec(32, "pad")}
+    specs = {"clip": ImageSpec(32, "crop"), "siglip": ImageSpec(32, "stretch"),
+             "dinov2": ImageSpec(32, "crop", resize_to=37), "llava": ImageSpec(32, "pad")}
     for name, theirs in recorded.items():
         picture, processor = name.split(".")
         if processor in specs:
@@ -358,7 +359,8 @@ MEAN = dict(image_mean=[0.5, 0.4, 0.3], image_std=[0.1, 0.2, 0.3])
       "resample": 3, "size": {"shortest_edge": 256}}, (224, "crop", 3, 256)),
     ({"image_processor_type": "SiglipImageProcessor", "resample": 3, "size": {"height": 384, "width": 384}},
      (384, "stretch", 3, None)),
-    # google/vit-base-patch16-224, facebook/vit-mae-base, facebook/deit-base-distilled-patch16-224, llava-hf/llava-1.5-7b-hf
+    # google/vit-base-patch16-224, facebook/vit-mae-base, facebook/deit-base-distilled-patch16-224,
+    # llava-hf/llava-1.5-7b-hf
     ({"image_processor_type": "ViTImageProcessor", "resample": 2, "size": {"height": 224, "width": 224}},
      (224, "stretch", 2, None)),
     ({"feature_extractor_type": "ViTFeatureExtractor", "resample": 2, "size": 224}, (224, "stretch", 2, None)),
@@ -447,7 +449,7 @@ def test_real_dialogues_and_their_boxes(real):
         rounding = 0.0005 * max(record["width"], record["height"])   # three decimals of the side
         assert np.allclose(restored, record["bbox"], atol=rounding + 1e-6)
         theirs = boxes.get((sample.images[0], record["expression"].removeprefix("the ")))
-        if theirs:                                                   # the same object in the dialogues, written by others
+        if theirs:                                                   # the dialogues have the same object
             assert np.allclose(parse_box(sample.turns[0][1]), parse_box(theirs), atol=0.001)
             found += 1
     assert len(shikra) == 113 and found > 20
@@ -502,9 +504,10 @@ def test_a_bad_record_is_named_in_one_line(record, message, tmp_path):
     assert str(error.value).startswith(f"{file}, sample 1") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change", [{"bbox": [1, 2, 3]}, {"bbox": None}, {"bbox": [1, 1, "2", 2]}, {"bbox": [3, 1, 2, 2]},
-                                    {"bbox": [1, 1, 2, 99]}, {"bbox": [1, 1, 2, math.inf]}, {"width": 0}, {"height": None},
-                                    {"expression": None}, {"img_path": None}, {"img_path": "../a.jpg"}])
+@pytest.mark.parametrize("change", [
+    {"bbox": [1, 2, 3]}, {"bbox": None}, {"bbox": [1, 1, "2", 2]}, {"bbox": [3, 1, 2, 2]}, {"bbox": [1, 1, 2, 99]},
+    {"bbox": [1, 1, 2, math.inf]}, {"width": 0}, {"height": None}, {"expression": None}, {"img_path": None},
+    {"img_path": "../a.jpg"}])
 def test_a_bad_box_is_named_in_one_line(change, tmp_path):
     file = write(tmp_path / "bad.jsonl", [BOX, BOX | change], lines=True)
     with pytest.raises(InputError, match=re.escape(f"{file}, line 2: ")) as error:
@@ -514,8 +517,8 @@ def test_a_bad_box_is_named_in_one_line(change, tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ('[{"id": 1},\n {"id": 2}\n {"id": 3}]', "not JSON, line 3"), ('{"id": 1}\n{"id": \n', "not JSON, line 2"),
-    ('[]', "holds no samples"), ('', "holds no samples"), ('\n\n', "holds no samples"), ('[{"id": 1}', "not JSON, line 1"),
-    (b"\xff\xfe\x00", "cannot be read")])
+    ('[]', "holds no samples"), ('', "holds no samples"), ('\n\n', "holds no samples"),
+    ('[{"id": 1}', "not JSON, line 1"), (b"\xff\xfe\x00", "cannot be read")])
 def test_a_file_that_is_not_json_is_named_with_its_line(text, message, tmp_path):
     (tmp_path / "bad.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=message) as error:
@@ -620,7 +623,7 @@ def test_grouping_by_length_lowers_the_share_of_padding(small):
 
     def share(cls):
         batches = sum(take(loader(cls(200, lengths.__getitem__), small, global_batch=16, micro_batch=4), 24), [])
-        ends = [(batch.labels[row] != IGNORE).nonzero().max().item() + 1 for batch in batches for row in range(len(batch.ids))]
+        ends = [(labels != IGNORE).nonzero().max().item() + 1 for batch in batches for labels in batch.labels]
         return 1 - sum(ends) / sum(batch.tokens.numel() for batch in batches)
     assert share(Listed) < 0.5 * share(Blind)
 
@@ -630,7 +633,7 @@ def test_ranks_share_a_global_batch_without_repeats(small):
     for world_size in (2, 3, 4):
         ranks = [take(loader(Listed(50), small, global_batch=10, rank=rank, world_size=world_size), 7)
                  for rank in range(world_size)]
-        assert len({tuple(len(step) for step in rank) for rank in ranks}) == 1           # as many forwards on every rank
+        assert len({tuple(len(step) for step in rank) for rank in ranks}) == 1   # as many forwards each
         assert all(len(batch.ids) <= 3 for rank in ranks for step in rank for batch in step)
         for k in range(7):
             parts = [names(rank)[k] for rank in ranks]
@@ -665,12 +668,14 @@ def test_a_bad_picture_is_skipped_counted_and_named(small, rgb, tmp_path):
         saved(rgb, tmp_path / f"{i}.png")
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:100])
     (tmp_path / "5.png").unlink()
-    records = [{"id": f"n{i}", "image": f"{i}.png", "conversations": talk("<image>q", "" if i == 6 else "a")} for i in range(8)]
+    records = [{"id": f"n{i}", "image": f"{i}.png", "conversations": talk("<image>q", "" if i == 6 else "a")}
+               for i in range(8)]
     loading = loader(LlavaData(write(tmp_path / "a.json", records), tmp_path), small)
     step, = take(loading, 1)
     assert sorted(names([step])[0]) == ["n0", "n1", "n3", "n4", "n7"] and loading.seen == 8
     assert sorted(loading.skipped) == sorted(name for batch in step for name, _ in batch.skipped) == ["n2", "n5", "n6"]
-    assert "2.png: not a readable image" in str(loading.skipped["n2"]) and "5.png: no such image" in str(loading.skipped["n5"])
+    assert "2.png: not a readable image" in str(loading.skipped["n2"])
+    assert "5.png: no such image" in str(loading.skipped["n5"])
     assert "no supervised token: its answers are empty" in str(loading.skipped["n6"])
 
 
@@ -680,9 +685,10 @@ def test_more_than_one_percent_of_bad_pictures_stop_the_run(small):
         try:
             take(loading, steps)
         except InputError as error:
-            assert "\n" not in str(error) and "missing.jpg: no such image" in str(error) and "more than 1%" in str(error)
+            assert "\n" not in str(error) and "more than 1%" in str(error)
+            assert "missing.jpg: no such image" in str(error)
             return loading.seen
-    assert seen_before_the_end([5, 6, 7], 40, 40) is None            # three are forgiven, and counted once in ten epochs
+    assert seen_before_the_end([5, 6, 7], 40, 40) is None            # three are forgiven, in ten epochs
     assert seen_before_the_end([5, 6, 7, 8], 40, 40) <= 40           # four of 40 are more than 1%
     assert seen_before_the_end(range(0, 2000, 200), 2000, 200) is None       # ten of 2000: 0.5%
     assert seen_before_the_end(range(0, 2000, 50), 2000, 200) < 1900         # 2%
@@ -698,15 +704,16 @@ def test_samples_with_nothing_to_learn_are_skipped_and_do_not_stop_the_run(small
 
 
 def test_a_rank_with_nothing_left_still_makes_its_forwards(small):
-    ranks = [take(loader(Listed(5, empty=[0, 1, 2, 3, 4]), small, global_batch=5, micro_batch=2, rank=rank, world_size=2), 2)
-             for rank in range(2)]
-    ranks.append(take(loader(Listed(3), small, global_batch=3, micro_batch=1, rank=1, world_size=2), 2))
+    empty, three = Listed(5, empty=range(5)), Listed(3)
+    ranks = [take(loader(empty, small, global_batch=5, micro_batch=2, rank=rank, world_size=2), 2) for rank in (0, 1)]
+    ranks.append(take(loader(three, small, global_batch=3, micro_batch=1, rank=1, world_size=2), 2))
     for steps in ranks:
         for step in steps:
             assert len(step) == 2
             for batch in step:
                 if not batch.ids:
-                    assert batch.tokens.shape == (1, 1) and batch.labels.tolist() == [[IGNORE]] and len(batch.pixels) == 0
+                    assert batch.tokens.shape == (1, 1) and batch.labels.tolist() == [[IGNORE]]
+                    assert batch.pixels.shape == (0, 3, 8, 8)
     assert not ranks[2][0][1].ids                                    # three samples on two ranks: one, and a stand-in
 
 
@@ -721,13 +728,14 @@ def test_a_link_out_of_the_image_folder_stops_the_run_in_one_line(workers, small
     (tmp_path / "link").symlink_to(images)                           # a link to the folder itself is fine
     (images / "a.jpg").unlink()
     saved(rgb, images / "a.jpg", format="PNG")
-    assert names(take(loader(LlavaData(tmp_path / "a.json", tmp_path / "link"), small, global_batch=1), 1)) == [["good"]]
+    dataset = LlavaData(tmp_path / "a.json", tmp_path / "link")
+    assert names(take(loader(dataset, small, global_batch=1), 1)) == [["good"]]
 
 
 def test_real_photographs_become_batches(real):
     tokenizer = load_tokenizer(real / "tokenizers" / "llama2")
-    images = real / "images"
-    dataset = ConcatDataset([LlavaData(real / "llava_instruct.json", images), ShikraData(real / "shikra_rec.jsonl", images)])
+    dataset = ConcatDataset([LlavaData(real / "llava_instruct.json", real / "images"),
+                             ShikraData(real / "shikra_rec.jsonl", real / "images")])
     loading = Loader(dataset, tokenizer, "vicuna_v1", ImageSpec(112), 16, 2048, 16, 8)
     for step in take(loading, 4):
         for batch in step:

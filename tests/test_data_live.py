@@ -1,4 +1,4 @@
-"""data.py against transformers itself, where it is installed: the same pixels from every processor that a checkpoint names."""
+"""data.py against transformers itself, where it is installed: the same pixels as from every processor."""
 import json
 
 import numpy as np
@@ -29,11 +29,11 @@ PROCESSORS = {
 
 def pictures(real):
     photographs = [Image.open(path) for path in sorted((real / "images").iterdir())[:6]]
-    made = [Image.fromarray(picture(height, width, 0)) for height, width in ((333, 500), (501, 334), (64, 64), (337, 336))]
-    odd = [Image.fromarray(picture(300, 200, 1)[..., 0]), Image.fromarray(picture(200, 1, 2)), Image.fromarray(picture(1, 90, 3)),
-           Image.fromarray(picture(700, 30, 4)), made[0].convert("P"), made[1].convert("CMYK"), made[2].convert("LA"),
-           Image.merge("RGBA", [*made[0].split(), made[0].split()[0]])]
-    return photographs + made + odd
+    sizes = (333, 500), (501, 334), (64, 64), (337, 336), (200, 1), (1, 90), (700, 30)
+    made = [Image.fromarray(picture(height, width, seed=height)) for height, width in sizes]
+    modes = [made[0].convert("L"), made[0].convert("P"), made[1].convert("CMYK"), made[2].convert("LA"),
+             Image.merge("RGBA", [*made[0].split(), made[0].split()[0]])]
+    return photographs + made + modes
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -43,13 +43,13 @@ def test_pixels_are_those_of_transformers_pil_processor(name, real, tmp_path):
     spec = ImageSpec.from_folder(tmp_path)
     mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
     for image in pictures(real):
-        convert = image if name not in ("vit-224", "deit-256-224") else to_rgb(image)    # these two leave the mode alone
-        theirs = torch.from_numpy(np.asarray(processor(convert, do_rescale=False, do_normalize=False)["pixel_values"][0]))
-        ours = to_pixels(image, spec)
+        rgb = to_rgb(image) if name in ("vit-224", "deit-256-224") else image    # these two leave the mode alone
+        raw = processor(rgb, do_rescale=False, do_normalize=False)["pixel_values"][0]
+        ours, theirs = to_pixels(image, spec), torch.from_numpy(np.asarray(raw))
         assert ours.dtype == theirs.dtype == torch.uint8
         assert torch.equal(ours, theirs), (image.mode, image.size)
-        normalised = torch.from_numpy(np.asarray(processor(convert)["pixel_values"][0]))
-        assert ((ours / 255 - mean) / std - normalised).abs().max() < 1e-6              # float32 rounding of values up to 2.7
+        normalised = torch.from_numpy(np.asarray(processor(rgb)["pixel_values"][0]))
+        assert ((ours / 255 - mean) / std - normalised).abs().max() < 1e-6       # float32 rounding of values up to 2.7
 
 
 def test_padding_is_llavas_expand2square_before_clips_processor(real):
