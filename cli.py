@@ -44,10 +44,10 @@ def parse(cls, arguments, about=""):
 
 def read_toml(path):
     try:
-        return tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError:
         raise InputError(f"{path}: no such file; the recipes are in config/") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not TOML: {error}") from None
 
 
@@ -66,6 +66,8 @@ def convert(value, hint, where):
         hint = hint.__args__[0]
     if typing.get_origin(hint) is list:
         items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list):
+            raise InputError(f"{where}: should be a list, got {value!r}")
         return [str(item) for item in items if item != ""]
     if hint is bool and str(value).lower() in ("true", "false", "1", "0", "yes", "no"):
         return str(value).lower() in ("true", "1", "yes")

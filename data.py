@@ -176,7 +176,7 @@ def end_ids(tokenizer, template):
     end = named(template).end.strip(" ")
     if end in named(template).special:
         return [tokenizer.token_to_id(end)]
-    return [i for i in range(tokenizer.get_vocab_size()) if end in tokenizer.decode([i], skip_special_tokens=False)]
+    return [i for i in range(tokenizer.get_vocab_size()) if end in tokenizer.decode([i])]
 
 
 def cut_to_length(ids, labels, max_length, tokens_per_image):
@@ -468,7 +468,7 @@ class Batches(torch.utils.data.Dataset):
             raise NothingToLearn("no supervised token: " + ("its answers are empty" if ids else
                                  f"not even the first turn fits into {self.max_length} tokens"))
         repeats = [self.tokens_per_image if token == IMAGE else 1 for token in ids]
-        images = images[:ids.count(IMAGE)]                         # turns that were cut off may have had pictures
+        images = images[:ids.count(IMAGE)]                           # turns that were cut off may have had pictures
         images = [open_image(image) if isinstance(image, (str, Path)) else image for image in images]
         return ([token for token, times in zip(ids, repeats) for _ in range(times)],
                 [label for label, times in zip(labels, repeats) for _ in range(times)],
@@ -516,7 +516,8 @@ class Loader:
 
     A sample with a bad picture, or with nothing to learn from, leaves a gap in its batch. `skipped` names them ({id:
     InputError}), `seen` counts all samples. Bad pictures stop the run when they are more than three and more than 1% of
-    the samples seen (counted as at least 1000, or as the whole dataset if that is smaller)."""
+    the samples seen (taken as 1000 at the least, and as the whole dataset at the most); so does a dataset of which no
+    sample is left."""
 
     def __init__(self, dataset, tokenizer, template, spec, tokens_per_image, max_length, global_batch, micro_batch,
                  seed=0, rank=0, world_size=1, workers=0, start=0):
@@ -558,6 +559,9 @@ class Loader:
                 raise error
             self.skipped[name] = error
         bad = [f"{name} ({error})" for name, error in self.skipped.items() if isinstance(error, BadImage)]
-        if len(bad) > max(3, 0.01 * max(self.seen, min(1000, len(self.lengths)))):
+        if len(bad) > max(3, 0.01 * min(max(self.seen, 1000), len(self.lengths))):
             raise InputError(f"{len(bad)} samples with bad images, more than 1% of those seen; the last ones: "
                              f"{'; '.join(bad[-3:])}")
+        if len(self.skipped) == len(self.lengths):
+            name, error = list(self.skipped.items())[-1]
+            raise InputError(f"no sample of the dataset can be learnt from; the last one: {name} ({error})")

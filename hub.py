@@ -206,6 +206,7 @@ def save_safetensors(tensors, path):
     """{name: tensor} -> one safetensors file, whole or not there at all (temporary file, fsync, rename)."""
     partial = Path(f"{path}.partial")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)                                             # safetensors would leave it to its owner alone
     with open(partial, "rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)

@@ -1,5 +1,6 @@
 """CLIP's towers, their similarity and SigLIP against what transformers computed (tests/make_tower_fixtures.py)."""
 import json
+import math
 import shutil
 
 import pytest
@@ -84,7 +85,9 @@ def test_similarity_is_the_scaled_cosine_and_does_not_depend_on_the_other_texts(
     write_tokenizer(tmp_path)
     clip = CLIP.from_pretrained(tmp_path)
     logits = clip.similarity(pixels, TEXTS)
-    assert logits.shape == (2, 3) and (logits.abs() <= clip.logit_scale.exp()).all()
+    images, texts = clip.image_features(pixels), clip.text_features(clip.tokenize(TEXTS))
+    cosines = torch.cosine_similarity(images[:, None].double(), texts[None].double(), dim=-1)      # (B, texts)
+    assert logits.shape == (2, 3) and relative_error(logits, cosines * math.exp(2.6592)) < TOLERANCE     # CLIP starts there
     for i, text in enumerate(TEXTS):     # alone, without filling: equal but for the order of summation
         assert relative_error(clip.similarity(pixels, [text])[:, 0], logits[:, i]) < TOLERANCE
 
@@ -159,7 +162,8 @@ def test_saving_gives_back_names_and_values_of_the_checkpoint(variant, tmp_path)
 def test_constants_of_older_files_are_left_behind(tmp_path):
     folder, expected = recorded("clip")
     shutil.copy(folder / "config.json", tmp_path)
-    constants = {"vision_model.embeddings.position_ids": torch.arange(17)[None], "text_model.embeddings.position_ids": torch.arange(12)[None]}
+    constants = {"vision_model.embeddings.position_ids": torch.arange(17)[None],
+                 "text_model.embeddings.position_ids": torch.arange(12)[None]}
     save_file(load_file(folder / "model.safetensors") | constants, tmp_path / "model.safetensors")
     for load in (lambda place: CLIP.from_pretrained(place).vision, CLIPVision.from_pretrained):
         assert torch.equal(load(tmp_path)(expected["32.pixels"])[-1], load(folder)(expected["32.pixels"])[-1])

@@ -281,7 +281,7 @@ def test_transparency_is_seen_on_white(rgb, tmp_path):
 
 
 def test_sixteen_bits_become_eight(tmp_path):
-    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)       # every 8-bit value, times 257
+    values = (np.arange(256, dtype=np.uint16) * 256 + 77).reshape(16, 16)
     for kind in ("png", "tiff"):
         path = saved(Image.fromarray(values), tmp_path / f"deep.{kind}")
         assert np.array_equal(np.asarray(open_image(path))[..., 0], np.arange(256).reshape(16, 16))
@@ -425,7 +425,7 @@ def talk(*texts):
 def test_llava_json_and_jsonl_give_the_same_samples(tmp_path):
     records = [{"id": "one", "image": "sub/a.jpg", "conversations": talk("<image>\nq", "a", "q2", "a2")},
                {"id": 2, "image": ["a.jpg", "b.jpg"], "conversations": talk("<image> or <image>?", "the first")},
-               {"conversations": talk("no picture", "none", "left without an answer")}]
+               {"conversations": talk("", "said before it was asked", "no picture", "none", "not answered")[1:]}]
     expected = [Sample([str(tmp_path / "sub" / "a.jpg")], [("<image>\nq", "a"), ("q2", "a2")], "one"),
                 Sample([str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")], [("<image> or <image>?", "the first")], "2"),
                 Sample([], [("no picture", "none")], "2")]
@@ -703,8 +703,23 @@ def test_samples_with_nothing_to_learn_are_skipped_and_do_not_stop_the_run(small
     assert "n3" in short.skipped and "not even the first turn fits into 100 tokens" in str(short.skipped["n3"])
 
 
+def test_a_dataset_of_which_nothing_is_left_stops_the_run(small):
+    with pytest.raises(InputError, match="no sample of the dataset can be learnt from; the last one: n. .no supervised token"):
+        take(loader(Listed(5, empty=range(5)), small), 9)
+
+
+def test_turns_that_are_cut_off_take_their_pictures_along(small):
+    class Long(Listed):
+        def __getitem__(self, i):
+            black, white = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)
+            return Sample([black, white], [("<image>q", "a"), ("<image>q", "a" * 300)], f"n{i}")
+
+    (batch, ), = take(loader(Long(1), small, global_batch=1), 1)
+    assert batch.pixels.shape == (1, 3, 8, 8) and batch.pixels.max() == 0 and (batch.tokens == IMAGE).sum() == 4
+
+
 def test_a_rank_with_nothing_left_still_makes_its_forwards(small):
-    empty, three = Listed(5, empty=range(5)), Listed(3)
+    empty, three = Listed(5, empty=range(4)), Listed(3)
     ranks = [take(loader(empty, small, global_batch=5, micro_batch=2, rank=rank, world_size=2), 2) for rank in (0, 1)]
     ranks.append(take(loader(three, small, global_batch=3, micro_batch=1, rank=1, world_size=2), 2))
     for steps in ranks:

@@ -152,7 +152,8 @@ def test_saving_gives_back_names_and_values_of_the_checkpoint(variant, tmp_path)
 
 
 def test_model_type_follows_the_registers():
-    assert DINOv2Config().model_type == "dinov2" and DINOv2Config(num_register_tokens=4).model_type == "dinov2_with_registers"
+    assert DINOv2Config().model_type == "dinov2"
+    assert DINOv2Config(num_register_tokens=4).model_type == "dinov2_with_registers"
 
 
 def test_keys_that_a_config_omits_have_the_defaults_of_its_model_type(tmp_path):
@@ -164,6 +165,15 @@ def test_keys_that_a_config_omits_have_the_defaults_of_its_model_type(tmp_path):
     shutil.copy(folder / "model.safetensors", tmp_path)
     with pytest.raises(InputError, match=r"projection\.weight has shape \(16, 3, 7, 7\), the config asks for \(16, 3, 16, 16\)"):
         DINOv2.from_pretrained(tmp_path)
+
+
+def test_a_dinov2_has_no_registers_whatever_its_config_mentions(tmp_path):
+    folder, _ = recorded("dinov2")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_register_tokens": 4}))
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    tower = DINOv2.from_pretrained(tmp_path)
+    assert tower.num_prefix_tokens == 1 and tower.config == DINOv2.from_pretrained(folder).config
 
 
 def test_another_kind_of_checkpoint_is_refused():

@@ -113,6 +113,24 @@ def test_id_that_is_not_in_the_cache_is_an_error_without_the_network():
         locate("nobody/no-such-model")
 
 
+def test_id_that_the_hub_could_never_have_is_an_error():
+    with pytest.raises(InputError, match="owner/na me: no such folder, and not a Hugging Face id"):
+        locate("owner/na me")
+
+
+def test_cache_without_weights_is_completed_from_the_hub(tmp_path, monkeypatch):
+    """Whoever has used only the tokenizer of a model has its folder in the cache, without the weights."""
+    (tmp_path / "tokenizer.json").touch()
+
+    def snapshot_download(repo_id, local_files_only=False, **_):     # stands for the hub
+        if not local_files_only:
+            (tmp_path / "model.safetensors").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert (locate("owner/name") / "model.safetensors").exists()
+
+
 def test_shards_give_the_same_model(folder):
     whole = Llama.from_pretrained(folder)
     shard(folder)
@@ -133,6 +151,13 @@ def test_tensor_that_the_index_lists_but_no_shard_holds_is_named(folder):
     assert "model.ghost.weight" in error_of(folder)
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": {"a": 1}}'])
+def test_index_without_a_map_from_tensors_to_shards_is_an_error(folder, text):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json: has no weight_map" in error_of(folder)
+
+
 def test_index_that_points_outside_the_folder_is_refused(folder):
     places = shard(folder)
     places[TENSOR] = "../model-0.safetensors"
@@ -140,8 +165,19 @@ def test_index_that_points_outside_the_folder_is_refused(folder):
     assert "outside the folder" in error_of(folder)
 
 
-def test_loading_takes_no_second_copy_and_leaves_the_file_as_it_is(folder):
-    """The parameters are the file's own pages, copied on write: training changes the model and not the checkpoint."""
+def test_parameters_are_the_mapped_file_itself(folder):
+    """No second copy in memory: every parameter lies where the system has mapped the file."""
+    model = Llama.from_pretrained(folder)
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("this system does not list its mapped files")
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    for name, parameter in model.named_parameters():
+        assert any(start <= parameter.data_ptr() < end for start, end in ranges), f"{name} was copied"
+
+
+def test_training_leaves_the_checkpoint_as_it_is(folder):
+    """The file's pages are copied on write: training changes the model and not the file."""
     before = (folder / "model.safetensors").read_bytes()
     model = Llama.from_pretrained(folder)
     with torch.no_grad():

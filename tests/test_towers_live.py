@@ -28,6 +28,10 @@ def tower_class(variant):
     return {"vit": ViT, "dei": ViT, "mae": ViT, "din": DINOv2, "cli": CLIPVision, "sig": SigLIPVision}[variant[:3]]
 
 
+def logits_of(clip, pixels, tokens):
+    return clip.logit_scale.exp() * clip.image_features(pixels) @ clip.text_features(tokens).T
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_every_hidden_state_and_logit_equals_transformers(variant, tmp_path):
@@ -46,7 +50,7 @@ def test_every_hidden_state_and_logit_equals_transformers(variant, tmp_path):
         elif kind == "masked":
             ours = tower(expected[f"{side}.pixels"], mask=expected[f"{side}.mask"])[int(index[0])]
         elif kind == "logits" and clip:
-            ours = clip.logit_scale.exp() * clip.image_features(expected[f"{side}.pixels"]) @ clip.text_features(expected["tokens"]).T
+            ours = logits_of(clip, expected[f"{side}.pixels"], expected["tokens"])
         elif kind == "logits":
             ours = tower.classify(expected[f"{side}.pixels"])
         else:
@@ -104,7 +108,7 @@ def test_transformers_loads_what_clip_saves(tmp_path):
     pixels = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     tokens = torch.tensor([[59, 4, 5, 60], [59, 7, 60, 60]])
     theirs = model(tokens, clip.vision.normalize(pixels, torch.float32)).logits_per_image
-    assert relative_error(clip.logit_scale.exp() * clip.image_features(pixels) @ clip.text_features(tokens).T, theirs) < TOLERANCE
+    assert relative_error(logits_of(clip, pixels, tokens), theirs) < TOLERANCE
 
 
 @pytest.mark.parametrize("variant", ["vit", "deit", "dinov2_swiglu", "clip"])

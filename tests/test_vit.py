@@ -25,16 +25,6 @@ def pixels():
     return torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A copy of the recorded ViT in float32, to be damaged: (folder, its tensors)."""
-    folder, _ = recorded("vit")
-    shutil.copy(folder / "config.json", tmp_path)
-    tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(tensors, tmp_path / "model.safetensors")
-    return tmp_path, tensors
-
-
 @pytest.mark.parametrize("variant", ["vit", "vit_headless", "deit", "deit_one_head", "mae"])
 @torch.no_grad()
 def test_hidden_states_equal_transformers(variant):
@@ -130,94 +120,16 @@ def test_pixels_are_normalised_as_the_checkpoint_says(tmp_path):
     assert torch.equal(ViT.from_pretrained(tmp_path).normalize(pixels, torch.float32), (pixels / 255 - mean) / std)
 
 
-# --- how a checkpoint becomes a module (hub.py) ------------------------------------------------------------------------
-
-def test_parameters_are_the_mapped_file_itself(checkpoint):
-    """No second copy: every parameter lies in the memory range where the system has mapped the file."""
-    folder, _ = checkpoint
-    tower = ViT.from_pretrained(folder)
-    try:
-        lines = open("/proc/self/maps").read().splitlines()
-    except OSError:
-        pytest.skip("this system does not list its mapped files")
-    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines if str(folder) in line]
-    for name, parameter in tower.named_parameters():
-        assert any(start <= parameter.data_ptr() < end for start, end in ranges), f"{name} was copied"
-
-
-def test_training_a_loaded_tower_leaves_the_file_alone(checkpoint, pixels):
-    folder, _ = checkpoint
-    before = (folder / "model.safetensors").read_bytes()
-    tower = ViT.from_pretrained(folder)
-    optimizer = torch.optim.SGD(tower.parameters(), lr=1.0)
-    tower(pixels)[-1].square().mean().backward()
-    optimizer.step()
-    assert tower.patch.weight.grad.abs().sum() > 0
-    assert (folder / "model.safetensors").read_bytes() == before
-
-
-def test_a_missing_tensor_is_named(checkpoint):
-    folder, tensors = checkpoint
-    del tensors["vit.encoder.layer.1.intermediate.dense.bias"]
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"blocks\.1\.mlp\.fc1\.bias missing"):
-        ViT.from_pretrained(folder)
-
-
-def test_a_tensor_left_over_is_named(checkpoint):
-    folder, tensors = checkpoint
-    save_file(tensors | {"vit.encoder.layer.3.output.dense.bias": torch.zeros(16)}, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"vit\.encoder\.layer\.3\.output\.dense\.bias left over"):
-        ViT.from_pretrained(folder)
-
-
-def test_a_tensor_of_another_shape_is_named(checkpoint):
-    folder, tensors = checkpoint
-    save_file(tensors | {"vit.layernorm.bias": torch.zeros(17)}, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"vit\.layernorm\.bias has shape \(17,\), the config asks for \(16,\)"):
-        ViT.from_pretrained(folder)
-
-
-def test_a_tensor_that_is_no_float_is_named(checkpoint):
-    folder, tensors = checkpoint
-    save_file(tensors | {"vit.layernorm.bias": torch.zeros(16, dtype=torch.int8)}, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"vit\.layernorm\.bias has dtype torch\.int8"):
-        ViT.from_pretrained(folder)
-
-
-def test_two_tensors_for_one_parameter_are_an_error(checkpoint):
-    folder, tensors = checkpoint
-    save_file(tensors | {"layernorm.bias": torch.zeros(16)}, folder / "model.safetensors")
+def test_two_tensors_for_one_parameter_are_an_error(tmp_path):
+    """As when a file holds a model twice, with and without its prefix: which of them is meant?"""
+    folder, _ = recorded("vit")
+    shutil.copy(folder / "config.json", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"layernorm.bias": torch.zeros(16)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"layernorm\.bias left over"):
-        ViT.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("length", [5, 1000, -1])
-def test_a_truncated_file_is_named(checkpoint, length):
-    folder, _ = checkpoint
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(InputError, match=r"model\.safetensors: not a readable safetensors file, truncated or damaged"):
-        ViT.from_pretrained(folder)
+        ViT.from_pretrained(tmp_path)
 
 
 def test_another_kind_of_checkpoint_is_refused():
     with pytest.raises(InputError, match="model_type 'clip' is not a ViT"):
         ViT.from_pretrained(recorded("clip")[0])
-
-
-def test_sharded_checkpoints_load_like_whole_ones(checkpoint, pixels):
-    folder, tensors = checkpoint
-    whole = ViT.from_pretrained(folder).classify(pixels)
-    (folder / "model.safetensors").unlink()
-    shards = {f"model-0000{i + 1}-of-00003.safetensors": sorted(tensors)[i::3] for i in range(3)}
-    for shard, names in shards.items():
-        save_file({name: tensors[name] for name in names}, folder / shard)
-    weight_map = {name: shard for shard, names in shards.items() for name in names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert torch.equal(ViT.from_pretrained(folder).classify(pixels), whole)
-
-
-def test_nothing_stays_on_the_meta_device():
-    tower = ViT.from_pretrained(recorded("vit_headless")[0])
-    assert not any(tensor.is_meta for tensor in [*tower.parameters(), *tower.buffers()])
