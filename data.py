@@ -119,13 +119,14 @@ def find_template(folder):
     if (folder / "chat_template.jinja").exists():
         chat = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     elif (folder / "tokenizer_config.json").exists():
-        chat = json.dumps(read_json(folder / "tokenizer_config.json").get("chat_template") or "")
+        chat = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if not chat:
+        return None
     for name, marks in {"llama_3": ["<|start_header_id|>"], "chatml": ["<|im_start|>"],
                         "llama_2": ["[INST]", "<<SYS>>"], "vicuna_v1": ["USER:", "ASSISTANT:"]}.items():
-        if chat and all(mark in chat for mark in marks):
+        if all(mark in str(chat) for mark in marks):                 # a text, or a list of named ones
             return name
-    if chat and chat != '""':
-        raise InputError(f"{folder}: its chat template is none of ours, name one: {', '.join(TEMPLATES)}")
+    raise InputError(f"{folder}: its chat template is none of ours, name one: {', '.join(TEMPLATES)}")
 
 
 # --- 2. Tokens and labels -------------------------------------------------------------------------------------------

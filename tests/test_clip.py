@@ -9,7 +9,7 @@ from conftest import recorded, relative_error
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from clip import CLIP, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig, SigLIPVision
+from clip import CLIP, CLIPTextConfig, CLIPVision, CLIPVisionConfig, SigLIPVision
 from hub import InputError
 
 TOLERANCE = 1e-5     # float32 parity as the project promises it; other orders of summation give about 1e-7
