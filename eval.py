@@ -28,8 +28,9 @@ import torch
 
 import cli
 import world
-from data import MARK, parse_box
+from dialogue import MARK
 from hub import InputError, newest_model
+from images import parse_box
 from mllm import MLLM
 
 MAX_NEW_TOKENS = {"caption": 48, "presence": 4, "count": 4, "rec": 32, "reg": 12, "attribute": 6, "relation": 6}

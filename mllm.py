@@ -27,9 +27,10 @@ import torch.nn.functional as F
 
 from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
 from connector import ConnectorConfig, TowerShape, layers_needed, make_connector, visual_tokens
-from data import IGNORE, IMAGE, MARK, ImageSpec, encode, end_ids, find_template, load_tokenizer, to_pixels
+from dialogue import IGNORE, IMAGE, MARK, encode, end_ids, find_template, load_tokenizer
 from dinov2 import DINOv2, DINOv2Config
-from hub import InputError, fields_of, load_weights, locate, read_config, save_checkpoint
+from hub import InputError, fields_of, load_weights, locate, read_config, read_json, save_checkpoint
+from images import ImageSpec, to_pixels
 from llama import Llama, LlamaConfig
 from vit import ViT, ViTConfig
 
@@ -54,7 +55,7 @@ def check_towers(towers, kind):
 
 class MLLM(nn.Module):
     def __init__(self, towers, llm, connector_config, tokenizer, template, spec):
-        """towers: list of vision towers; llm: a Llama; template: a name in data.TEMPLATES; spec: data.ImageSpec, the side R
+        """towers: list of vision towers; llm: a Llama; template: a name in dialogue.TEMPLATES; spec: images.ImageSpec, the side R
         and how a picture is brought to it. The connector is new. Raises InputError where the parts do not fit."""
         super().__init__()
         check_towers(towers, connector_config.kind)
@@ -105,10 +106,11 @@ class MLLM(nn.Module):
         is_image = tokens == IMAGE                                   # (B, T)
         embeds = self.llm.embed(tokens.masked_fill(is_image, 0))     # (B, T, C)
         if len(pixels) == 0:
-            if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.connector.parameters())):
+            seeing = [*self.vision.parameters(), *self.connector.parameters()]
+            if not (torch.is_grad_enabled() and any(p.requires_grad for p in seeing)):
                 return embeds
-            blank = pixels.new_zeros(1, *pixels.shape[1:])           # text only: every rank of DDP must still touch the
-            return embeds + 0 * self.see(blank).sum()                # connector, or the others wait for its gradients
+            blank = pixels.new_zeros(1, *pixels.shape[1:])           # text only: every rank of DDP must still touch what
+            return embeds + 0 * self.see(blank).sum()                # sees, or the others wait for its gradients
         visual = self.see(pixels).flatten(0, 1).to(embeds.dtype)     # (I·M, C)
         # the i-th IMAGE of the batch is visual token i: a gather needs no transfer to the host, as masked_scatter would
         index = (is_image.flatten().cumsum(0) - 1).clamp(0, len(visual) - 1).view_as(tokens)
@@ -187,14 +189,18 @@ class MLLM(nn.Module):
         if config.get("model_type") != "mllm":
             raise InputError(f"{folder}: model_type {config.get('model_type')!r} is no multimodal model of ours; "
                              "train.py writes them under out/")
-        spec, statistics = ImageSpec.from_folder(folder), json.loads((folder / "preprocessor_config.json").read_text())["towers"]
-        with torch.device("meta"):
-            towers = []
-            for shape, numbers in zip(config["vision"], statistics):
-                tower, tower_config = tower_class(shape["model_type"], folder)
-                towers.append(tower(fields_of(tower_config, shape, folder), numbers["mean"], numbers["std"]))
-            llm = Llama(LlamaConfig.from_dict(config["llm"], folder))
-            model = cls(towers, llm, ConnectorConfig(**config["connector"]), load_tokenizer(folder), config["template"], spec)
+        spec = ImageSpec.from_folder(folder)
+        try:
+            statistics = read_json(folder / "preprocessor_config.json")["towers"]
+            with torch.device("meta"):
+                towers = []
+                for shape, numbers in zip(config["vision"], statistics):
+                    tower, tower_config = tower_class(shape["model_type"], folder)
+                    towers.append(tower(fields_of(tower_config, shape, folder), numbers["mean"], numbers["std"]))
+                llm = Llama(LlamaConfig.from_dict(config["llm"], folder))
+                model = cls(towers, llm, ConnectorConfig(**config["connector"]), load_tokenizer(folder), config["template"], spec)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder}: config.json or preprocessor_config.json is not as MLLM.save writes it ({error!r})") from None
         return load_weights(model, folder, lambda name: name, dtype, device).eval()
 
 

@@ -26,7 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 import cli
 import world
 from clip import CLIP, CLIPTextConfig, CLIPVisionConfig
-from data import encode
+from dialogue import encode
 from dinov2 import DINOv2, DINOv2Config
 from hub import InputError
 from llama import Llama, LlamaConfig

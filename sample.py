@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 import cli
 import world
-from data import BadImage, open_image, parse_box, unpad_box
 from eval import iou, normalise
 from hub import InputError, newest_model
+from images import BadImage, open_image, parse_box, unpad_box
 from mllm import MLLM
 
 LARGEST_DOWNLOAD = 50_000_000                                        # bytes

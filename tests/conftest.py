@@ -73,7 +73,7 @@ def tiny_model(world_tokenizer):
     """A whole model of the embedded world with random weights: two blocks a tower and in the LLM, a picture of 16 patches."""
     from clip import CLIPVision, CLIPVisionConfig
     from connector import ConnectorConfig
-    from data import ImageSpec
+    from images import ImageSpec
     from llama import Llama, LlamaConfig
     from mllm import MLLM
     from pretrain import BOS, EOS

@@ -1,4 +1,4 @@
-"""data.py: templates, labels, pixels, formats and the loader, each against a reference written out by hand."""
+"""dialogue.py, images.py and data.py: templates, labels, pixels, formats and the loader, each against a reference written out by hand."""
 import io
 import json
 import math
@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.utils.data import ConcatDataset
 
-import data
-from data import (IGNORE, IMAGE, TEMPLATES, BadImage, ImageSpec, LlavaData, Loader, Sample, ShikraData, cut_to_length,
-                  encode, end_ids, find_template, format_box, load_tokenizer, open_image, order, pad_box, parse_box,
-                  render, to_pixels, unpad_box)
+import dialogue
+from data import LlavaData, Loader, Sample, ShikraData, order
+from dialogue import IGNORE, IMAGE, TEMPLATES, cut_to_length, encode, end_ids, find_template, load_tokenizer, render
 from hub import InputError
+from images import BadImage, ImageSpec, format_box, open_image, pad_box, parse_box, to_pixels, unpad_box
 
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
@@ -58,7 +58,7 @@ def tokenizer(request, small):
 
 def test_layouts_are_written_as_their_authors_wrote_them():
     turns = [("q1", "a1"), ("q2", "a2")]
-    system = data.LLAVA
+    system = dialogue.LLAVA
     assert render(turns, "vicuna_v1")[0] == f"{VICUNA} USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>"
     assert render(turns, "llama_2")[0] == (
         f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\nq1 [/INST] a1 </s><s>[INST] q2 [/INST] a2 </s>")

@@ -14,7 +14,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from data import ImageSpec, open_image, to_pixels, to_rgb
+from images import ImageSpec, open_image, to_pixels, to_rgb
 from make_data_fixtures import picture
 
 IMAGENET = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import world
-from data import NothingToLearn, parse_box
+from data import NothingToLearn
+from images import parse_box
 from eval import named_objects
 from world import COLOURS, SHAPES, SIDE, TASKS, World, draw, scene
 

@@ -1,0 +1,140 @@
+"""Pictures and boxes: from any image file to the uint8 pixels that a tower was trained on.
+
+    open_image(file)        -> PIL image, RGB, upright
+    to_pixels(image, spec)  -> uint8 (3, R, R), the very pixels that transformers' PIL processors make
+    pad_box, unpad_box      boxes between a picture's pixels and the square-padded picture, 0 to 1
+
+Normalising (mean, deviation) is left to the towers, on the device: one uint8 tensor serves them all. Boxes in text follow
+Shikra (arXiv 2306.15195): "[x1,y1,x2,y2]", by the side of the padded square, three decimals.
+"""
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from hub import InputError, read_json
+
+
+class BadImage(InputError):
+    """A picture that cannot be used. The loader skips its sample, and stops the run when they are too many."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How a checkpoint wants pictures. pad: pad to a square with the mean colour, then resize; nothing is lost, and
+    boxes keep their meaning. crop: resize the shorter side, cut out the middle. stretch: resize to a square."""
+    size: int                                                        # R, the side of what the tower sees
+    mode: str = "pad"
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)                # OpenAI CLIP's; towers normalise on the device
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    resample: int = 3                                                # PIL's number: 3 bicubic, 2 bilinear
+    resize_to: int = None                                            # crop, stretch: resize to this, then crop to size
+
+    @classmethod
+    def from_folder(cls, folder):
+        """preprocessor_config.json of CLIP, SigLIP, DINOv2 (Bit), ViT, DeiT and LLaVA, old spellings included."""
+        path = Path(folder) / "preprocessor_config.json"
+        config = read_json(path)
+        try:
+            kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
+            size, crop = config["size"], config.get("crop_size") if config.get("do_center_crop") else None
+            if not isinstance(size, dict):                           # a number: CLIP's shorter side, or ViT's square
+                square = kind.startswith(("ViT", "DeiT", "Siglip"))
+                size = {"height": size, "width": size} if square else {"shortest_edge": size}
+            crop = crop if isinstance(crop, dict) or crop is None else {"height": crop, "width": crop}
+            if any(sides and sides.get("height") != sides.get("width") for sides in (size, crop)):
+                raise InputError(f"{path}: only square pictures are supported")
+            resize_to = size["height"] if "height" in size else size["shortest_edge"]
+            final = crop["height"] if crop else resize_to
+            mode = "stretch" if "height" in size else "pad" if config.get("do_pad") else "crop"
+            return cls(final, mode, tuple(config["image_mean"]), tuple(config["image_std"]), config.get("resample", 3),
+                       resize_to if resize_to != final else None)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: not the description of an image processor ({error!r})") from None
+
+    def config(self):
+        """The preprocessor_config.json that from_folder reads back as this spec; transformers reads it, too."""
+        side = self.resize_to or self.size
+        size = dict(height=side, width=side) if self.mode == "stretch" else dict(shortest_edge=side)
+        return dict(image_processor_type="LlavaImageProcessor", do_pad=self.mode == "pad", do_resize=True, size=size,
+                    do_center_crop=True, crop_size=dict(height=self.size, width=self.size), resample=int(self.resample),
+                    do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=list(self.mean),
+                    image_std=list(self.std), do_convert_rgb=True)
+
+
+def open_image(path_or_file):
+    """Any image file -> PIL image: RGB, upright, of an animation the first frame. BadImage names the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path_or_file) as image:
+                return to_rgb(image)
+    except FileNotFoundError:
+        raise BadImage(f"{path_or_file}: no such image") from None
+    except Exception as error:                                       # on damaged bytes decoders raise anything at all
+        raise BadImage(f"{path_or_file}: not a readable image "
+                       f"({' '.join(f'{type(error).__name__}: {error}'.split())})") from None
+
+
+def to_rgb(image):
+    """PIL image of any mode -> RGB: turned as EXIF says, 16 bits to 8, transparency on white (as transformers does)."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                                   # 16-bit grey; convert() would clip it at 255
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+        image = Image.fromarray(grey.astype(np.uint8))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def to_pixels(image, spec):
+    """PIL image or uint8 (H, W, 3) -> uint8 (3, R, R): the very pixels that transformers' PIL processors make."""
+    image = to_rgb(image) if isinstance(image, Image.Image) else Image.fromarray(image)
+    longest, shortest = max(image.size), min(image.size)
+    side = spec.size if spec.mode == "pad" else spec.resize_to or spec.size
+    largest = {"pad": longest ** 2, "crop": side * int(side * longest / shortest), "stretch": side ** 2}[spec.mode]
+    if largest > 2 * Image.MAX_IMAGE_PIXELS:
+        raise BadImage(f"a picture of {image.width}x{image.height} is too elongated to {spec.mode}")
+    if spec.mode == "pad":                                           # LLaVA's expand2square
+        square = Image.new("RGB", (longest, longest), tuple(int(255 * channel) for channel in spec.mean))
+        square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
+        image = square
+    resized = tuple(int(side * edge / shortest) for edge in image.size) if spec.mode == "crop" else (side, side)
+    image = image.resize(resized, spec.resample)
+    left, top = ((edge - spec.size) // 2 for edge in image.size)
+    image = image.crop((left, top, left + spec.size, top + spec.size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def padding(width, height):
+    """Side of the padded square, and where the picture begins in it (as to_pixels pads)."""
+    side = max(width, height)
+    return side, ((side - width) // 2, (side - height) // 2) * 2
+
+
+def pad_box(box, width, height):
+    """Box (x1, y1, x2, y2) in pixels of a picture -> the same in the square-padded picture, by its side: 0 to 1."""
+    side, offsets = padding(width, height)
+    return [(value + offset) / side for value, offset in zip(box, offsets)]
+
+
+def unpad_box(box, width, height):
+    """The inverse of pad_box: scores are computed in original pixels."""
+    side, offsets = padding(width, height)
+    return [value * side - offset for value, offset in zip(box, offsets)]
+
+
+def format_box(box, decimals=3):
+    """Box -> "[0.390,0.483,0.884,0.866]"."""
+    return "[" + ",".join(f"{value:.{decimals}f}" for value in box) + "]"
+
+
+def parse_box(text):
+    """The first box in a text -> four floats, or None."""
+    found = re.search(r"\[" + ",".join([r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*"] * 4) + r"\]", text)
+    return [float(value) for value in found.groups()] if found else None
