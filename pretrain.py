@@ -42,7 +42,7 @@ class Config:
     out: str = ""                        # folder to write; empty: weights/<model>
     steps: int = 0                       # optimizer steps; 0: what the committed checkpoints took
     batch: int = 0                       # pictures (or texts) a step; 0: likewise
-    lr: float = 1e-3                     # peak learning rate of AdamW, cosine to zero
+    lr: float = 0                        # peak learning rate of AdamW, then a cosine to zero; 0: likewise
     seed: int = 0                        # of the initialisation and of the scenes
     bf16: bool = True                    # autocast to bfloat16 (on a CPU that has it about 1.4 times as fast)
     threads: int = 0                     # CPU threads; 0: all cores
@@ -359,11 +359,12 @@ def llama_scores(folder, count=200):
 
 def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
-    recipes = {"clip": (pretrain_clip, 1200, 256), "dinov2": (pretrain_dinov2, 1500, 64), "llama": (pretrain_llama, 2000, 64)}
+    recipes = {"clip": (pretrain_clip, 700, 256, 1.5e-3), "dinov2": (pretrain_dinov2, 700, 64, 1e-3),
+               "llama": (pretrain_llama, 3600, 16, 1.5e-3)}
     if config.model not in recipes:
         raise InputError(f"which model? python pretrain.py {'|'.join(recipes)}")
-    recipe, steps, batch = recipes[config.model]
-    config.steps, config.batch = config.steps or steps, config.batch or batch
+    recipe, steps, batch, lr = recipes[config.model]
+    config.steps, config.batch, config.lr = config.steps or steps, config.batch or batch, config.lr or lr
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
