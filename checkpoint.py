@@ -63,8 +63,9 @@ def load(folder, model, optimizer=None):
     return state
 
 
-def check_same(config, state, folder):
+def check_same(config, folder):
     """A resumed run must be the run that was stopped."""
+    state = read_json(folder / "state.json")
     free = ("resume", "out", "stage", "device", "log", "log_every", "save_every", "evaluate", "workers", "compile", "micro_batch")
     for key, value in asdict(config).items():
         if key not in free and state["config"].get(key) != value:

@@ -229,9 +229,10 @@ class Llama(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif parameter.dim() == 2:                               # 2L branches add up in the residual stream (GPT-2)
-                branch = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if branch else 0.02)
+            elif parameter.dim() == 2:                               # 1 / sqrt(C): 0.016 at C = 4096, where 0.02 is usual;
+                std = config.hidden_size ** -0.5                     # a narrow model would hardly attend with 0.02. And 2L
+                deep = name.endswith(("o_proj.weight", "down_proj.weight"))     # branches add up in the residual stream
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * config.num_hidden_layers) if deep else std)
 
     def _apply(self, fn, recurse=True):
         """What .to(), .half() and .to_empty() run: the frequencies follow to the device, but stay whole and float32."""

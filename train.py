@@ -13,6 +13,7 @@ stage) and model/ (the whole model, for sample.py and eval.py).
 """
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -35,6 +36,7 @@ from mllm import MLLM
 from world import World
 
 HERE = Path(__file__).resolve().parent
+PARTS = ("vision", "connector", "llm")
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Config:
     equal2: bool = False                 # the same for stage 2
     image_dir: str = ""                  # folder of the pictures; empty: beside each data file
     template1: str = "plain"             # template of stage 1
-    max_length: int = 2048               # tokens a dialogue, pictures included; what is over is cut at a whole turn
+    max_length: int = 2048               # tokens a dialogue, pictures included, or the LLM's context if shorter; the turns over it are cut
     batch1: int = 64                     # samples an optimizer step, over all ranks and micro-batches
     batch2: int = 64                     # the same for stage 2
     micro_batch: int = 64                # samples a forward on one rank; a step takes as many forwards as it needs
@@ -130,10 +132,7 @@ def build_data(config, stage):
 
 def choose_trained(model, parts, keep_frozen_small):
     """Set requires_grad: `parts` learn, the others are frozen. Returns {part: its trained parameters}."""
-    for part in parts:
-        if part not in ("vision", "connector", "llm"):
-            raise InputError(f"{part!r} cannot be trained: vision, connector or llm")
-    for part in ("vision", "connector", "llm"):
+    for part in PARTS:
         module = getattr(model, part)
         module.requires_grad_(part in parts)
         if part == "llm" and part not in parts and keep_frozen_small:
@@ -154,9 +153,9 @@ def learning_rate(step, steps, warmup):
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
-def train_stage(config, stage, model, run, ranks):
+def train_stage(config, stage, model, dataset, run, ranks):
     """One stage on this rank. `run`: its folder. Returns False if it was asked to stop before the end."""
-    own, dataset, main = settings(config, stage), build_data(config, stage), ranks.rank == 0
+    own, main = settings(config, stage), ranks.rank == 0
     use_bf16 = ranks.device.type == "cuda" if config.bf16 is None else config.bf16
     trained = choose_trained(model, own["train"], keep_frozen_small=use_bf16 and ranks.device.type == "cuda")
     steps = own["steps"] or math.ceil(own["epochs"] * len(dataset) / own["batch"])
@@ -165,14 +164,13 @@ def train_stage(config, stage, model, run, ranks):
                                   betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
     start = 0
     if config.resume and (saved := checkpoint.newest_last(run / "checkpoints", stage)):
-        state = checkpoint.load(saved[-1], model, optimizer)
-        checkpoint.check_same(config, state, saved[-1])
-        start = state["step"]
+        start = checkpoint.load(saved[-1], model, optimizer)["step"]
         say(main, f"resumed from {saved[-1]} at step {start}")
         if start >= steps:
             return True
     template = own.get("template") if stage == 1 else model.template
-    loader = Loader(dataset, model.tokenizer, template, model.spec, model.tokens_per_image, config.max_length, own["batch"],
+    longest = min(config.max_length, model.llm.config.context)
+    loader = Loader(dataset, model.tokenizer, template, model.spec, model.tokens_per_image, longest, own["batch"],
                     config.micro_batch, config.seed + stage, ranks.rank, ranks.size, config.workers, start * own["batch"])
     model.llm.gradient_checkpointing = config.activation_checkpointing
     model.train()
@@ -180,7 +178,7 @@ def train_stage(config, stage, model, run, ranks):
     if ranks.size > 1:
         network = DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
 
-    count = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("vision", "connector", "llm")}
+    count = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in PARTS}
     say(main, f"\nstage {stage}: " + ", ".join(f"{part} {count[part] / 1e6:.2f}M {'trained' if part in trained else 'frozen'}"
                                               for part in count))
     say(main, f"  {len(dataset):,} samples, {steps} steps of {own['batch']}, {model.tokens_per_image} visual tokens a picture, "
@@ -265,8 +263,9 @@ class Log:
 
     def write(self, record):
         if self.main:
+            finite = {key: value if math.isfinite(value) else None for key, value in record.items()}       # JSON has no NaN
             with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(finite) + "\n")
             if self.board:
                 for key in ("loss", "lr", "gradient_norm", "tokens_per_second"):
                     self.board.add_scalar(f"stage{record['stage']}/{key}", record[key], record["step"])
@@ -294,7 +293,8 @@ class Ranks:
         if self.stop:                                                # asked twice: at once
             sys.exit(128 + number)
         self.stop = True
-        say(self.rank == 0, "\nfinishing this step, then saving (once more: stop at once)")
+        if multiprocessing.parent_process() is None:                 # a loader's worker has this handler too, and says nothing
+            say(self.rank == 0, "\nfinishing this step, then saving (once more: stop at once)")
 
     def sum(self, tensor):
         """Sum over all processes; a tensor on the CPU stays there."""
@@ -314,45 +314,68 @@ def say(main, text):
         print(text, flush=True)
 
 
+def check(config):
+    """Refuse here what would break a run later, perhaps after hours."""
+    if config.stage not in (0, 1, 2):
+        raise InputError(f"--stage={config.stage}: 1, 2, or 0 for both")
+    if config.init and config.stage != 2:
+        raise InputError("--init says where stage 2 starts: it goes with --stage=2")
+    if config.image_mode not in ("pad", "crop", "stretch"):
+        raise InputError(f"--image_mode={config.image_mode}: pad, crop or stretch")
+    least = dict(batch1=1, batch2=1, micro_batch=1, log_every=1, save_every=1, max_length=1, steps1=0, steps2=0, seed=0, workers=0)
+    for key, value in least.items():
+        if getattr(config, key) < value:
+            raise InputError(f"--{key}={getattr(config, key)}: should be {value} or more")
+    for key in ("train1", "train2"):
+        parts = getattr(config, key)
+        if not parts or set(parts) - set(PARTS):
+            raise InputError(f"--{key}={','.join(parts)}: what learns is one or more of {', '.join(PARTS)}")
+
+
 def run_folder(config):
     """Where this run lives. A run that is there already is never written over."""
-    goes_on, first = config.resume or (config.stage == 2 and not config.init), config.stage or 1
-    if config.out:
-        run = Path(config.out)
-        if not config.resume and checkpoint.newest_last(run / "checkpoints", first):
-            raise InputError(f"{run}: holds a run of stage {first} already; --resume goes on with it, another --out starts anew")
-        return run
+    goes_on = config.resume or (config.stage == 2 and not config.init)
     name = lambda i: Path("out") / (config.connector + (f"-{i}" if i > 1 else ""))
     free = next(i for i in range(1, 10_000) if not name(i).exists())
-    if goes_on and free == 1:
+    if goes_on and free == 1 and not config.out:
         raise InputError(f"nothing to go on with under {name(1)}: name the run with --out, or run stage 1 first")
-    return name(free - 1 if goes_on else free)
+    run = Path(config.out) if config.out else name(free - 1 if goes_on else free)
+    held = [stage for stage in (1, 2) if checkpoint.newest_last(run / "checkpoints", stage)]
+    last = (config.stage or 2) if config.resume else (config.stage or 1) - 1     # the last stage that may be there
+    if held and held[-1] > last or not goes_on and (run / "model").exists():
+        raise InputError(f"{run}: holds a run{f' of stage {held[-1]}' if held else ''} already; " + (
+            "leave out --stage=1 to go on with it" if config.resume else "--resume goes on with it, another --out starts anew"))
+    for stage in held if config.resume else []:
+        if config.stage in (0, stage):
+            checkpoint.check_same(config, checkpoint.newest_last(run / "checkpoints", stage)[-1])
+    return run
 
 
 def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
-    if config.stage not in (0, 1, 2):
-        raise InputError(f"--stage={config.stage}: 1, 2, or 0 for both")
-    if min(config.batch1, config.batch2, config.micro_batch, config.log_every, config.save_every) < 1:
-        raise InputError("batch1, batch2, micro_batch, log_every and save_every are at least 1")
+    check(config)
+    stages = [config.stage] if config.stage else [1, 2]
     ranks, began = Ranks(config.device), time.time()
     run = run_folder(config)
     ranks.barrier()                                                  # all ranks have looked before one of them writes
     say(ranks.rank == 0, f"{config.connector} connector, run folder {run}")
-    for stage in [config.stage] if config.stage else [1, 2]:
+    datasets = {stage: build_data(config, stage) for stage in stages}
+    for stage in stages:
         model = build_model(config, ranks.device)                    # anew for stage 2: from the very weights that were named
         if stage == 2 and config.init != "new":
             former = [Path(config.init)] if config.init else checkpoint.newest_last(run / "checkpoints", 1)
             if not former:
                 raise InputError(f"stage 2 starts from stage 1's connector, and {run}/checkpoints has none: run stage 1 first, or "
                                  "name a checkpoint with --init=FOLDER (--init=new starts from a random connector)")
-            checkpoint.load(former[-1], model)
+            state = checkpoint.load(former[-1], model)
+            if state["step"] < state["steps"]:
+                say(ranks.rank == 0, f"note: {former[-1]} is unfinished, step {state['step']} of {state['steps']}")
         if ranks.device.type == "cuda" if config.compile is None else config.compile:
             for blocks in [model.llm.layers, *(tower.blocks for tower in model.vision)]:
                 for block in blocks:                                 # block by block: quick to compile, no break at its borders
                     block.compile(dynamic=True)
         run.mkdir(parents=True, exist_ok=True)
-        finished = train_stage(config, stage, model, run, ranks)
+        finished = train_stage(config, stage, model, datasets[stage], run, ranks)
         ranks.barrier()                                              # stage 2 reads what rank 0 saved
         if not finished:
             break

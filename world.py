@@ -176,12 +176,12 @@ def any_question(task, objects, rng):
     return next((turn for turn in options if turn), None)
 
 
-def dialogue(objects, rng, questions=8):
+def dialogue(objects, rng):
     """Several questions about one picture, in random order: [(question, answer), ...]. Each is about the next object, so that
     an answer is seldom given away by a question before it; the caption, which gives everything away, comes last or not at all."""
-    tasks = ["presence", "count", "rec", "reg", "presence", "rec", "attribute", "relation", "reg", "count"][:questions]
+    tasks = ["presence", "count", "rec", "reg", "rec", "presence", "attribute", "relation"]
     turns = [question(tasks[i], objects, rng, about=i) for i in rng.permutation(len(tasks))]
-    turns = [turn for turn in turns if turn]
+    turns = [turn for turn in dict.fromkeys(turns) if turn]          # a lone object would be asked for twice
     return turns + ([question("caption", objects, rng)] if rng.random() < 0.25 else [])
 
 

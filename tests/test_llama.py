@@ -110,10 +110,10 @@ def test_random_start_is_as_good_as_guessing():
     tokens = torch.randint(0, 256, (4, 32), generator=seeded(2))
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    assert abs(loss.item() - math.log(256)) < 0.1
+    assert abs(loss.item() - math.log(256)) < 0.8                    # logits of deviation 1 cost half a nat
     attention = model.layers[0].self_attn                            # 4096 weights: their deviation is known to 1.1%
-    assert attention.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert attention.o_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
+    assert attention.q_proj.weight.std().item() == pytest.approx(64 ** -0.5, rel=0.05)
+    assert attention.o_proj.weight.std().item() == pytest.approx(64 ** -0.5 / math.sqrt(8), rel=0.05)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -1,0 +1,179 @@
+"""pretrain.py: the world's tokenizer, the three recipes in a few steps, and the checkpoints that the repository holds."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+import pretrain
+import world
+from clip import CLIP, CLIPVision
+from conftest import ROOT
+from dialogue import encode, find_template, load_tokenizer
+from dinov2 import DINOv2
+from hub import InputError
+from images import ImageSpec
+from llama import Llama
+
+NAMES = ("clip", "dinov2", "llama")
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory, world_tokenizer):
+    """What the recipes write after two steps of four scenes: {name: folder}."""
+    root = tmp_path_factory.mktemp("fresh")
+    patch = pytest.MonkeyPatch()
+    for scores in ("clip_scores", "probe_scores", "llama_scores"):
+        patch.setattr(pretrain, scores, lambda *args: None)          # a thousand scenes each, too slow here
+    patch.setattr(pretrain, "make_tokenizer", lambda: Tokenizer.from_str(world_tokenizer.to_str()))
+    for name in NAMES:
+        pretrain.main([name, f"--out={root / name}", "--steps=2", "--batch=4"])
+    patch.undo()
+    return {name: root / name for name in NAMES}
+
+
+@pytest.fixture(params=["fresh", "weights"])
+def folders(request):
+    """The folders just written, and those of the repository."""
+    if request.param == "fresh":
+        return request.getfixturevalue("fresh")
+    missing = [name for name in NAMES if not (ROOT / "weights" / name / "model.safetensors").exists()]
+    if missing:
+        pytest.skip(f"no weights/{', weights/'.join(missing)} yet")
+    return {name: ROOT / "weights" / name for name in NAMES}
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------------------
+
+def one_token(tokenizer, text):
+    return len(tokenizer.encode(text, add_special_tokens=False).ids) == 1
+
+
+def test_words_and_coordinates_of_the_world_are_single_tokens(world_tokenizer):
+    """In a sentence, so with the space before them; coordinates also right after a comma or a bracket. A shape after the
+    plural's "How many" keeps its own token."""
+    words = [*world.SHAPES, *world.COLOURS, *world.SIZES, "yes", "no", "left", "right", "above", "below", "circles", "squares",
+             "triangles", "crosses", "shapes", "a", "an", "and", "Is", "there", "How", "many", "are", "Where", "is", "the", "What",
+             "at", "colour", "shape", "one", "or", "of", "ASSISTANT:", *"012345"]
+    assert [word for word in words if not one_token(world_tokenizer, f" {word}")] == []
+    coordinates = {f"{value:.2f}" for index in range(200) for o in world.scene("test", index) for value in o.box}
+    assert len(coordinates) > 80 and [text for text in coordinates if not one_token(world_tokenizer, text)] == []
+    assert all(one_token(world_tokenizer, mark) for mark in ("USER:", "[", "]", ",", ".", "?", "\n", " [", "</s>", "<s>"))
+
+
+def test_the_worlds_texts_come_back_as_they_were(world_tokenizer):
+    for index in range(60):
+        objects, rng = world.scene("test", index), np.random.default_rng(index)
+        for text in (world.caption(objects), world.listing(objects, rng), pretrain.clip_caption(objects, rng),
+                     *(part for turn in world.dialogue(objects, rng) for part in turn)):
+            assert world_tokenizer.decode(world_tokenizer.encode(text, add_special_tokens=False).ids) == text
+
+
+@pytest.mark.parametrize("text", ["naïve façade", "日本語の文", "🦙🏽 and 👩‍👩‍👧", "\t tabs\r\n  and   spaces \n", "0.123456 x 10^7",
+                                  "½°\x00\x7f\ufeff", "CamelCase_and-dashes", "עברית العربية"])
+def test_any_text_survives(world_tokenizer, text):
+    ids = world_tokenizer.encode(text, add_special_tokens=False).ids
+    assert world_tokenizer.decode(ids) == text and world_tokenizer.token_to_id("<unk>") not in ids
+
+
+def test_special_tokens_stand_where_the_models_expect_them(world_tokenizer):
+    assert [world_tokenizer.token_to_id(token) for token in pretrain.SPECIAL] == [0, 1, pretrain.BOS, pretrain.EOS]
+    ids = world_tokenizer.encode("a red circle").ids                 # CLIP's texts begin and end
+    assert ids[0] == pretrain.BOS and ids[-1] == pretrain.EOS and len(ids) == 5
+    assert pretrain.EOS not in world_tokenizer.encode("</ s>", add_special_tokens=False).ids
+
+
+def test_a_dialogue_of_the_world_fits_into_the_llms_context(world_tokenizer):
+    """With 64 visual tokens, in training; or with the scene told in words, in pretraining."""
+    for index in range(300):
+        objects, rng = world.scene("train", index), world.generator("train", index, 2)
+        seen, asked = encode(world_tokenizer, [(f"{world.listing(objects, rng)}\n", "")], "tiny")[0], world.dialogue(objects, rng)
+        assert max(64, len(seen)) + len(encode(world_tokenizer, asked, "tiny")[0]) < 512
+
+
+def test_places_are_words_for_where_an_object_is():
+    def at(x, y):
+        return pretrain.place_words(world.Object("circle", "red", "small", x, y, 16.0))
+    assert (at(0, 0), at(24, 0), at(48, 0)) == ("at the top left", "at the top", "at the top right")
+    assert (at(0, 24), at(24, 24), at(48, 24)) == ("at the left", "in the middle", "at the right")
+    assert (at(0, 48), at(24, 48), at(48, 48)) == ("at the bottom left", "at the bottom", "at the bottom right")
+
+
+# --- what is learnt from --------------------------------------------------------------------------------------------------
+
+def test_pretraining_draws_scenes_that_training_does_not():
+    """train.py counts its scenes from 0; no recipe there comes near a million."""
+    config = pretrain.Config(steps=5000, batch=256, seed=0)
+    drawn = [index for step in (0, 1, 4999) for index, _ in pretrain.scenes(pretrain.Config(batch=3), step)]
+    assert min(drawn) >= 1_000_000 and len(set(drawn)) == len(drawn)
+    last_of_seed_0 = 1_000_000 + config.steps * config.batch
+    assert pretrain.scenes(pretrain.Config(batch=1, seed=1), 0)[0][0] > last_of_seed_0
+
+
+def test_sinkhorn_spreads_targets_over_prototypes():
+    targets = pretrain.sinkhorn(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) + torch.arange(8.0), 0.5)
+    assert torch.allclose(targets.sum(1), torch.ones(64), atol=1e-5)
+    assert targets.mean(0).max() < 2 / 8                             # though the scores favour the last prototype by far
+
+
+def test_crops_are_parts_of_the_picture():
+    """Of a picture that is red on the left and grows brighter downwards, a crop of the whole is the same or its mirror image."""
+    pixels = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
+    pixels[:, 0, :, :32] = 100
+    whole = pretrain.crops(pixels, 64, (1.0, 1.0), torch.Generator().manual_seed(0))
+    assert whole.shape == (8, 3, 64, 64) and whole.dtype == torch.uint8
+    sides = {tuple((crop[0].float().mean(0) > 35).tolist()) for crop in whole}     # 100, a factor of at least 0.7, half of the edge
+    assert sides <= {(True,) * 32 + (False,) * 32, (False,) * 32 + (True,) * 32} and len(sides) == 2
+    assert pretrain.crops(pixels, 32, (0.25, 0.5), torch.Generator().manual_seed(0)).shape == (8, 3, 32, 32)
+
+
+# --- what is written --------------------------------------------------------------------------------------------------------
+
+def test_checkpoints_load_and_say_how_they_want_their_input(folders):
+    clip, tower = CLIP.from_pretrained(folders["clip"]), CLIPVision.from_pretrained(folders["clip"])
+    dinov2, llama = DINOv2.from_pretrained(folders["dinov2"]), Llama.from_pretrained(folders["llama"])
+    pixels = pretrain.pictures([(0, world.scene("test", 0)), (1, world.scene("test", 1))], "test")
+    with torch.no_grad():
+        for vision in (tower, dinov2):
+            hidden = vision(pixels)
+            assert len(hidden) == 7 and hidden[0].shape == (2, 65, 128) and all(state.isfinite().all() for state in hidden)
+            assert vision.normalize.mean.flatten().tolist() == pytest.approx(pretrain.MEAN)
+        assert all(torch.equal(a, b) for a, b in zip(tower(pixels), clip.vision(pixels)))
+        assert clip.similarity(pixels, ["a red circle", "a blue cross"]).shape == (2, 2)
+    assert ImageSpec.from_folder(folders["clip"]).size == ImageSpec.from_folder(folders["dinov2"]).size == 64
+    tokenizer = load_tokenizer(folders["llama"])
+    assert tokenizer.get_vocab_size() == llama.config.vocab_size and llama.config.eos_token_id == tokenizer.token_to_id("</s>")
+    assert find_template(folders["llama"]) == "tiny"
+
+
+def test_checkpoints_are_small(folders):
+    """Half precision: the repository's three together stay below 12 MB."""
+    assert sum(path.stat().st_size for folder in folders.values() for path in Path(folder).rglob("*")) < 12e6
+    for folder in folders.values():
+        config = json.loads((folder / "config.json").read_text())
+        assert config["dtype"] == "float16"
+
+
+def test_the_repositorys_tokenizer_is_the_one_that_is_made(world_tokenizer):
+    for name in ("clip", "llama"):
+        path = ROOT / "weights" / name / "tokenizer.json"
+        if not path.exists():
+            pytest.skip(f"no {path.relative_to(ROOT)} yet")
+        assert json.loads(path.read_text()) == json.loads(world_tokenizer.to_str())
+
+
+def test_the_repositorys_checkpoints_know_the_world():
+    """Far above guessing, in a short look: the right caption of 64, and answers about scenes told in words."""
+    if not (ROOT / "weights" / "clip" / "model.safetensors").exists() or not (ROOT / "weights" / "llama" / "model.safetensors").exists():
+        pytest.skip("no weights/clip or weights/llama yet")
+    assert min(pretrain.clip_scores(ROOT / "weights" / "clip", count=64).values()) > 0.5          # by guessing 0.016
+    scores = pretrain.llama_scores(ROOT / "weights" / "llama", count=24)
+    assert scores["rec"] > 0.7 and scores["reg"] > 0.7 and scores["presence"] > 0.7, scores
+
+
+def test_an_unknown_model_is_one_line():
+    for arguments in ([], ["vit"]):
+        with pytest.raises(InputError, match="which model. python pretrain.py clip|dinov2|llama"):
+            pretrain.main(arguments)
