@@ -121,16 +121,16 @@ def told(objects, rng):
     another order (it teaches to look things up, which all the rest needs): (turns, template)."""
     seen, draw = world.listing(objects, rng), rng.random()
     if draw < 0.4:
-        return [(seen + "\n", world.listing(objects, rng) if draw < 0.2 else world.caption(objects))], "plain"
+        return [(seen + "\n", world.listing(objects, rng) if draw < 0.25 else world.caption(objects))], "plain"
     (first, answer), *rest = world.dialogue(objects, rng)
     return [(f"{seen}\n{first}", answer), *rest], "tiny"
 
 
 def make_tokenizer():
-    """A byte-level BPE whose pieces are words, coordinates ("0.25") and single marks, trained on the world's language. Any
+    """A byte-level BPE whose pieces are words, coordinates ("0.25" or "0.25,") and single marks, trained on the world's language. Any
     text can be written with it; the world's words and coordinates are one token each."""
     tokenizer = Tokenizer(models.BPE())
-    pieces = Regex(r" ?[A-Za-z]+:?| ?\d\.\d\d| ?\d| ?[^\sA-Za-z\d]|\s+")
+    pieces = Regex(r" ?[A-Za-z]+:?| ?\d\.\d\d,?| ?\d| ?[^\sA-Za-z\d]|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
@@ -366,7 +366,7 @@ def llama_scores(folder, count=200):
 def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
     recipes = {"clip": (pretrain_clip, 500, 256, 1.5e-3), "dinov2": (pretrain_dinov2, 500, 64, 1e-3),
-               "llama": (pretrain_llama, 1600, 16, 3e-3)}
+               "llama": (pretrain_llama, 2400, 16, 3e-3)}
     if config.model not in recipes:
         raise InputError(f"which model? python pretrain.py {'|'.join(recipes)}")
     recipe, steps, batch, lr = recipes[config.model]

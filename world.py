@@ -178,20 +178,24 @@ def any_question(task, objects, rng):
 
 def dialogue(objects, rng):
     """Several questions about one picture, in random order: [(question, answer), ...]. Each is about the next object, so that
-    an answer is seldom given away by a question before it; the caption, which gives everything away, comes last or not at all."""
-    tasks = ["presence", "count", "rec", "reg", "rec", "presence", "attribute", "relation"]
+    an answer is seldom given away by a question before it; a caption or a list, which gives all away, comes last or not at all."""
+    tasks = ["presence", "count", "rec", "reg", "rec", "presence", "reg", ("attribute", "relation")[rng.integers(2)]]
     turns = [question(tasks[i], objects, rng, about=i) for i in rng.permutation(len(tasks))]
     turns = [turn for turn in dict.fromkeys(turns) if turn]          # a lone object would be asked for twice
-    return turns + ([question("caption", objects, rng)] if rng.random() < 0.25 else [])
+    last = rng.random()
+    if last < 0.5:
+        turns.append(question("caption", objects, rng) if last < 0.2 else ("List the shapes.", listing(objects, rng)))
+    return turns
 
 
 def listing(objects, rng):
-    """The scene in words, for a language model without eyes: "small red circle [..]; large blue cross [..]"."""
+    """All that is there, with boxes and in any order: "small red circle [..]; large blue cross [..]". A caption with boxes; and
+    the scene as a language model without eyes is told it."""
     return "; ".join(f"{objects[i].name} {objects[i].box_text}" for i in rng.permutation(len(objects)))
 
 
 class World:
-    """The world as a dataset. style "caption": stage 1, a picture and its caption; "dialogue": stage 2, several questions;
+    """The world as a dataset. style "caption": stage 1, a picture and its caption, half of them with boxes; "dialogue": stage 2, several questions;
     a task's name: that one question. `length` is for grouping by length."""
 
     def __init__(self, split, size, style="dialogue"):
@@ -206,7 +210,7 @@ class World:
     def turns(self, index, objects):
         rng = generator(self.split, index, 2)
         if self.style == "caption":
-            return [("", caption(objects))]
+            return [("", caption(objects) if rng.random() < 0.5 else listing(objects, rng))]
         if self.style == "dialogue":
             return dialogue(objects, rng)
         turn = any_question(self.style, objects, rng)

@@ -485,7 +485,7 @@ def test_ten_bad_steps_in_a_row_stop_the_run_and_the_last_checkpoint_is_good(fla
             train.main(arguments)
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["stage1-0000014"]
     train.main([*arguments, "--resume"])
-    found = {record["step"]: math.isfinite(record["loss"]) for record in records()}
+    found = {record["step"]: record["loss"] is not None for record in records()}
     assert [step for step in range(30) if not found[step]] == list(range(5, 14))     # 14 was done again, and was good
     assert all(tensor.isfinite().all() for tensor in weights().values())
 
