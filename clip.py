@@ -66,6 +66,7 @@ class CLIPVision(nn.Module):
     """CLIP's vision tower: uint8 (B, 3, R, R) -> hidden states, each (B, S, D), S = 1 + N."""
     num_prefix_tokens = 1                                            # the class token
     config_class, model_types = CLIPVisionConfig, ("clip", "clip_vision_model")
+    architecture = "CLIPVisionModel"
     statistics = CLIP_MEAN, CLIP_STD
     # what a full checkpoint holds beside this tower, left behind on purpose (position_ids: a constant in older files)
     skip = ("text_model.", "visual_projection.", "text_projection.", "logit_scale", "logit_bias",
@@ -109,14 +110,29 @@ class CLIPVision(nn.Module):
         config = fields_of(cls.config_class, config.get("vision_config", config), folder)
         with torch.device("meta"):
             tower = cls(config, *pixel_statistics(folder, *cls.statistics))
-        rename = renamer([("vision_model.", "")] + RENAMES, cls.skip)
-        return load_weights(tower, folder, rename, dtype, device).eval()
+        return load_weights(tower, folder, cls.name_of, dtype, device).eval()
+
+    @classmethod
+    def name_of(cls, name):
+        """A checkpoint's name of a tensor -> ours, None for what is left behind."""
+        return renamer([("vision_model.", "")] + RENAMES, cls.skip)(name)
+
+    def hugging_face(self):
+        """-> {name: tensor} and config.json's object, as CLIPVisionModel or SiglipVisionModel reads them."""
+        their_name = renamer([(ours, theirs) for theirs, ours in reversed(RENAMES)])
+        architecture = {"architectures": [self.architecture], "vision_use_head": False}    # SigLIP's head is not here
+        return ({f"vision_model.{their_name(name)}": tensor for name, tensor in self.state_dict().items()},
+                architecture | asdict(self.config))
+
+    def save_pretrained(self, folder):
+        save_checkpoint(folder, *self.hugging_face())
 
 
 class SigLIPVision(CLIPVision):
     """SigLIP's vision tower: uint8 (B, 3, R, R) -> hidden states, each (B, N, D): no class token. Its pooling head is left out."""
     num_prefix_tokens = 0
     config_class, model_types = SigLIPVisionConfig, ("siglip", "siglip_vision_model")
+    architecture = "SiglipVisionModel"
     statistics = (0.5,) * 3, (0.5,) * 3
 
 

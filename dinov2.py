@@ -161,15 +161,22 @@ class DINOv2(nn.Module):
         config = fields_of(DINOv2Config, raw, folder)
         with torch.device("meta"):
             tower = cls(config, *pixel_statistics(folder, IMAGENET_MEAN, IMAGENET_STD))
-        rename = renamer([("dinov2_with_registers.", ""), ("dinov2.", "")] + RENAMES, skip=("classifier.",))
-        return load_weights(tower, folder, rename, dtype, device).eval()
+        return load_weights(tower, folder, cls.name_of, dtype, device).eval()
 
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors for transformers' Dinov2Model or Dinov2WithRegistersModel."""
+    @classmethod
+    def name_of(cls, name):
+        """A checkpoint's name of a tensor -> ours, None for what is left behind."""
+        return renamer([("dinov2_with_registers.", ""), ("dinov2.", "")] + RENAMES, skip=("classifier.",))(name)
+
+    def hugging_face(self):
+        """-> {name: tensor} and config.json's object, as Dinov2Model or Dinov2WithRegistersModel reads them."""
         their_name = renamer([(ours, theirs) for theirs, ours in reversed(RENAMES)])
         config = {"architectures": ["Dinov2WithRegistersModel" if self.config.num_register_tokens else "Dinov2Model"],
                   "dtype": str(self.cls_token.dtype).removeprefix("torch."), **asdict(self.config)}
-        save_checkpoint(folder, {their_name(name): tensor for name, tensor in self.state_dict().items()}, config)
+        return {their_name(name): tensor for name, tensor in self.state_dict().items()}, config
+
+    def save_pretrained(self, folder):
+        save_checkpoint(folder, *self.hugging_face())
 
 
 RENAMES = [("embeddings.patch_embeddings.projection.", "patch."), ("embeddings.cls_token", "cls_token"),

@@ -15,7 +15,7 @@ facebook/vit-mae-*. The parts here (patch embedding, attention, MLP, block) also
       | ... L blocks in all
     hidden[L] (B, S, D)  -> final norm -> class token -> head (where the checkpoint has one)
 """
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hub import InputError, fields_of, load_weights, locate, read_config, read_json, renamer, tensor_files
+from hub import InputError, fields_of, load_weights, locate, read_config, read_json, renamer, save_checkpoint, tensor_files
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -203,10 +203,27 @@ class ViT(nn.Module):
         mean, std = ((0.5,) * 3,) * 2 if config.model_type == "vit" else (IMAGENET_MEAN, IMAGENET_STD)
         with torch.device("meta"):
             tower = cls(config, *pixel_statistics(folder, mean, std))
-        return load_weights(tower, folder, renamer(RENAMES, skip=("pooler.", "vit.pooler.", "deit.pooler.", "decoder.")),
-                            dtype, device).eval()                    # MAE's decoder and the untrained poolers stay behind
+        return load_weights(tower, folder, cls.name_of, dtype, device).eval()
+
+    @classmethod
+    def name_of(cls, name):
+        """A checkpoint's name of a tensor -> ours, None for MAE's decoder and the untrained poolers."""
+        return renamer(RENAMES, skip=("pooler.", "vit.pooler.", "deit.pooler.", "decoder."))(name)
+
+    def hugging_face(self):
+        """-> {name: tensor} and config.json's object, as ViTModel, DeiTModel or ViTMAEModel reads them: without a head."""
+        their_name = renamer([(ours, theirs) for theirs, ours in reversed(RENAMES) if ours and "classifier" not in ours])
+        tensors = {their_name(name): tensor for name, tensor in self.state_dict().items() if "classifier" not in name}
+        tensors = {name if name.startswith(("encoder.", "layernorm.", "embeddings.")) else f"embeddings.{name}": tensor
+                   for name, tensor in tensors.items()}
+        config = {key: value for key, value in asdict(self.config).items() if key not in ("num_labels", "distilled_head")}
+        return tensors, {"architectures": [ARCHITECTURES[self.config.model_type]]} | config
+
+    def save_pretrained(self, folder):
+        save_checkpoint(folder, *self.hugging_face())
 
 
+ARCHITECTURES = {"vit": "ViTModel", "deit": "DeiTModel", "vit_mae": "ViTMAEModel"}
 RENAMES = [("vit.", ""), ("deit.", ""), ("embeddings.patch_embeddings.projection.", "patch."), ("embeddings.", ""),
            ("encoder.layer.", "blocks."), ("attention.attention.query", "attn.q"),
            ("attention.attention.key", "attn.k"), ("attention.attention.value", "attn.v"),
