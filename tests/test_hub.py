@@ -118,19 +118,6 @@ def test_id_that_the_hub_could_never_have_is_an_error():
         locate("owner/na me")
 
 
-def test_cache_without_weights_is_completed_from_the_hub(tmp_path, monkeypatch):
-    """Whoever has used only the tokenizer of a model has its folder in the cache, without the weights."""
-    (tmp_path / "tokenizer.json").touch()
-
-    def snapshot_download(repo_id, local_files_only=False, **_):     # stands for the hub
-        if not local_files_only:
-            (tmp_path / "model.safetensors").touch()
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert (locate("owner/name") / "model.safetensors").exists()
-
-
 def test_shards_give_the_same_model(folder):
     whole = Llama.from_pretrained(folder)
     shard(folder)
