@@ -56,6 +56,8 @@ TEMPLATES = {
     "chatml": Template("<|im_start|>system\nAnswer the questions.<|im_end|>\n<|im_start|>user\n",
                        "\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "", "<|im_end|>",
                        ("<|im_start|>", "<|im_end|>"), bos=()),
+    # Phi-2 was not taught to chat; the Dense Connector taught it Vicuna's words, with its own end token.
+    "phi": Template(f"{VICUNA} USER: ", "USER: ", " ASSISTANT:", " ", "<|endoftext|>", ("<|endoftext|>",), bos=()),
     "tiny": Template("USER: ", "USER: ", " ASSISTANT:", " ", "</s>", ("</s>",)),     # the embedded world's
 }
 
@@ -85,9 +87,10 @@ def render(turns, template):
 
 def find_template(folder):
     """A checkpoint's own template: the one that its config.json names ("template", as we save it), or the one that its
-    chat template is recognised as. None if it has no chat template (a base model; Vicuna)."""
+    chat template is recognised as. None if it has no chat template (a base model; Vicuna), but for Phi."""
     folder, chat = Path(folder), None
-    if (folder / "config.json").exists() and "template" in (config := read_json(folder / "config.json")):
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if "template" in config:
         named(config["template"])                                    # raises if there is none of that name
         return config["template"]
     if (folder / "chat_template.jinja").exists():
@@ -95,12 +98,15 @@ def find_template(folder):
     elif (folder / "tokenizer_config.json").exists():
         chat = read_json(folder / "tokenizer_config.json").get("chat_template")
     if not chat:
-        return None
+        return "phi" if config.get("model_type") == "phi" else None
     for name, marks in {"llama_3": ["<|start_header_id|>"], "chatml": ["<|im_start|>"],
                         "llama_2": ["[INST]", "<<SYS>>"], "vicuna_v1": ["USER:", "ASSISTANT:"]}.items():
         if all(mark in str(chat) for mark in marks):                 # a text, or a list of named ones
             return name
-    raise InputError(f"{folder}: its chat template is none of ours, name one: {', '.join(TEMPLATES)}")
+    others = {"Mistral's": "[INST]", "Zephyr's": "<|user|>", "Gemma's": "<start_of_turn>", "Alpaca's": "### Instruction"}
+    kind = next((name for name, mark in others.items() if mark in str(chat)), f"which begins {' '.join(str(chat).split())[:40]!r}")
+    raise InputError(f"{folder}: its chat template, {kind}, is none of ours: choose one with --template= "
+                     f"({', '.join(TEMPLATES)})")
 
 
 # --- Tokens and labels ------------------------------------------------------------------------------------------------
@@ -128,8 +134,11 @@ def encode(tokenizer, turns, template):
     layout = named(template)
     for token in layout.special:
         if tokenizer.token_to_id(token) is None:
+            fitting = [name for name, other in TEMPLATES.items()
+                       if other.special and all(tokenizer.token_to_id(token) is not None for token in other.special)]
             raise InputError(f"the tokenizer has no token {token}, which the template {template} needs: choose the "
-                             "template that the language model was trained with")
+                             "template that the language model was trained with (--template=; it has the tokens of "
+                             f"{', '.join(fitting) or 'plain only'})")
     text, spans = render(turns, template)
     supervised = {i for start, end in spans for i in range(start, end)}              # characters
     ids = [tokenizer.token_to_id(token) for token in layout.bos if tokenizer.token_to_id(token) is not None][:1]
