@@ -289,7 +289,7 @@ class Llama(nn.Module):
         whole = near = None                                          # masks of the blocks without and with a window;
         if cache is not None and positions is not None:              # None is plain causal, which SDPA does by itself
             whole = visible(positions, cache.keys.shape[3])  # (B, 1, T, max_length)
-            near = visible(positions, cache.keys.shape[3], window)
+            near = whole if window is None else visible(positions, cache.keys.shape[3], window)
         elif window is not None and T > window:                      # shorter texts fit in the window
             near = visible(steps, T, window)  # (1, 1, T, T)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()

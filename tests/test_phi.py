@@ -54,6 +54,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(phi):
         assert relative_error(recomputed, plain) < 1e-5
 
 
+def test_training_forward_is_one_graph_for_the_compiler(phi):
+    compiled = torch.compile(phi, fullgraph=True, backend="eager")   # fullgraph: a break in the graph is an error
+    assert relative_error(compiled(prompts(2, 9)).detach(), phi(prompts(2, 9)).detach()) < 1e-6
+
+
 def test_half_precision_rounds_the_weights_and_not_the_frequencies(phi):
     exact, tokens = phi(prompts(2, 60)).detach(), prompts(2, 60)
     assert phi.bfloat16().rope_frequencies.dtype == torch.float32
@@ -72,7 +77,8 @@ def test_saved_model_loads_as_it_was(phi, dtype, tmp_path):
 def test_rotary_part_is_read_where_either_layout_writes_it():
     rope = dict(rope_type="default", rope_theta=7.0, partial_rotary_factor=0.4)
     shape = {key: value for key, value in SHAPE.items() if key != "partial_rotary_factor"}
-    old, new = PhiConfig.from_dict(SHAPE | dict(rope_theta=7.0), "old"), PhiConfig.from_dict(shape | dict(rope_parameters=rope), "new")
+    old = PhiConfig.from_dict(SHAPE | dict(rope_theta=7.0), "old")
+    new = PhiConfig.from_dict(shape | dict(rope_parameters=rope), "new")
     assert old == new and new.rotary_dim == 4 and new.rope_theta == 7.0
     assert PhiConfig.from_dict(shape, "absent").rotary_dim == 5
 
