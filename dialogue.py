@@ -42,7 +42,7 @@ VICUNA = ("A chat between a curious user and an artificial intelligence assistan
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 LLAVA = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user "
          "provides, and assist the user with a variety of tasks using natural language.")
-USER, ASSISTANT = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
+SYSTEM, USER, ASSISTANT = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("system", "user", "assistant"))
 
 TEMPLATES = {
     # Stage 1: picture, caption, newline. LLaVA trains no end token here, so the newline ends an answer (see end_ids).
@@ -50,9 +50,12 @@ TEMPLATES = {
     "vicuna_v1": Template(f"{VICUNA} USER: ", "USER: ", " ASSISTANT:", " ", "</s>", ("<s>", "</s>")),
     "llama_2": Template(f"[INST] <<SYS>>\n{LLAVA}\n<</SYS>>\n\n", "<s>[INST] ", " [/INST]", " ", " </s>",
                         ("<s>", "</s>")),
-    "llama_3": Template(f"<|start_header_id|>system<|end_header_id|>\n\n{LLAVA}<|eot_id|>{USER}", USER,
+    "llama_3": Template(f"{SYSTEM}{LLAVA}<|eot_id|>{USER}", USER,
                         f"<|eot_id|>{ASSISTANT}", "", "<|eot_id|>",
                         ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    # The Dense Connector's 8B was trained with answers under the system's name, not the assistant's.
+    "llama_3_dense": Template(f"{SYSTEM}{LLAVA}<|eot_id|>{USER}", USER, f"<|eot_id|>{SYSTEM}", "", "<|eot_id|>",
+                              ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
     "chatml": Template("<|im_start|>system\nAnswer the questions.<|im_end|>\n<|im_start|>user\n",
                        "\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "", "<|im_end|>",
                        ("<|im_start|>", "<|im_end|>"), bos=()),
@@ -95,12 +98,14 @@ def find_template(folder):
         return config["template"]
     if (folder / "chat_template.jinja").exists():
         chat = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    elif (folder / "tokenizer_config.json").exists():
-        chat = read_json(folder / "tokenizer_config.json").get("chat_template")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if not chat and (folder / name).exists():
+            chat = read_json(folder / name).get("chat_template")
     if not chat:
         return "phi" if config.get("model_type") == "phi" else None
-    for name, marks in {"llama_3": ["<|start_header_id|>"], "chatml": ["<|im_start|>"],
-                        "llama_2": ["[INST]", "<<SYS>>"], "vicuna_v1": ["USER:", "ASSISTANT:"]}.items():
+    for name, marks in (("llama_3", ["<|start_header_id|>"]), ("chatml", ["<|im_start|>"]),
+                        ("llama_2", ["[INST]", "<<SYS>>"]), ("vicuna_v1", ["USER:", "ASSISTANT:"]),
+                        ("vicuna_v1", ["message['role'].upper()", "ASSISTANT:"])):           # as llava-hf writes it
         if all(mark in str(chat) for mark in marks):                 # a text, or a list of named ones
             return name
     others = {"Mistral's": "[INST]", "Zephyr's": "<|user|>", "Gemma's": "<start_of_turn>", "Alpaca's": "### Instruction"}

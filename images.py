@@ -38,8 +38,11 @@ class ImageSpec:
     def from_folder(cls, folder):
         """preprocessor_config.json of CLIP, SigLIP, DINOv2 (Bit), ViT, DeiT and LLaVA, old spellings included."""
         path = Path(folder) / "preprocessor_config.json"
+        if not path.exists() and (Path(folder) / "processor_config.json").exists():
+            path = Path(folder) / "processor_config.json"            # where transformers 5 keeps a LLaVA's
         config = read_json(path)
         try:
+            config = config.get("image_processor", config)
             kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
             size, crop = config["size"], config.get("crop_size") if config.get("do_center_crop") else None
             if not isinstance(size, dict):                           # a number: CLIP's shorter side, or ViT's square

@@ -193,12 +193,16 @@ class MLLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
-        """A folder that `save` wrote -> MLLM, ready to generate. Raises InputError naming what is missing or left over."""
+        """A folder that `save` wrote, or a public LLaVA or Dense Connector (llava.py) -> MLLM, ready to generate. Raises
+        InputError naming what is missing or left over."""
+        import llava                                                 # imported here: it builds its models with this file
         folder = locate(folder_or_id)
         config = read_config(folder)
+        if llava.is_foreign(config):
+            return llava.load(folder, config, dtype, device)
         if config.get("model_type") != "mllm":
-            raise InputError(f"{folder}: model_type {config.get('model_type')!r} is no multimodal model of ours; "
-                             "train.py writes them under out/")
+            raise InputError(f"{folder}: model_type {config.get('model_type')!r} is not a multimodal model (ours, which train.py "
+                             "writes under out/, or a LLaVA)")
         spec = ImageSpec.from_folder(folder)
         try:
             statistics = read_json(folder / "preprocessor_config.json")["towers"]

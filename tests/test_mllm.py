@@ -398,7 +398,7 @@ def test_a_tensor_too_few_or_too_many_is_an_error_that_names_it(build, change, m
 
 
 @pytest.mark.parametrize("name, change, message", [
-    ("config.json", lambda c: c.update(model_type="llava"), "'llava' is no multimodal model of ours"),
+    ("config.json", lambda c: c.update(model_type="llama"), "'llama' is not a multimodal model"),
     ("config.json", lambda c: c.pop("connector"), "KeyError.'connector'"),
     ("config.json", lambda c: c.pop("vision"), "KeyError.'vision'"),
     ("config.json", lambda c: c["vision"][0].pop("model_type"), "KeyError.'model_type'"),
