@@ -190,7 +190,7 @@ def tensor_files(folder):
     if index.exists():
         weight_map = read_index(index)
         for name, shard in weight_map.items():
-            if Path(shard).name != shard:
+            if Path(shard).name != shard or shard in ("", ".."):
                 raise InputError(f"{index}: {name} points outside the folder ({shard})")
             if not (folder / shard).exists():
                 raise InputError(f"{folder}/{shard}: missing shard, the index expects {name} in it")

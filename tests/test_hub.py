@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hub import InputError, load_weights, locate, read_config, save_checkpoint
-from llama import Llama
+from llama import Llama, LlamaConfig
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llama_multi_head"
 TENSOR = "model.layers.1.mlp.up_proj.weight"
@@ -79,6 +79,66 @@ def test_truncated_file_is_named(folder, size):
     assert "model.safetensors" in error_of(folder)
 
 
+def test_a_byte_cut_off_is_named_though_every_tensor_begins_within_the_file(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert f"{path}: not a readable safetensors file, truncated or damaged" in error_of(folder)
+
+
+def lie(path, change):
+    """Rewrite the header of a safetensors file, and leave the weights behind it as they are."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
+@pytest.mark.parametrize("change", [
+    lambda header: header[TENSOR].update(shape=[80, 32]),            # more than its bytes
+    lambda header: header[TENSOR].update(data_offsets=[0, 10 ** 9]),  # beyond the end of the file
+    lambda header: header[TENSOR].update(dtype="F64"),
+    lambda header: header[TENSOR].update(dtype="X7"),
+    lambda header: header.update({"model.norm.weight": header[TENSOR]})])    # two tensors in one place
+def test_a_header_that_lies_about_a_tensor_is_an_error(folder, change):
+    lie(folder / "model.safetensors", change)
+    assert "model.safetensors: not a readable safetensors file" in error_of(folder)
+
+
+@pytest.mark.parametrize("length", [0, 1, 10 ** 6, 2 ** 63])
+def test_a_header_that_lies_about_its_own_size_is_an_error(folder, length):
+    path = folder / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    assert "model.safetensors: not a readable safetensors file" in error_of(folder)
+
+
+def test_a_shard_that_is_cut_off_is_named(folder):
+    shard(folder)
+    path = folder / "model-1.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert str(path) in error_of(folder)
+
+
+def test_a_tensor_of_another_shape_or_kind_is_named_with_its_shard(folder):
+    for wrong in (torch.zeros(41, 32), torch.zeros(40, 32, dtype=torch.int8)):
+        rewrite(folder, lambda tensors: tensors.update({TENSOR: wrong}))
+        places = shard(folder)
+        assert f"{folder}/{places[TENSOR]}: tensor {TENSOR} has" in error_of(folder)
+        shutil.copy(FIXTURE / "model.safetensors", folder)
+
+
+def test_a_model_is_loaded_whole_or_not_at_all(folder):
+    """The last tensor of the file is the wrong one: until then all was well, and still no parameter has changed."""
+    last = list(load_file(folder / "model.safetensors"))[-1]
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.from_dict(read_config(folder), folder))
+    rewrite(folder, lambda tensors: tensors.update({last: tensors[last].to(torch.int8)}))
+    with pytest.raises(InputError, match="int8"):
+        load_weights(model, folder, model.name_of)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
 def test_pickled_weights_are_refused_with_the_reason(folder, name):
     (folder / "model.safetensors").rename(folder / name)
@@ -138,6 +198,13 @@ def test_tensor_that_the_index_lists_but_no_shard_holds_is_named(folder):
     assert "model.ghost.weight" in error_of(folder)
 
 
+def test_tensor_that_a_shard_holds_but_the_index_does_not_list_is_missing(folder):
+    places = shard(folder)
+    del places[TENSOR]
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert "layers.1.mlp.up_proj.weight missing" in error_of(folder)
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": {"a": 1}}'])
 def test_index_without_a_map_from_tensors_to_shards_is_an_error(folder, text):
     shard(folder)
@@ -145,11 +212,13 @@ def test_index_without_a_map_from_tensors_to_shards_is_an_error(folder, text):
     assert "model.safetensors.index.json: has no weight_map" in error_of(folder)
 
 
-def test_index_that_points_outside_the_folder_is_refused(folder):
+@pytest.mark.parametrize("place", ["../model-0.safetensors", "/model-0.safetensors", "sub/model-0.safetensors", "..", ""])
+def test_index_that_points_outside_the_folder_is_refused(folder, place):
     places = shard(folder)
-    places[TENSOR] = "../model-0.safetensors"
+    places[TENSOR] = place
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    assert "outside the folder" in error_of(folder)
+    message = error_of(folder)
+    assert "outside the folder" in message and TENSOR in message and "model.safetensors.index.json" in message
 
 
 def test_parameters_are_the_mapped_file_itself(folder):
