@@ -38,7 +38,8 @@ from vit import ViT, ViTConfig
 TOWERS = {"clip": (CLIPVision, CLIPVisionConfig), "clip_vision_model": (CLIPVision, CLIPVisionConfig),
           "siglip": (SigLIPVision, SigLIPVisionConfig), "siglip_vision_model": (SigLIPVision, SigLIPVisionConfig),
           "dinov2": (DINOv2, DINOv2Config), "dinov2_with_registers": (DINOv2, DINOv2Config),
-          "vit": (ViT, ViTConfig), "deit": (ViT, ViTConfig), "vit_mae": (ViT, ViTConfig)}
+          "vit": (ViT, ViTConfig), "deit": (ViT, ViTConfig), "vit_mae": (ViT, ViTConfig),
+          "deit3": (ViT, ViTConfig), "timm_wrapper": (ViT, ViTConfig)}        # the second: transformers' name for timm's models
 LLMS = {"llama": Llama, "mistral": Llama, "qwen2": Llama, "phi": Phi}
 
 
@@ -85,8 +86,8 @@ class MLLM(nn.Module):
         """Public checkpoints, each named by folder or id, and a new connector -> MLLM. `vision`: a list. template None: the
         one that the LLM's checkpoint names, else vicuna_v1. image_size None: the first tower's. Raises InputError."""
         folders = [locate(name) for name in vision]
-        towers = [tower_class(read_config(folder).get("model_type"), folder)[0].from_pretrained(folder, dtype, device)
-                  for folder in folders]
+        kinds = [read_config(folder).get("model_type", "timm_wrapper") for folder in folders]    # timm's own files name none
+        towers = [tower_class(kind, folder)[0].from_pretrained(folder, dtype, device) for kind, folder in zip(kinds, folders)]
         llm_folder = locate(llm)
         kind = llm_class(read_config(llm_folder).get("model_type", "llama"), llm_folder)
         words = load_tokenizer(locate(tokenizer) if tokenizer else llm_folder)
