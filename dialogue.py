@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from hub import InputError, read_json
+from spm import load_tokenizer_model
 
 IMAGE = -200                                                         # LLaVA's placeholder id for a picture
 IGNORE = -100                                                        # label of a token that is not supervised
@@ -118,11 +119,14 @@ def find_template(folder):
 
 def load_tokenizer(folder):
     """A checkpoint's tokenizer.json, without what it may do besides splitting text: truncation and padding (lengths are
-    ours to choose), and the post-processor (it adds a BOS, the template's part, and trims spaces off offsets)."""
-    path = Path(folder) / "tokenizer.json"
+    ours to choose), and the post-processor (it adds a BOS, the template's part, and trims spaces off offsets). Where there
+    is none, its tokenizer.model."""
+    path, older = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer.model"
+    if not path.exists() and older.exists():
+        added = Path(folder) / "added_tokens.json"
+        return load_tokenizer_model(older, read_json(added) if added.exists() else {})
     if not path.exists():
-        raise InputError(f"{folder}: no tokenizer.json, and a language model needs its tokenizer (tokenizer.model is "
-                         "not read: copy tokenizer.json from a checkpoint of the same family)")
+        raise InputError(f"{folder}: no tokenizer.json, and no tokenizer.model: a language model needs its tokenizer")
     description = read_json(path)
     try:
         return Tokenizer.from_str(json.dumps(description | dict(truncation=None, padding=None, post_processor=None)))

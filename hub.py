@@ -29,7 +29,8 @@ class InputError(ValueError):
 
 
 NEEDED = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
-          "tokenizer_config.json", "chat_template.jinja", "*.safetensors", "*.safetensors.index.json"]
+          "tokenizer_config.json", "tokenizer.model", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+          "*.safetensors", "*.safetensors.index.json"]
 OTHERS = ["*/*", "consolidated*", "open_clip*", "*fp16*"]            # the same weights once more, for another program
 CONVERTED = "converted-to-safetensors"                               # our name in the cache for what the hub's bot converted
 PAUSES = (2, 10)                                                     # seconds before trying again, where the hub itself fails
