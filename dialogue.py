@@ -106,7 +106,7 @@ def find_template(folder):
         return "phi" if config.get("model_type") == "phi" else None
     for name, marks in (("llama_3", ["<|start_header_id|>"]), ("chatml", ["<|im_start|>"]),
                         ("llama_2", ["[INST]", "<<SYS>>"]), ("vicuna_v1", ["USER:", "ASSISTANT:"]),
-                        ("vicuna_v1", ["message['role'].upper()", "ASSISTANT:"])):           # as llava-hf writes it
+                        ("vicuna_v1", ["['role'].upper()", "ASSISTANT:"])):     # as llava-hf writes it
         if all(mark in str(chat) for mark in marks):                 # a text, or a list of named ones
             return name
     others = {"Mistral's": "[INST]", "Zephyr's": "<|user|>", "Gemma's": "<start_of_turn>", "Alpaca's": "### Instruction"}

@@ -3,7 +3,7 @@
     python export.py --model=out/mlp/model --to=out/llava-hf        linear and mlp: transformers' LlavaForConditionalGeneration
     python export.py --model=out/dense/model --to=out/dense-llava   sti, sci, dci, efficient: the Dense Connector's own layout
     python export.py --model=out/dense/model --to=out/llm --format=llama        its LLM alone: LlamaForCausalLM (or its kind)
-    python export.py --model=out/comm/model --to=out/dino --format=tower --tower=1     a tower alone: CLIPVisionModel, Dinov2Model, ...
+    python export.py --model=out/comm/model --to=out/dino --format=tower --tower=1     a tower alone: CLIPVisionModel, Dinov2Model
 
 --model is anything that sample.py takes, so a public checkpoint of one layout comes out in the other. sample.py and eval.py read
 both layouts back. What a layout cannot say is an error: comm has two towers, and nothing but our own folder has room for them.
@@ -43,8 +43,8 @@ def llava_hf(model):
     which is a token there: if the tokenizer lacks it, it gets one, and the embedding a row (nobody reads it)."""
     kind, tower = model.connector_config.kind, model.vision[0]
     if kind not in ("linear", "mlp"):
-        raise InputError(f"connector {kind} has no place in the llava-hf layout, whose projector sees one layer of one tower: "
-                         "linear and mlp do" + (", sti, sci, dci and efficient go out with --format=llava" if kind != "comm" else ""))
+        other = ", which --format=llava has room for" if kind != "comm" else ""
+        raise InputError(f"connector {kind} has no place in the llava-hf layout, whose projector sees one layer only{other}")
     if tower.num_prefix_tokens > 1 or tower.config.model_type == "vit_mae":
         raise InputError(f"a {tower.config.model_type} tower has no place in the llava-hf layout: transformers' LLaVA "
                          "drops one token or none in front of the patches, and shows a tower all of them")
@@ -65,7 +65,8 @@ def llava_hf(model):
     if kind == "linear":                                             # theirs has two maps: the second does nothing
         weight, bias = projector["mm_projector.weight"], projector["mm_projector.bias"]
         projector = {"mm_projector.0.weight": weight, "mm_projector.0.bias": bias,
-                     "mm_projector.2.weight": torch.eye(len(weight)).to(weight), "mm_projector.2.bias": torch.zeros_like(bias)}
+                     "mm_projector.2.weight": torch.eye(len(weight)).to(weight),
+                     "mm_projector.2.bias": torch.zeros_like(bias)}
     for ours, theirs in (("mm_projector.0", "linear_1"), ("mm_projector.2", "linear_2")):
         for leaf in ("weight", "bias"):
             tensors[f"multi_modal_projector.{theirs}.{leaf}"] = projector[f"{ours}.{leaf}"]
@@ -73,7 +74,8 @@ def llava_hf(model):
     config = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": image,
               "image_seq_length": model.tokens_per_image, "projector_hidden_act": "linear" if kind == "linear" else "gelu",
               "vision_feature_layer": -2, "vision_feature_select_strategy": strategy, "text_config": text,
-              "tie_word_embeddings": text.get("tie_word_embeddings", False), "vision_config": vision_config, "template": model.template}
+              "tie_word_embeddings": text.get("tie_word_embeddings", False), "vision_config": vision_config,
+              "template": model.template}
     processor = {"processor_class": "LlavaProcessor", "image_token": MARK, "patch_size": tower.config.patch_size,
                  "num_additional_image_tokens": tower.num_prefix_tokens, "vision_feature_select_strategy": strategy}
     return words(model, tokenizer) | pictures(model) | {"processor_config.json": processor}, tensors, config
@@ -89,7 +91,7 @@ def llava(model):
     if not isinstance(tower, CLIPVision):
         raise InputError(f"a {tower.config.model_type} tower has no place in LLaVA's layout: its code reads CLIP and SigLIP")
     if kind in ("dci", "efficient") and model.connector_config.groups != 2:
-        raise InputError(f"{model.connector_config.groups} groups of layers have no place in the Dense Connector's layout: it has two")
+        raise InputError(f"{model.connector_config.groups} groups of layers have no place in the Dense Connector's layout (2)")
     if model.spec.mode != "pad" and model.spec.resize_to:
         raise InputError("pictures that are resized to more than what is cut out of them have no place in LLaVA's layout")
     vision, vision_config = tower.hugging_face()
@@ -151,16 +153,18 @@ def words(model, tokenizer):
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B",
                                                                  special_tokens=[(bos, tokenizer.token_to_id(bos))])
-    first, later, ask, reply, end = (json.dumps(text) for text in (layout.first, layout.later, layout.ask, layout.reply, layout.end))
+    first, later, ask, reply, end = map(json.dumps, (layout.first, layout.later, layout.ask, layout.reply, layout.end))
     text = "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content if part.type == 'image' %}<image>\n" \
            "{% endfor %}{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endif %}"
     chat = ("{% for m in messages %}{% if m.role == 'user' %}{{ " + f"{first} if loop.first else {later}" + " }}" + text +
-            "{{ " + ask + " }}{% elif m.role == 'assistant' %}{{ " + reply + " }}" + text + "{{ " + end + " }}{% endif %}{% endfor %}")
+            "{{ " + ask + " }}{% elif m.role == 'assistant' %}{{ " + reply + " }}" + text + "{{ " + end + " }}" +
+            "{% endif %}{% endfor %}")
     end = layout.end.strip(" ")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= {"bos_token": bos} if bos else {}
     settings |= {"eos_token": end, "pad_token": end} if end in layout.special else {}
-    return {"tokenizer.json": json.loads(tokenizer.to_str()), "tokenizer_config.json": settings, "chat_template.jinja": chat}
+    files = {"tokenizer.json": json.loads(tokenizer.to_str()), "tokenizer_config.json": settings}
+    return files | ({"chat_template.jinja": chat} if layout.question else {})        # plain is for captions, no chat
 
 
 def stored_dtype(folder):
@@ -171,7 +175,8 @@ def stored_dtype(folder):
 
 
 def export(model, folder, format="", index=0):
-    """Write an MLLM in one of FORMATS. The folder appears whole or not at all. Raises InputError where a format lacks the words."""
+    """Write an MLLM in one of FORMATS -> the format. The folder appears whole or not at all. Raises InputError where the format
+    has no place for something."""
     folder = Path(folder)
     format = format or ("llava-hf" if model.connector_config.kind in ("linear", "mlp") else "llava")
     write = {"llava-hf": llava_hf, "llava": llava, "llama": llama, "tower": lambda model: tower(model, index)}[format]
@@ -181,8 +186,8 @@ def export(model, folder, format="", index=0):
     dtype = str(model.llm.embed_tokens.weight.dtype).removeprefix("torch.")
     save_checkpoint(partial, tensors, config | {"dtype": dtype, "torch_dtype": dtype})
     for name, content in files.items():
-        (partial / name).write_text(content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n",
-                                    encoding="utf-8")
+        text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (partial / name).write_text(text, encoding="utf-8")
     replace_folder(partial, folder)
     return format
 

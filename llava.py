@@ -2,13 +2,13 @@
 
 One design, LLaVA's (arXiv 2304.08485; LLaVA-1.5: 2310.03744), in two layouts. `0` stands for every block:
 
-    ours                       llava-hf/llava-1.5-*, model_type llava                liuhaotian/llava-v1.5-*, HuanjinYao/DenseConnector-v1.5-*
-    vision.0.blocks.0 ...      vision_tower.vision_model.encoder.layers.0 ...        model.vision_tower.vision_tower.vision_model.encoder...
-    connector.mm_projector.0   multi_modal_projector.linear_1                        model.mm_projector.0
-    connector.mm_projector.2   multi_modal_projector.linear_2                        model.mm_projector.2
-    llm.layers.0 ...           language_model.model.layers.0 ...                     model.layers.0 ...
-    llm.lm_head                language_model.lm_head                                lm_head
-    config.json                vision_config, text_config, vision_feature_layer      the LLM's keys, and mm_vision_tower, mm_...
+    ours                       llava-hf/llava-1.5-*                          liuhaotian/llava-v1.5-*, HuanjinYao/DenseConnector-*
+    vision.0.blocks.0 ...      vision_tower.vision_model.encoder.layers.0    model.vision_tower.vision_tower.vision_model...
+    connector.mm_projector.0   multi_modal_projector.linear_1                model.mm_projector.0
+    connector.mm_projector.2   multi_modal_projector.linear_2                model.mm_projector.2
+    llm.layers.0 ...           language_model.model.layers.0 ...             model.layers.0 ...
+    llm.lm_head                language_model.lm_head                        lm_head
+    config.json                model_type llava; vision_config, text_config  the LLM's keys, and mm_vision_tower, mm_...
 
 transformers 5 names the same tensors of the first layout model.vision_tower..., model.language_model.layers..., lm_head; both are
 read. In the second the tower may be in the file, or beside it: a folder or a Hugging Face id, mm_vision_tower says which.
@@ -131,7 +131,8 @@ def check_identity(folder):
         if "multi_modal_projector.linear_2." in name:
             with open_safetensors(file) as opened:
                 tensor = opened.get_tensor(name)
-            if not torch.equal(tensor, torch.eye(len(tensor), dtype=tensor.dtype) if tensor.dim() == 2 else torch.zeros_like(tensor)):
+            idle = torch.eye(len(tensor)).to(tensor.dtype) if tensor.dim() == 2 else torch.zeros_like(tensor)
+            if not torch.equal(tensor, idle):
                 raise InputError(f"{file}: {name} is not the identity, and two linear maps in a row are no connector of ours")
 
 
@@ -204,10 +205,11 @@ def idle_block(tower, names):
 
 def load_connector(model, path):
     """A connector alone into an MLLM's: LLaVA's mm_projector as safetensors, or the connector of a whole checkpoint. `path`: a
-    .safetensors file, or a folder with some. Raises InputError where it is another connector."""
-    path = Path(path)
+    .safetensors file, a folder with some, or a Hugging Face id. Raises InputError where it is another connector."""
+    pickled = ".bin", ".pt", ".pth"
+    path = Path(path) if Path(path).suffix in (".safetensors", *pickled) else locate(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if path.suffix in (".bin", ".pt", ".pth") or not files:
+    if path.suffix in pickled or not files:
         raise InputError(f"{path}: a connector is read from safetensors; pickled ones (mm_projector.bin) can run any code: "
                          "convert it with torch.load(..., weights_only=True) and safetensors.torch.save_file")
     if not files[0].exists():

@@ -1,4 +1,4 @@
-"""LLaMA's tokenizer.model: the tokenizer of checkpoints that have no tokenizer.json (Vicuna, LLaVA-1.5, the Dense Connector's 7B).
+"""LLaMA's tokenizer.model, for checkpoints without a tokenizer.json: Vicuna, LLaVA-1.5, the Dense Connector's 7B and 13B.
 
 The file is sentencepiece's (arXiv 1808.06226), a protobuf message: all pieces of text with a score each, best first. Here it
 is read without a package for either, into the same kind of tokenizer that a tokenizer.json gives:
@@ -74,7 +74,7 @@ def load_tokenizer_model(path, added={}):
     except (OSError, IndexError, KeyError, ValueError, struct.error) as error:
         raise InputError(f"{path}: not a sentencepiece model, truncated or damaged ({type(error).__name__}: {error})") from None
     if not pieces or trainer.get(3, 1) != BPE or normaliser.get(2):
-        raise InputError(f"{path}: not a sentencepiece model of LLaMA's kind (BPE, and text as it is): its tokenizer.json is needed")
+        raise InputError(f"{path}: not a sentencepiece model of LLaMA's kind (BPE, text as it is): take a tokenizer.json")
     unknown = next((piece for piece, _, kind in pieces if kind == UNKNOWN), None)
     tokenizer = Tokenizer(models.BPE({piece: i for i, (piece, _, _) in enumerate(pieces)}, merges_of(pieces), unk_token=unknown,
                                      fuse_unk=True, byte_fallback=True))

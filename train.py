@@ -31,6 +31,7 @@ import cli
 from connector import ConnectorConfig
 from data import LlavaData, Loader, ShikraData
 from hub import InputError
+from llava import load_connector
 from mllm import MLLM
 from world import World
 
@@ -53,7 +54,7 @@ class Config:
     dino_expansion: int = 4              # comm: their width inside, as a multiple of DINOv2's
     # what is trained on what: a key that ends in 1 is stage 1's, in 2 stage 2's
     stage: int = 0                       # 1, 2, or 0: both in a row
-    init: str = ""                       # start stage 2 from this checkpoint; empty: this run's stage 1; "new": from nothing
+    init: str = ""                       # start stage 2 from this checkpoint or connector; empty: this run's stage 1; "new": from nothing
     train1: list[str] = field(default_factory=lambda: ["connector"])  # parts that learn: vision, connector, llm
     train2: list[str] = field(default_factory=lambda: ["connector", "llm"])  # the same for stage 2
     data1: list[str] = field(default_factory=lambda: ["world"])  # LLaVA's .json(l); rec:FILE or reg:FILE (Shikra's); world
@@ -346,7 +347,10 @@ def main(arguments):
             if not former:
                 raise InputError(f"stage 2 starts from stage 1's connector, and {run}/checkpoints has none: run stage 1 first, or "
                                  "name a checkpoint with --init=FOLDER (--init=new starts from a random connector)")
-            checkpoint.load(former[-1], model)
+            if config.init and not (former[-1] / "state.json").exists():
+                load_connector(model, config.init)                   # no run of ours: a connector alone, or a public model's
+            else:
+                checkpoint.load(former[-1], model)
         if ranks.device.type == "cuda" if config.compile is None else config.compile:
             for blocks in [model.llm.layers, *(tower.blocks for tower in model.vision)]:
                 for block in blocks:                                 # block by block: quick to compile, no break at its borders

@@ -51,14 +51,15 @@ def make_folder(folder, dense, siglip):
         tensors[f"model.mm_projector.{name}"] = tensor.detach()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
-    config = dict(architectures=["LlavaLlamaForCausalLM"], model_type="llava_llama", vocab_size=384, hidden_size=24,
-                  intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, hidden_act="silu",
-                  rms_norm_eps=1e-6, max_position_embeddings=512, rope_theta=10000.0, rope_scaling=None, tie_word_embeddings=False,
-                  bos_token_id=1, eos_token_id=2, image_aspect_ratio="pad", mm_hidden_size=channels, mm_projector_type="mlp2x_gelu",
-                  mm_patch_merge_type="flat", mm_use_im_patch_token=False, mm_use_im_start_end=False, mm_vision_select_feature="patch",
-                  mm_vision_select_layer=-2, mm_vision_tower="google/siglip-small" if siglip else "openai/clip-small",
-                  mm_vision_config={**shape, "num_hidden_layers": 27 if siglip else 24,
-                                    "model_type": "siglip_vision_model" if siglip else "clip_vision_model"})
+    config = dict(
+        architectures=["LlavaLlamaForCausalLM"], model_type="llava_llama", vocab_size=384, hidden_size=24, intermediate_size=40,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, hidden_act="silu", rms_norm_eps=1e-6,
+        max_position_embeddings=512, rope_theta=10000.0, rope_scaling=None, tie_word_embeddings=False, bos_token_id=1,
+        eos_token_id=2, image_aspect_ratio="pad", mm_hidden_size=channels, mm_projector_type="mlp2x_gelu",
+        mm_patch_merge_type="flat", mm_use_im_patch_token=False, mm_use_im_start_end=False, mm_vision_select_feature="patch",
+        mm_vision_select_layer=-2, mm_vision_tower="google/siglip-small" if siglip else "openai/clip-small",
+        mm_vision_config={**shape, "num_hidden_layers": 27 if siglip else 24,
+                          "model_type": "siglip_vision_model" if siglip else "clip_vision_model"})
     (folder / "config.json").write_text(json.dumps(config | ({"mm_dense_connector_type": dense} if dense else {})))
     make_tokenizer().save(str(folder / "tokenizer.json"))
     return tower, projector, llm

@@ -4,7 +4,8 @@
 
 The folder is a checkpoint (its tensors named as in llava-hf/llava-1.5-7b-hf, in float16) and expected.safetensors, computed
 in float32: `pixels` uint8 (1, 3, R, R); `picture.tokens` (1, T) with the picture's places as the image token, `picture.logits`
-(1, LAST, V) of the last positions, `picture.greedy` (1, 12); the same for `text`, without a picture. test_llava_live.py compares fresh weights.
+(1, LAST, V) of the last positions, `picture.greedy` (1, 12); the same for `text`, without a picture.
+test_llava_live.py compares fresh weights.
 """
 import json
 from pathlib import Path

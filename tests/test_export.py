@@ -99,7 +99,7 @@ def test_a_known_tower_is_named_and_another_is_described(tmp_path):
     ("llava-hf", "comm", ("clip", "dinov2"), {}, "connector comm has no place in the llava-hf layout"),
     ("llava", "comm", ("clip", "dinov2"), {}, "connector comm has no place in LLaVA's layout, which has one tower"),
     ("", "comm", ("clip", "dinov2"), {}, "connector comm has no place"),
-    ("llava-hf", "dci", ("clip",), {}, "connector dci .* go out with --format=llava"),
+    ("llava-hf", "dci", ("clip",), {}, "connector dci has no place .* which --format=llava has room for"),
     ("llava", "dci", ("clip",), dict(groups=3), "3 groups of layers have no place"),
     ("llava", "mlp", ("dinov2",), {}, "a dinov2 tower has no place in LLaVA's layout")])
 def test_what_a_layout_has_no_place_for_is_an_error(format, kind, towers, others, message, tmp_path):
@@ -144,8 +144,9 @@ def test_the_command_keeps_the_dtype_that_is_stored(tmp_path, capsys):
 
 def test_wrong_options_are_errors(tmp_path, model_folder):
     (tmp_path / "photos").mkdir()
-    for arguments, message in ((["--to="], "--to=FOLDER"), (["--to=x", "--format=onnx"], "--format=onnx: llava-hf, llava"),
-                               (["--to=x", "--dtype=int8"], "--dtype=int8: float32"), (["--to=photos"], "exists and is no checkpoint")):
+    for arguments, message in ((["--to="], "--to=FOLDER"), (["--to=photos"], "exists and is no checkpoint"),
+                               (["--to=x", "--format=onnx"], "--format=onnx: llava-hf, llava"),
+                               (["--to=x", "--dtype=int8"], "--dtype=int8: float32")):
         with pytest.raises(InputError, match=message):
             main(arguments)
 

@@ -9,6 +9,7 @@ from make_llava_fixtures import QUESTIONS, SIDE, answers, make_tokenizer, older_
 from PIL import Image
 
 from dialogue import IMAGE
+from hub import InputError
 from images import to_pixels
 from mllm import MLLM
 
@@ -37,6 +38,22 @@ def test_logits_and_greedy_text_are_those_of_transformers(naming, tmp_path):
         assert relative_error(logits, expected[f"{name}.logits"]) < 1e-5
         (text,) = ours.generate([images], [question], 12)
         assert text == ours.text(expected[f"{name}.greedy"][0].tolist())
+
+
+@torch.no_grad()
+def test_shards_are_one_model_and_a_missing_one_is_named(tmp_path):
+    theirs = reference(1)
+    save(theirs, tmp_path, None)
+    whole = MLLM.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    theirs.save_pretrained(tmp_path, max_shard_size="60KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    for ours, other in zip(MLLM.from_pretrained(tmp_path).parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, other)
+    shards[1].unlink()
+    with pytest.raises(InputError, match=f"{shards[1].name}: missing shard"):
+        MLLM.from_pretrained(tmp_path)
 
 
 @torch.no_grad()
