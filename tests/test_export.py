@@ -15,19 +15,23 @@ from hub import InputError
 from images import ImageSpec
 from llama import Llama, LlamaConfig
 from mllm import MLLM
+from phi import Phi, PhiConfig
 from vit import IMAGENET_MEAN, IMAGENET_STD
 
 SHAPE = dict(hidden_size=16, num_attention_heads=2, image_size=32, patch_size=8)
 TOWERS = {"clip": lambda: CLIPVision(CLIPVisionConfig(num_hidden_layers=6, intermediate_size=24, **SHAPE)),
           "siglip": lambda: SigLIPVision(SigLIPVisionConfig(num_hidden_layers=7, intermediate_size=24, **SHAPE)),
           "dinov2": lambda: DINOv2(DINOv2Config(num_hidden_layers=4, mlp_ratio=2, **SHAPE))}
+LLM = dict(vocab_size=384, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+           max_position_embeddings=512)
+LLAMA, QWEN2 = lambda: Llama(LlamaConfig(**LLM)), lambda: Llama(LlamaConfig(**LLM, qkv_bias=True))
+MISTRAL, PHI = lambda: Llama(LlamaConfig(**LLM, sliding_window=9)), lambda: Phi(PhiConfig(**LLM))
 PICTURE = torch.randint(0, 256, (40, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
 
 
-def build(kind, towers=("clip",), template="vicuna_v1", mode="pad", **connector):
+def build(kind, towers=("clip",), template="vicuna_v1", mode="pad", llm=LLAMA, **connector):
     torch.manual_seed(0)
-    llm = Llama(LlamaConfig(vocab_size=384, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
-                            max_position_embeddings=512))
+    llm = llm()
     statistics = {"clip": CLIPVision.statistics, "siglip": SigLIPVision.statistics, "dinov2": (IMAGENET_MEAN, IMAGENET_STD)}
     return wide(MLLM([TOWERS[name]() for name in towers], llm, ConnectorConfig(kind, **connector), make_tokenizer(), template,
                      ImageSpec(32, mode, *statistics[towers[0]])), 4)
@@ -72,6 +76,22 @@ def test_what_goes_out_in_transformers_layout_comes_in_as_the_same_model(kind, t
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.parametrize("llm", (QWEN2, MISTRAL, PHI))
+def test_every_family_of_llm_goes_out_and_comes_in(llm, tmp_path):
+    ours = build("dci", llm=llm)
+    export(ours, tmp_path / "llava")
+    same(ours, MLLM.from_pretrained(tmp_path / "llava"))
+    export(ours, tmp_path / "llm", "llama")
+    again = MLLM.assemble([export_tower(ours, tmp_path)], tmp_path / "llm", ConnectorConfig("dci"))
+    assert again.llm.config == ours.llm.config
+    assert all(torch.equal(a, b) for a, b in zip(again.llm.parameters(), ours.llm.parameters(), strict=True))
+
+
+def export_tower(model, folder):
+    export(model, folder / "tower", "tower")
+    return folder / "tower"
+
+
 def test_a_public_layout_comes_out_in_the_other(tmp_path):
     ours = build("mlp")
     export(ours, tmp_path / "hf", "llava-hf")
@@ -101,7 +121,8 @@ def test_a_known_tower_is_named_and_another_is_described(tmp_path):
     ("", "comm", ("clip", "dinov2"), {}, "connector comm has no place"),
     ("llava-hf", "dci", ("clip",), {}, "connector dci has no place .* which --format=llava has room for"),
     ("llava", "dci", ("clip",), dict(groups=3), "3 groups of layers have no place"),
-    ("llava", "mlp", ("dinov2",), {}, "a dinov2 tower has no place in LLaVA's layout")])
+    ("llava", "mlp", ("dinov2",), {}, "a dinov2 tower has no place in LLaVA's layout"),
+    ("llava-hf", "mlp", ("clip",), dict(llm=PHI), "Phi has no place in the llava-hf layout: its lm_head has a bias")])
 def test_what_a_layout_has_no_place_for_is_an_error(format, kind, towers, others, message, tmp_path):
     with pytest.raises(InputError, match=message):
         export(build(kind, towers, **others), tmp_path / "out", format)
@@ -124,8 +145,7 @@ def test_each_tower_of_comm_goes_out_alone(index, tower, tmp_path):
 def test_the_llm_goes_out_alone_and_trains_again(tmp_path):
     model = build("dci")
     export(model, tmp_path / "llm", "llama")
-    export(model, tmp_path / "tower", "tower")
-    again = MLLM.assemble([tmp_path / "tower"], tmp_path / "llm", ConnectorConfig("dci"))
+    again = MLLM.assemble([export_tower(model, tmp_path)], tmp_path / "llm", ConnectorConfig("dci"))
     again.connector.load_state_dict(model.connector.state_dict())
     same(model, again)
 

@@ -69,7 +69,8 @@ def model_of(kind, tower="clip", template="vicuna_v1", **llm):
 
 @pytest.mark.parametrize("kind, tower, llm", [
     ("mlp", "clip", {}), ("linear", "clip", {}), ("mlp", "siglip", dict(num_key_value_heads=1)), ("linear", "dinov2", {}),
-    ("mlp", "vit", {}), ("mlp", "clip", dict(tie_word_embeddings=True)), ("mlp", "clip", dict(sliding_window=9))])
+    ("mlp", "vit", {}), ("mlp", "clip", dict(tie_word_embeddings=True)), ("mlp", "clip", dict(sliding_window=9)),
+    ("linear", "clip", dict(qkv_bias=True))])
 @torch.no_grad()
 def test_transformers_llava_gives_the_logits_of_what_we_trained(kind, tower, llm, tmp_path):
     """Its own tokenizer, chat template and <image> token; our pixels. The rows behind our vocabulary are never the likeliest.
