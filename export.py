@@ -49,7 +49,7 @@ def llava_hf(model):
         raise InputError(f"a {tower.config.model_type} tower has no place in the llava-hf layout: transformers' LLaVA "
                          "drops one token or none in front of the patches, and shows a tower all of them")
     if "lm_head.bias" in llm_tensors(model.llm):
-        raise InputError("Phi has no place in the llava-hf layout: its lm_head has a bias, and that of transformers' LLaVA has none")
+        raise InputError("Phi has no place in the llava-hf layout: its lm_head has a bias, and theirs has no place for it")
     tokenizer = Tokenizer.from_str(model.tokenizer.to_str())
     tokenizer.add_special_tokens([AddedToken(MARK, normalized=False)])
     image = tokenizer.token_to_id(MARK)
