@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hub import InputError, fields_of, load_weights, locate, read_config, renamer, save_checkpoint
+from hub import InputError, fields_of, load_weights, locate, on_meta, read_config, renamer, save_checkpoint
 from vit import IMAGENET_MEAN, IMAGENET_STD, Block, Normalize, check_pixels, pixel_statistics, run_blocks
 
 
@@ -144,7 +144,7 @@ class DINOv2(nn.Module):
         else:
             raw = {"num_register_tokens": 4, "patch_size": 16} | raw     # Hugging Face's defaults for this type
         config = fields_of(DINOv2Config, raw, folder)
-        with torch.device("meta"):
+        with on_meta():
             tower = cls(config, *pixel_statistics(folder, IMAGENET_MEAN, IMAGENET_STD))
         return load_weights(tower, folder, cls.name_of, dtype, device).eval()
 

@@ -16,11 +16,13 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 
 class InputError(ValueError):
@@ -226,6 +228,24 @@ def open_safetensors(path, device="cpu"):
         raise InputError(f"{path}: not a readable safetensors file, truncated or damaged ({error})") from None
 
 
+class NothingToFill(TorchFunctionMode):
+    """On the meta device, whatever would fill a tensor in place (normal_, zeros_, ...) does nothing, quickly: the first
+    random number on that device would import torch's compiler, which takes longer than to load a model."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        tensor, name = args[0] if args else (kwargs or {}).get("tensor"), getattr(function, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            return tensor
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def on_meta():
+    """Modules built in here have shapes, but neither storage nor initial values: load_weights gives them both."""
+    with NothingToFill(), torch.device("meta"):
+        yield
+
+
 def match(module, shapes, rename, folder, files={}):
     """Which tensor becomes which parameter of `module` -> {parameter: (tensor name, part, parts)}. Needs no weights: `shapes`
     is {tensor name: shape}, and the module may be on the meta device.
@@ -259,7 +279,7 @@ def match(module, shapes, rename, folder, files={}):
 
 
 def load_weights(module, folder, rename, dtype=torch.float32, device="cpu"):
-    """Assign a checkpoint's tensors to `module`, which was built under `torch.device("meta")`, and return it. `rename`: see
+    """Assign a checkpoint's tensors to `module`, which was built under `on_meta()`, and return it. `rename`: see
     match. Buffers are not loaded: modules build theirs from the config, on a real device, and they move to `device` here.
     Raises InputError naming the tensor that is missing, left over, or of another shape or kind."""
     files, shapes = tensor_files(folder), {}

@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hub import InputError, fields_of, load_weights, locate, read_config, read_json, save_checkpoint
+from hub import InputError, fields_of, load_weights, locate, on_meta, read_config, read_json, save_checkpoint
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
 ROPE_KEYS = {"default": (), "linear": ("factor",),
@@ -364,7 +364,7 @@ class Llama(nn.Module):
         generation = folder / "generation_config.json"               # some chat models list their end tokens only here
         if generation.exists():
             config.eos_token_id = read_json(generation).get("eos_token_id", config.eos_token_id)
-        with torch.device("meta"):
+        with on_meta():
             model = cls(config)
         return load_weights(model, folder, model.name_of, dtype, device)
 

@@ -24,7 +24,7 @@ import mllm
 from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
 from connector import ConnectorConfig
 from dialogue import find_template, load_tokenizer
-from hub import InputError, fields_of, load_weights, locate, open_safetensors, read_config, tensor_files
+from hub import InputError, fields_of, load_weights, locate, on_meta, open_safetensors, read_config, tensor_files
 from images import ImageSpec
 from vit import pixel_statistics
 
@@ -99,7 +99,7 @@ def read_llava_hf(folder, config):
     act = expect(folder, config, "projector_hidden_act", ("gelu", "linear"), "gelu")
     if act == "linear":
         check_identity(folder)
-    with torch.device("meta"):
+    with on_meta():
         tower = tower_type(fields_of(tower_config, vision, folder), spec.mean, spec.std)
         expect(folder, config, "vision_feature_layer", (-2, tower.config.num_hidden_layers - 1), -2)
         expect(folder, config, "vision_feature_select_strategy", ("default" if tower.num_prefix_tokens else "full",), "default")
@@ -162,7 +162,7 @@ def read_llava(folder, config, names, dtype, device):
     template = find_template(folder) or "vicuna_v1"
     if dense in DENSE and template == "llama_3" and "template" not in config:
         template = "llama_3_dense"
-    with torch.device("meta"):
+    with on_meta():
         llm = make_llm(config | {"model_type": LLM_TYPES.get(config["model_type"], config["model_type"])}, folder)
         model = mllm.MLLM([tower], llm, ConnectorConfig(kind), load_tokenizer(folder), template, spec)
 
@@ -191,7 +191,7 @@ def describe_tower(folder, config, inside):
     shape = fields_of(tower_config, stated.get("vision_config", stated), tower_folder) if stated else known
     if not issubclass(tower_type, CLIPVision):
         raise InputError(f"{folder}: its tower {name} is {kind}; in this layout CLIP and SigLIP can be read")
-    with torch.device("meta"):
+    with on_meta():
         return tower_type(shape, *pixel_statistics(tower_folder, *tower_type.statistics)), tower_folder
 
 

@@ -29,7 +29,7 @@ from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
 from connector import ConnectorConfig, TowerShape, layers_needed, make_connector, visual_tokens
 from dialogue import IGNORE, IMAGE, MARK, encode, end_ids, find_template, load_tokenizer
 from dinov2 import DINOv2, DINOv2Config
-from hub import InputError, fields_of, load_weights, locate, read_config, read_json, save_checkpoint
+from hub import InputError, fields_of, load_weights, locate, on_meta, read_config, read_json, save_checkpoint
 from images import ImageSpec, to_pixels
 from llama import Llama
 from phi import Phi
@@ -207,7 +207,7 @@ class MLLM(nn.Module):
         spec = ImageSpec.from_folder(folder)
         try:
             statistics = read_json(folder / "preprocessor_config.json")["towers"]
-            with torch.device("meta"):
+            with on_meta():
                 towers = []
                 for shape, numbers in zip(config["vision"], statistics):
                     tower, tower_config = tower_class(shape["model_type"], folder)

@@ -25,7 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hub import InputError, fields_of, load_weights, locate, read_config, read_json, renamer, save_checkpoint, tensor_files
+from hub import (InputError, fields_of, load_weights, locate, on_meta, read_config, read_json, renamer, save_checkpoint,
+                 tensor_files)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -218,7 +219,7 @@ class ViT(nn.Module):
         if config.distilled_head or "classifier.weight" in names:
             config.num_labels = len(raw.get("id2label", "ab"))       # Hugging Face leaves the default, two classes, out
         mean, std = ((0.5,) * 3,) * 2 if config.model_type == "vit" else (IMAGENET_MEAN, IMAGENET_STD)
-        with torch.device("meta"):
+        with on_meta():
             tower = cls(config, *pixel_statistics(folder, mean, std))
         return load_weights(tower, folder, cls.name_of, dtype, device).eval()
 
@@ -238,7 +239,7 @@ class ViT(nn.Module):
         config = ViTConfig(c["embed_dim"], c["depth"], c["num_heads"], 4 * c["embed_dim"], layer_norm_eps=1e-6,
                            image_size=c["img_size"], patch_size=c["patch_size"], model_type="deit3",
                            num_labels=stated.get("num_classes", 1000) if has_head else 0)
-        with torch.device("meta"):
+        with on_meta():
             tower = cls(config, pictures.get("mean", IMAGENET_MEAN), pictures.get("std", IMAGENET_STD))
         return load_weights(tower, folder, cls.timm_name_of, dtype, device).eval()
 

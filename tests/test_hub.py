@@ -1,6 +1,8 @@
 """hub.py: what is wrong with a checkpoint is said in one line that names the tensor or the file."""
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -259,3 +261,14 @@ def test_save_and_load_of_any_module(tmp_path):
     loaded = load_weights(empty, tmp_path, lambda name: name.removeprefix("x."), dtype=torch.bfloat16)
     assert loaded.weight.dtype == torch.bfloat16 and torch.equal(loaded.weight, module.weight.bfloat16())
     assert read_config(tmp_path) == {"model_type": "linear"}
+
+
+def test_a_model_is_built_without_the_compiler():
+    """Random numbers on the meta device import torch's compiler, which takes ten times as long as to load the model."""
+    code = ("import sys, hub\nfrom clip import *\nfrom dinov2 import *\nfrom llama import *\nfrom vit import *\n"
+            "with hub.on_meta():\n    CLIP(CLIPVisionConfig(), CLIPTextConfig()); DINOv2(DINOv2Config()); ViT(ViTConfig())\n"
+            "    llama = Llama(LlamaConfig(64, 32, 32, 2, 2))\n"
+            "assert all(p.is_meta for p in llama.parameters()) and llama.rope_frequencies.device.type == 'cpu'\n"
+            "print('torch._dynamo' in sys.modules)")
+    child = subprocess.run([sys.executable, "-c", code], cwd=FIXTURE.parents[2], capture_output=True, text=True)
+    assert child.stdout == "False\n", child.stderr
