@@ -12,25 +12,22 @@ side in one run, each time in a process of its own, from the call of from_pretra
 
 Importing libraries does not count. The contenders take turns, so that a slow moment of the machine meets them all, and the
 median of the turns is reported; the files are in the system's cache, so that the disk does not count either. `anonymous` is
-the memory that a process takes beyond the mapped files, which the system can drop and share: at its highest, on Linux only.
+the memory that a process takes beyond the mapped files, which the system can drop and share: at its highest, and 0 on systems
+that do not tell it (all but Linux).
 """
 import importlib.util
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import cli
 from hub import InputError
-
-CONTENDERS = "ours", "transformers", "floor"
-
 
 @dataclass
 class BenchConfig:
@@ -111,13 +108,17 @@ def load_floor(folder, device):
     return load
 
 
+CONTENDERS = {"ours": load_ours, "transformers": load_transformers, "floor": load_floor}
+
+
 def one_turn(config):
     """The contender's own process: load, one forward -> seconds and bytes, as JSON on stdout."""
     import torch
-    load = {"ours": load_ours, "transformers": load_transformers, "floor": load_floor}[config.contender](config.folder, config.device)
+    load = CONTENDERS[config.contender](config.folder, config.device)
     with torch.inference_mode():
         token = torch.ones(1, 1, dtype=torch.long, device=config.device)
-        torch.ones(8, 8, dtype=torch.bfloat16, device=config.device) @ torch.ones(8, 8, dtype=torch.bfloat16, device=config.device)
+        small = torch.ones(8, 8, dtype=torch.bfloat16, device=config.device)
+        small @ small                                                # the first product sets libraries up, which does not count
         before = anonymous_memory()
         highest, ended = [before], threading.Event()
         watcher = threading.Thread(target=watch, args=(highest, ended))
@@ -130,8 +131,8 @@ def one_turn(config):
         end = time.perf_counter()
     ended.set()
     watcher.join()
-    beyond = max(*highest, anonymous_memory()) - before if before else None
-    print(json.dumps({"seconds": end - start, "load": loaded - start, "anonymous": beyond}))
+    highest.append(anonymous_memory())
+    print(json.dumps({"seconds": end - start, "load": loaded - start, "anonymous": max(highest) - before}))
 
 
 def anonymous_memory():
@@ -155,18 +156,16 @@ def bench_load(config):
         print(f"{size / 1e9:.2f} GB of bf16 weights, {config.repeats} turns on {config.device}", flush=True)
         for _ in range(config.repeats):
             for name in contenders:
-                command = [sys.executable, __file__, "load", f"--contender={name}", f"--folder={folder}", f"--device={config.device}"]
-                child = subprocess.run(command, capture_output=True, text=True)
+                options = f"--contender={name}", f"--folder={folder}", f"--device={config.device}"
+                child = subprocess.run([sys.executable, __file__, "load", *options], capture_output=True, text=True)
                 if child.returncode:
                     raise InputError(f"{name} failed: {child.stderr.strip()[-300:]}")
                 turns[name].append(json.loads(child.stdout.splitlines()[-1]))
     result = {"bytes": size}
     for name in contenders:
-        result[name] = {key: statistics.median(turn[key] for turn in turns[name]) if turns[name][0][key] is not None else None
-                        for key in turns[name][0]}
-        memory = result[name]["anonymous"]
-        print(f"{name:12} {result[name]['seconds']:6.2f} s to the first token, loaded after {result[name]['load']:.2f} s" +
-              (f", {memory / 1e6:5.0f} MB anonymous ({memory / size:.1%} of the weights)" if memory is not None else ""))
+        median = result[name] = {key: statistics.median(turn[key] for turn in turns[name]) for key in turns[name][0]}
+        print(f"{name:12} {median['seconds']:6.2f} s to the first token, loaded after {median['load']:.2f} s, "
+              f"{median['anonymous'] / 1e6:5.0f} MB anonymous ({median['anonymous'] / size:.1%} of the weights)")
     for name in contenders[1:]:
         result[f"ours_over_{name}"] = result["ours"]["seconds"] / result[name]["seconds"]
         print(f"ours / {name}: {result[f'ours_over_{name}']:.2f}")
