@@ -208,7 +208,8 @@ def tensor_files(folder):
     if pickled:
         raise InputError(f"{folder}: only pickled weights ({pickled[0]}); unpickling can run any code, so they are refused: "
                          "convert them to safetensors, or take a revision that has them")
-    raise InputError(f"{folder}: no checkpoint in this folder (no model.safetensors, no model.safetensors.index.json)")
+    raise InputError(f"{folder}: no checkpoint in this folder (no model.safetensors, no model.safetensors.index.json; "
+                     "pickled weights are not even downloaded)")
 
 
 def read_index(path):
