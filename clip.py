@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from hub import InputError, fields_of, load_weights, locate, read_config, renamer, save_checkpoint
+from hub import InputError, fields_of, load_weights, locate, on_meta, read_config, renamer, save_checkpoint
 from vit import Block, Normalize, check_pixels, pixel_statistics, run_blocks
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -66,6 +66,7 @@ class CLIPVision(nn.Module):
     """CLIP's vision tower: uint8 (B, 3, R, R) -> hidden states, each (B, S, D), S = 1 + N."""
     num_prefix_tokens = 1                                            # the class token
     config_class, model_types = CLIPVisionConfig, ("clip", "clip_vision_model")
+    architecture = "CLIPVisionModel"
     statistics = CLIP_MEAN, CLIP_STD
     # what a full checkpoint holds beside this tower, left behind on purpose (position_ids: a constant in older files)
     skip = ("text_model.", "visual_projection.", "text_projection.", "logit_scale", "logit_bias",
@@ -78,10 +79,10 @@ class CLIPVision(nn.Module):
         is_siglip = not self.num_prefix_tokens
         self.patch = nn.Conv2d(3, c.hidden_size, kernel_size=c.patch_size, stride=c.patch_size, bias=is_siglip)
         if not is_siglip:
-            self.class_embedding = nn.Parameter(torch.randn(c.hidden_size) * 0.02)
+            self.class_embedding = nn.Parameter(torch.empty(c.hidden_size).normal_(std=0.02))
             self.norm_pre = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         num_positions = self.num_prefix_tokens + (c.image_size // c.patch_size) ** 2
-        self.position_embedding = nn.Parameter(torch.randn(num_positions, c.hidden_size) * 0.02)
+        self.position_embedding = nn.Parameter(torch.empty(num_positions, c.hidden_size).normal_(std=0.02))
         self.blocks = nn.ModuleList(Block(c.hidden_size, c.num_attention_heads, c.intermediate_size, c.hidden_act,
                                           c.layer_norm_eps) for _ in range(c.num_hidden_layers))
         self.norm_post = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
@@ -107,16 +108,31 @@ class CLIPVision(nn.Module):
         if config.get("model_type") not in cls.model_types:
             raise InputError(f"{folder}: model_type {config.get('model_type')!r} is not one of {', '.join(cls.model_types)}")
         config = fields_of(cls.config_class, config.get("vision_config", config), folder)
-        with torch.device("meta"):
+        with on_meta():
             tower = cls(config, *pixel_statistics(folder, *cls.statistics))
-        rename = renamer([("vision_model.", "")] + RENAMES, cls.skip)
-        return load_weights(tower, folder, rename, dtype, device).eval()
+        return load_weights(tower, folder, cls.name_of, dtype, device).eval()
+
+    @classmethod
+    def name_of(cls, name):
+        """A checkpoint's name of a tensor -> ours, None for what is left behind."""
+        return renamer([("vision_model.", "")] + RENAMES, cls.skip)(name)
+
+    def hugging_face(self):
+        """-> {name: tensor} and config.json's object, as CLIPVisionModel or SiglipVisionModel reads them."""
+        their_name = renamer([(ours, theirs) for theirs, ours in reversed(RENAMES)])
+        architecture = {"architectures": [self.architecture], "vision_use_head": False}    # SigLIP's head is not here
+        return ({f"vision_model.{their_name(name)}": tensor for name, tensor in self.state_dict().items()},
+                architecture | asdict(self.config))
+
+    def save_pretrained(self, folder):
+        save_checkpoint(folder, *self.hugging_face())
 
 
 class SigLIPVision(CLIPVision):
     """SigLIP's vision tower: uint8 (B, 3, R, R) -> hidden states, each (B, N, D): no class token. Its pooling head is left out."""
     num_prefix_tokens = 0
     config_class, model_types = SigLIPVisionConfig, ("siglip", "siglip_vision_model")
+    architecture = "SiglipVisionModel"
     statistics = (0.5,) * 3, (0.5,) * 3
 
 
@@ -127,7 +143,7 @@ class CLIPText(nn.Module):
         super().__init__()
         c = self.config = config
         self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.position_embedding = nn.Parameter(torch.randn(c.max_position_embeddings, c.hidden_size) * 0.02)
+        self.position_embedding = nn.Parameter(torch.empty(c.max_position_embeddings, c.hidden_size).normal_(std=0.02))
         self.blocks = nn.ModuleList(Block(c.hidden_size, c.num_attention_heads, c.intermediate_size, c.hidden_act,
                                           c.layer_norm_eps) for _ in range(c.num_hidden_layers))
         self.norm_final = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
@@ -187,7 +203,7 @@ class CLIP(nn.Module):
             raise InputError(f"{folder}: model_type {config.get('model_type')!r} is not clip")
         vision = fields_of(CLIPVisionConfig, config.get("vision_config", {}), folder)
         text = fields_of(CLIPTextConfig, config.get("text_config", {}), folder)
-        with torch.device("meta"):
+        with on_meta():
             clip = cls(vision, text, config.get("projection_dim", 512), *pixel_statistics(folder, CLIP_MEAN, CLIP_STD))
         skip = ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")
         load_weights(clip, folder, renamer(WHOLE + RENAMES, skip), dtype, device)

@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from hub import InputError, read_json
+from spm import load_tokenizer_model
 
 IMAGE = -200                                                         # LLaVA's placeholder id for a picture
 IGNORE = -100                                                        # label of a token that is not supervised
@@ -42,7 +43,7 @@ VICUNA = ("A chat between a curious user and an artificial intelligence assistan
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 LLAVA = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user "
          "provides, and assist the user with a variety of tasks using natural language.")
-USER, ASSISTANT = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
+SYSTEM, USER, ASSISTANT = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("system", "user", "assistant"))
 
 TEMPLATES = {
     # Stage 1: picture, caption, newline. LLaVA trains no end token here, so the newline ends an answer (see end_ids).
@@ -50,12 +51,17 @@ TEMPLATES = {
     "vicuna_v1": Template(f"{VICUNA} USER: ", "USER: ", " ASSISTANT:", " ", "</s>", ("<s>", "</s>")),
     "llama_2": Template(f"[INST] <<SYS>>\n{LLAVA}\n<</SYS>>\n\n", "<s>[INST] ", " [/INST]", " ", " </s>",
                         ("<s>", "</s>")),
-    "llama_3": Template(f"<|start_header_id|>system<|end_header_id|>\n\n{LLAVA}<|eot_id|>{USER}", USER,
+    "llama_3": Template(f"{SYSTEM}{LLAVA}<|eot_id|>{USER}", USER,
                         f"<|eot_id|>{ASSISTANT}", "", "<|eot_id|>",
                         ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    # The Dense Connector's 8B was trained with answers under the system's name, not the assistant's.
+    "llama_3_dense": Template(f"{SYSTEM}{LLAVA}<|eot_id|>{USER}", USER, f"<|eot_id|>{SYSTEM}", "", "<|eot_id|>",
+                              ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
     "chatml": Template("<|im_start|>system\nAnswer the questions.<|im_end|>\n<|im_start|>user\n",
                        "\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "", "<|im_end|>",
                        ("<|im_start|>", "<|im_end|>"), bos=()),
+    # Phi-2 was not taught to chat; the Dense Connector taught it Vicuna's words, with its own end token.
+    "phi": Template(f"{VICUNA} USER: ", "USER: ", " ASSISTANT:", " ", "<|endoftext|>", ("<|endoftext|>",), bos=()),
     "tiny": Template("USER: ", "USER: ", " ASSISTANT:", " ", "</s>", ("</s>",)),     # the embedded world's
 }
 
@@ -85,33 +91,42 @@ def render(turns, template):
 
 def find_template(folder):
     """A checkpoint's own template: the one that its config.json names ("template", as we save it), or the one that its
-    chat template is recognised as. None if it has no chat template (a base model; Vicuna)."""
+    chat template is recognised as. None if it has no chat template (a base model; Vicuna), but for Phi."""
     folder, chat = Path(folder), None
-    if (folder / "config.json").exists() and "template" in (config := read_json(folder / "config.json")):
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if "template" in config:
         named(config["template"])                                    # raises if there is none of that name
         return config["template"]
     if (folder / "chat_template.jinja").exists():
         chat = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    elif (folder / "tokenizer_config.json").exists():
-        chat = read_json(folder / "tokenizer_config.json").get("chat_template")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if not chat and (folder / name).exists():
+            chat = read_json(folder / name).get("chat_template")
     if not chat:
-        return None
-    for name, marks in {"llama_3": ["<|start_header_id|>"], "chatml": ["<|im_start|>"],
-                        "llama_2": ["[INST]", "<<SYS>>"], "vicuna_v1": ["USER:", "ASSISTANT:"]}.items():
+        return "phi" if config.get("model_type") == "phi" else None
+    for name, marks in (("llama_3", ["<|start_header_id|>"]), ("chatml", ["<|im_start|>"]),
+                        ("llama_2", ["[INST]", "<<SYS>>"]), ("vicuna_v1", ["USER:", "ASSISTANT:"]),
+                        ("vicuna_v1", ["['role'].upper()", "ASSISTANT:"])):     # as llava-hf writes it
         if all(mark in str(chat) for mark in marks):                 # a text, or a list of named ones
             return name
-    raise InputError(f"{folder}: its chat template is none of ours, name one: {', '.join(TEMPLATES)}")
+    others = {"Mistral's": "[INST]", "Zephyr's": "<|user|>", "Gemma's": "<start_of_turn>", "Alpaca's": "### Instruction"}
+    kind = next((name for name, mark in others.items() if mark in str(chat)), f"which begins {' '.join(str(chat).split())[:40]!r}")
+    raise InputError(f"{folder}: its chat template, {kind}, is none of ours: choose one with --template= "
+                     f"({', '.join(TEMPLATES)})")
 
 
 # --- Tokens and labels ------------------------------------------------------------------------------------------------
 
 def load_tokenizer(folder):
     """A checkpoint's tokenizer.json, without what it may do besides splitting text: truncation and padding (lengths are
-    ours to choose), and the post-processor (it adds a BOS, the template's part, and trims spaces off offsets)."""
-    path = Path(folder) / "tokenizer.json"
+    ours to choose), and the post-processor (it adds a BOS, the template's part, and trims spaces off offsets). Where there
+    is none, its tokenizer.model."""
+    path, older = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer.model"
+    if not path.exists() and older.exists():
+        added = Path(folder) / "added_tokens.json"
+        return load_tokenizer_model(older, read_json(added) if added.exists() else {})
     if not path.exists():
-        raise InputError(f"{folder}: no tokenizer.json, and a language model needs its tokenizer (tokenizer.model is "
-                         "not read: copy tokenizer.json from a checkpoint of the same family)")
+        raise InputError(f"{folder}: no tokenizer.json, and no tokenizer.model: a language model needs its tokenizer")
     description = read_json(path)
     try:
         return Tokenizer.from_str(json.dumps(description | dict(truncation=None, padding=None, post_processor=None)))
@@ -128,8 +143,11 @@ def encode(tokenizer, turns, template):
     layout = named(template)
     for token in layout.special:
         if tokenizer.token_to_id(token) is None:
+            fitting = [name for name, other in TEMPLATES.items()
+                       if other.special and all(tokenizer.token_to_id(token) is not None for token in other.special)]
             raise InputError(f"the tokenizer has no token {token}, which the template {template} needs: choose the "
-                             "template that the language model was trained with")
+                             "template that the language model was trained with (--template=; it has the tokens of "
+                             f"{', '.join(fitting) or 'plain only'})")
     text, spans = render(turns, template)
     supervised = {i for start, end in spans for i in range(start, end)}              # characters
     ids = [tokenizer.token_to_id(token) for token in layout.bos if tokenizer.token_to_id(token) is not None][:1]

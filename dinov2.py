@@ -15,9 +15,9 @@ and their *-imagenet1k-1-layer forms. COMM takes it as its second tower: CLIP kn
       | ... L blocks in all
     hidden[L] (B, S, D)  -> norm -> class token: the picture; patches: its parts
 
-What differs from vit.py: LayerScale (scale1, scale2), a SwiGLU in place of the giant's MLP, registers, and positions
-that are resized to any resolution. It was trained at 518 x 518 (37 x 37 patches of 14); COMM shows it 336 x 336
-(24 x 24), so that its patches lie exactly on those of CLIP-L/14 at 336.
+What differs from a plain ViT: LayerScale (scale1, scale2, in vit.py's block), a SwiGLU in place of the giant's MLP,
+registers, and positions that are resized to any resolution. It was trained at 518 x 518 (37 x 37 patches of 14); COMM
+shows it 336 x 336 (24 x 24), so that its patches lie exactly on those of CLIP-L/14 at 336.
 """
 from dataclasses import asdict, dataclass
 
@@ -25,8 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hub import InputError, fields_of, load_weights, locate, read_config, renamer, save_checkpoint
-from vit import IMAGENET_MEAN, IMAGENET_STD, MLP, Attention, Normalize, check_pixels, pixel_statistics, run_blocks
+from hub import InputError, fields_of, load_weights, locate, on_meta, read_config, renamer, save_checkpoint
+from vit import IMAGENET_MEAN, IMAGENET_STD, Block, Normalize, check_pixels, pixel_statistics, run_blocks
 
 
 @dataclass
@@ -64,26 +64,6 @@ class SwiGLU(nn.Module):
         return self.weights_out(F.silu(gate) * value)
 
 
-class Block(nn.Module):
-    """vit.py's block with LayerScale (arXiv 2103.17239): each branch is multiplied by a learnt vector before it is
-    added. A vector that starts near zero keeps a deep tower stable."""
-
-    def __init__(self, c):
-        super().__init__()
-        hidden_width = int(c.hidden_size * c.mlp_ratio)
-        self.norm1 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.attn = Attention(c.hidden_size, c.num_attention_heads, c.qkv_bias)
-        self.scale1 = nn.Parameter(torch.full((c.hidden_size,), float(c.layerscale_value)))
-        self.norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.mlp = (SwiGLU(c.hidden_size, hidden_width) if c.use_swiglu_ffn else
-                    MLP(c.hidden_size, hidden_width, c.hidden_act))
-        self.scale2 = nn.Parameter(torch.full((c.hidden_size,), float(c.layerscale_value)))
-
-    def forward(self, x):
-        x = x + self.scale1 * self.attn(self.norm1(x))
-        return x + self.scale2 * self.mlp(self.norm2(x))
-
-
 class DINOv2(nn.Module):
     """DINOv2 with or without registers: uint8 (B, 3, R, R), R any multiple of P -> hidden states, each (B, S, D)."""
 
@@ -99,7 +79,12 @@ class DINOv2(nn.Module):
         if c.num_register_tokens:
             self.register_tokens = nn.Parameter(torch.zeros(1, c.num_register_tokens, c.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.grid ** 2, c.hidden_size))
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        hidden_width = int(c.hidden_size * c.mlp_ratio)
+        self.blocks = nn.ModuleList(Block(c.hidden_size, c.num_attention_heads, hidden_width, c.hidden_act, c.layer_norm_eps,
+                                          c.qkv_bias, c.layerscale_value) for _ in range(c.num_hidden_layers))
+        if c.use_swiglu_ffn:
+            for block in self.blocks:
+                block.mlp = SwiGLU(c.hidden_size, hidden_width)
         self.norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.init_weights()
 
@@ -159,17 +144,24 @@ class DINOv2(nn.Module):
         else:
             raw = {"num_register_tokens": 4, "patch_size": 16} | raw     # Hugging Face's defaults for this type
         config = fields_of(DINOv2Config, raw, folder)
-        with torch.device("meta"):
+        with on_meta():
             tower = cls(config, *pixel_statistics(folder, IMAGENET_MEAN, IMAGENET_STD))
-        rename = renamer([("dinov2_with_registers.", ""), ("dinov2.", "")] + RENAMES, skip=("classifier.",))
-        return load_weights(tower, folder, rename, dtype, device).eval()
+        return load_weights(tower, folder, cls.name_of, dtype, device).eval()
 
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors for transformers' Dinov2Model or Dinov2WithRegistersModel."""
+    @classmethod
+    def name_of(cls, name):
+        """A checkpoint's name of a tensor -> ours, None for what is left behind."""
+        return renamer([("dinov2_with_registers.", ""), ("dinov2.", "")] + RENAMES, skip=("classifier.",))(name)
+
+    def hugging_face(self):
+        """-> {name: tensor} and config.json's object, as Dinov2Model or Dinov2WithRegistersModel reads them."""
         their_name = renamer([(ours, theirs) for theirs, ours in reversed(RENAMES)])
         config = {"architectures": ["Dinov2WithRegistersModel" if self.config.num_register_tokens else "Dinov2Model"],
                   "dtype": str(self.cls_token.dtype).removeprefix("torch."), **asdict(self.config)}
-        save_checkpoint(folder, {their_name(name): tensor for name, tensor in self.state_dict().items()}, config)
+        return {their_name(name): tensor for name, tensor in self.state_dict().items()}, config
+
+    def save_pretrained(self, folder):
+        save_checkpoint(folder, *self.hugging_face())
 
 
 RENAMES = [("embeddings.patch_embeddings.projection.", "patch."), ("embeddings.cls_token", "cls_token"),

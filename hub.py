@@ -3,24 +3,39 @@
 A checkpoint is a folder in Hugging Face layout: `config.json` beside `model.safetensors`, or beside
 `model.safetensors.index.json` and the shards that it lists. It is named by its folder or by its Hugging Face id
 ("openai/clip-vit-large-patch14-336", "@revision" may follow); an id is looked up in the local cache, then on the hub.
+huggingface_hub downloads, so its environment holds: HF_HOME (where the cache is), HF_TOKEN (for gated and private
+repositories), HF_HUB_OFFLINE=1 (cache only), HF_ENDPOINT (a mirror).
 
 Weights reach a module without a second copy in memory: the module is built on the meta device (shapes, no storage),
 then every parameter is *assigned* from the memory-mapped file. Nothing is initialised in between, so nothing can be left
 half-initialised: a tensor that the module needs and the file lacks, one left over, or one of another shape is an
 `InputError` that names it. Pickled weights (`pytorch_model.bin`) are refused, since unpickling runs code.
 """
+import hashlib
 import json
 import os
+import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: what is wrong, where, and what to do.
     Commands print it and exit with status 2."""
+
+
+NEEDED = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+          "tokenizer_config.json", "tokenizer.model", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+          "*.safetensors", "*.safetensors.index.json"]
+OTHERS = ["*/*", "consolidated*", "open_clip*", "*fp16*"]            # the same weights once more, for another program
+CONVERTED = "converted-to-safetensors"                               # our name in the cache for what the hub's bot converted
+PAUSES = (2, 10)                                                     # seconds before trying again, where the hub itself fails
 
 
 def locate(folder_or_id):
@@ -32,26 +47,98 @@ def locate(folder_or_id):
     name, _, revision = str(folder_or_id).partition("@")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"{folder_or_id}: no such folder (and not a Hugging Face id, which looks like owner/name)")
-    import huggingface_hub                                           # imported here: it is slow, and folders need none of it
-    from huggingface_hub import errors
-    wanted = dict(repo_id=name, revision=revision or None, allow_patterns=["*.json", "*.safetensors"])
+    from huggingface_hub import constants, errors, utils             # imported here: it is slow, and folders need none of it
     try:
-        try:
-            folder = Path(huggingface_hub.snapshot_download(**wanted, local_files_only=True))
-        except errors.LocalEntryNotFoundError:
-            folder = None
-        if folder and any(folder.glob("*.safetensors")):             # the cache may hold no more than, say, its tokenizer
-            return folder
-        return Path(huggingface_hub.snapshot_download(**wanted))
+        folder = from_cache(name, revision)
+        if folder is None:                                           # of all processes of a node, torchrun's too, the first
+            lock = Path(constants.HF_HUB_CACHE, ".locks", f"{name.replace('/', '--')}.lock")     # downloads, the others wait
+            lock.parent.mkdir(parents=True, exist_ok=True)           # and then find it in the cache
+            with utils.WeakFileLock(lock):
+                folder = from_cache(name, revision) or download(name, revision)
+        return folder
+    except InputError:
+        raise
     except errors.HFValidationError:
         raise InputError(f"{folder_or_id}: no such folder, and not a Hugging Face id (owner/name)") from None
     except errors.GatedRepoError:
         raise InputError(f"{name}: gated repository; accept its licence on the hub, then set HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"{name}: this repository has no revision {revision}") from None
     except errors.RepositoryNotFoundError:
         raise InputError(f"{name}: neither a folder nor a repository on the hub (private ones need HF_TOKEN)") from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{name}: no such folder, not in the local cache, and the hub cannot be reached "
-                         f"({type(error).__name__}); download it once, or name its folder") from None
+    except Exception as error:                                       # the clients of several versions raise anything at all
+        if status_of(error) in (401, 403):
+            raise InputError(f"{name}: the hub refuses access ({status_of(error)}): HF_TOKEN is wrong, or may not read it") from None
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(f"{name}: no such folder, not (or not whole) in the local cache {constants.HF_HUB_CACHE}, and "
+                             "HF_HUB_OFFLINE forbids downloading: unset it, or name a folder") from None
+        reason = f"status {status_of(error)}" if status_of(error) else " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{name}: no such folder, not in the local cache, and downloading it failed ({reason}); "
+                         "try again (finished files are kept), or name a folder") from None
+
+
+def from_cache(name, revision):
+    """The snapshot in the local cache -> its folder, or None if it is not there or not whole: whoever has used only a
+    model's tokenizer, or only its weights, has less than we need."""
+    import huggingface_hub
+    for wanted in [revision] if revision else ["main", CONVERTED]:
+        try:
+            folder = Path(huggingface_hub.snapshot_download(repo_id=name, revision=wanted, local_files_only=True,
+                                                            allow_patterns=NEEDED, ignore_patterns=OTHERS))
+        except huggingface_hub.errors.LocalEntryNotFoundError:
+            continue
+        index = folder / "model.safetensors.index.json"
+        weights = set(read_index(index).values()) if index.exists() else {"model.safetensors"}
+        others = "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"
+        if all((folder / file).exists() for file in weights) and any((folder / file).exists() for file in others):
+            return folder
+    return None
+
+
+def download(name, revision):
+    """The files that we need from the hub -> folder of the snapshot. Where the repository's own weights are pickled, those
+    of the pull request in which the hub's bot offers them as safetensors: true of some of the oldest, most used ones."""
+    import huggingface_hub
+    folder = snapshot(name, revision or "main")
+    if revision or any(folder.glob("*.safetensors")) or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return folder
+    for pull in huggingface_hub.get_repo_discussions(name, author="SFconvertbot", discussion_type="pull_request"):
+        if pull.author == "SFconvertbot" and pull.title == "Adding `safetensors` variant of this model":
+            print(f"{name}: pickled weights; taking the hub's conversion to safetensors, @{pull.git_reference}", file=sys.stderr)
+            folder = snapshot(name, pull.git_reference)
+            (folder.parents[1] / "refs" / CONVERTED).write_text(folder.name)       # so that the cache knows it offline
+            break
+    return folder
+
+
+def snapshot(name, revision):
+    """snapshot_download, tried again where the hub itself fails (5xx), and its weights held against their checksums."""
+    import huggingface_hub
+    for pause in (*PAUSES, None):
+        try:
+            folder = Path(huggingface_hub.snapshot_download(repo_id=name, revision=revision, allow_patterns=NEEDED,
+                                                            ignore_patterns=OTHERS))
+            break
+        except Exception as error:
+            if pause is None or (status_of(error) or 0) < 500:
+                raise
+            time.sleep(pause)
+    for link in folder.glob("*.safetensors"):                        # the cache names a large file by its SHA-256 and links
+        if link.is_symlink() and len(digest := Path(os.readlink(link)).name) == 64:    # to it; the client checks sizes only
+            with open(link, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == digest:
+                    continue
+            (folder / os.readlink(link)).unlink()
+            link.unlink()
+            raise InputError(f"{name}: {link.name} arrived damaged (its SHA-256 is not {digest[:12]}...) and was deleted: try again")
+    return folder
+
+
+def status_of(error):
+    """The HTTP status behind an exception of huggingface_hub, or None."""
+    while error is not None and getattr(error, "response", None) is None:
+        error = error.__cause__
+    return error and error.response.status_code
 
 
 def newest_model(root="out"):
@@ -104,12 +191,9 @@ def tensor_files(folder):
         with open_safetensors(single) as file:
             return {name: single for name in file.keys()}
     if index.exists():
-        stated = read_json(index)
-        weight_map = stated.get("weight_map") if isinstance(stated, dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise InputError(f"{index}: has no weight_map from tensor names to shards")
+        weight_map = read_index(index)
         for name, shard in weight_map.items():
-            if Path(shard).name != shard:
+            if Path(shard).name != shard or shard in ("", ".."):
                 raise InputError(f"{index}: {name} points outside the folder ({shard})")
             if not (folder / shard).exists():
                 raise InputError(f"{folder}/{shard}: missing shard, the index expects {name} in it")
@@ -124,7 +208,17 @@ def tensor_files(folder):
     if pickled:
         raise InputError(f"{folder}: only pickled weights ({pickled[0]}); unpickling can run any code, so they are refused: "
                          "convert them to safetensors, or take a revision that has them")
-    raise InputError(f"{folder}: no checkpoint in this folder (no model.safetensors, no model.safetensors.index.json)")
+    raise InputError(f"{folder}: no checkpoint in this folder (no model.safetensors, no model.safetensors.index.json; "
+                     "pickled weights are not even downloaded)")
+
+
+def read_index(path):
+    """model.safetensors.index.json -> {tensor name: name of the shard that holds it}."""
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f"{path}: has no weight_map from tensor names to shards")
+    return weight_map
 
 
 def open_safetensors(path, device="cpu"):
@@ -135,43 +229,78 @@ def open_safetensors(path, device="cpu"):
         raise InputError(f"{path}: not a readable safetensors file, truncated or damaged ({error})") from None
 
 
-def load_weights(module, folder, rename, dtype=torch.float32, device="cpu"):
-    """Assign a checkpoint's tensors to `module`, which was built under `torch.device("meta")`, and return it.
+class NothingToFill(TorchFunctionMode):
+    """On the meta device, whatever would fill a tensor in place (normal_, zeros_, ...) does nothing, quickly: the first
+    random number on that device would import torch's compiler, which takes longer than to load a model."""
 
-    rename(name): the module's name for the checkpoint's tensor `name`, or None for one that is left out on purpose.
-    Buffers are not loaded: modules build theirs from the config, on a real device, and they move to `device` here.
-    Raises InputError naming the tensor that is missing, left over, or of another shape or kind."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        tensor, name = args[0] if args else (kwargs or {}).get("tensor"), getattr(function, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            return tensor
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def on_meta():
+    """Modules built in here have shapes, but neither storage nor initial values: load_weights gives them both."""
+    with NothingToFill(), torch.device("meta"):
+        yield
+
+
+def match(module, shapes, rename, folder, files={}):
+    """Which tensor becomes which parameter of `module` -> {parameter: (tensor name, part, parts)}. Needs no weights: `shapes`
+    is {tensor name: shape}, and the module may be on the meta device.
+
+    rename(name): the module's name for the checkpoint's tensor `name`; None for one that is left out on purpose; several
+    names for one that is cut along its first axis into as many equal parts (q, k and v in one matrix).
+    Raises InputError naming the tensor that is missing, left over, or of another shape, and its file of `files`."""
     parameters = dict(module.named_parameters())
     source, left_over = {}, []
-    for name, file in tensor_files(folder).items():
+    for name in shapes:
         ours = rename(name)
-        if ours is None:
-            continue
-        if ours not in parameters or ours in source:
-            left_over.append(name)
-        source[ours] = (name, file)
+        parts = [ours] if isinstance(ours, str) else ours or []
+        for part, ours in enumerate(parts):
+            if ours not in parameters or ours in source:
+                left_over.append(name)
+            source[ours] = (name, part, len(parts))
     missing = [ours for ours in parameters if ours not in source]
     for what, names in (("missing", missing), ("left over", left_over)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"{folder}: tensor {names[0]}{more} {what}: this checkpoint does not fit "
                              f"{type(module).__name__} as its config.json describes it")
+    for ours, (name, _, parts) in source.items():
+        wanted = tuple(parameters[ours].shape)
+        if parts > 1:
+            wanted = (parts * wanted[0], *wanted[1:])
+        if tuple(shapes[name]) != wanted:
+            raise InputError(f"{files.get(name, folder)}: tensor {name} has shape {tuple(shapes[name])}, the config asks "
+                             f"for {wanted}")
+    return source
+
+
+def load_weights(module, folder, rename, dtype=torch.float32, device="cpu"):
+    """Assign a checkpoint's tensors to `module`, which was built under `on_meta()`, and return it. `rename`: see
+    match. Buffers are not loaded: modules build theirs from the config, on a real device, and they move to `device` here.
+    Raises InputError naming the tensor that is missing, left over, or of another shape or kind."""
+    files, shapes = tensor_files(folder), {}
+    for file in dict.fromkeys(files.values()):                       # headers alone: nothing is read that does not fit
+        with open_safetensors(file) as opened:
+            shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys() if files.get(name) == file}
+    source = match(module, shapes, rename, folder, files)
 
     loaded, direct = {}, torch.device(device).type in ("cpu", "cuda")  # safetensors reads straight into these two
-    for file in dict.fromkeys(file for _, file in source.values()):
+    for file in dict.fromkeys(files[name] for name, *_ in source.values()):
         with open_safetensors(file, device if direct else "cpu") as opened:
-            for ours, (name, place) in source.items():
-                if place == file:
+            for ours, (name, part, parts) in source.items():
+                if files[name] == file:
                     try:
-                        loaded[ours] = opened.get_tensor(name)
+                        tensor = opened.get_tensor(name)
                     except SafetensorError as error:
                         raise InputError(f"{file}: tensor {name} cannot be read ({error})") from None
-                    if loaded[ours].shape != parameters[ours].shape:
-                        raise InputError(f"{file}: tensor {name} has shape {tuple(loaded[ours].shape)}, the config asks "
-                                         f"for {tuple(parameters[ours].shape)}")
-                    if loaded[ours].dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                        raise InputError(f"{file}: tensor {name} has dtype {loaded[ours].dtype}; only float ones are read")
-                    loaded[ours] = loaded[ours].to(device=device, dtype=dtype)
+                    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                        raise InputError(f"{file}: tensor {name} has dtype {tensor.dtype}; only float ones are read")
+                    loaded[ours] = (tensor.chunk(parts)[part] if parts > 1 else tensor).to(device=device, dtype=dtype)
     for ours, tensor in loaded.items():
         parent, _, leaf = ours.rpartition(".")
         setattr(module.get_submodule(parent), leaf, torch.nn.Parameter(tensor))

@@ -38,9 +38,13 @@ class ImageSpec:
     def from_folder(cls, folder):
         """preprocessor_config.json of CLIP, SigLIP, DINOv2 (Bit), ViT, DeiT and LLaVA, old spellings included."""
         path = Path(folder) / "preprocessor_config.json"
+        if not path.exists() and (Path(folder) / "processor_config.json").exists():
+            path = Path(folder) / "processor_config.json"            # where transformers 5 keeps a LLaVA's
         config = read_json(path)
         try:
-            kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
+            config = config.get("image_processor", config)
+            unnamed = "CLIP" if "crop_size" in config else "ViT"     # ViT's and MAE's first files do not name their kind
+            kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or unnamed)
             size, crop = config["size"], config.get("crop_size") if config.get("do_center_crop") else None
             if not isinstance(size, dict):                           # a number: CLIP's shorter side, or ViT's square
                 square = kind.startswith(("ViT", "DeiT", "Siglip"))
@@ -51,7 +55,8 @@ class ImageSpec:
             resize_to = size["height"] if "height" in size else size["shortest_edge"]
             final = crop["height"] if crop else resize_to
             mode = "stretch" if "height" in size else "pad" if config.get("do_pad") else "crop"
-            return cls(final, mode, tuple(config["image_mean"]), tuple(config["image_std"]), config.get("resample", 3),
+            resample = config.get("resample", 2 if kind.startswith("ViT") else 3)     # the default of each kind
+            return cls(final, mode, tuple(config["image_mean"]), tuple(config["image_std"]), resample,
                        resize_to if resize_to != final else None)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not the description of an image processor ({error!r})") from None

@@ -1,9 +1,10 @@
 """LLaMA: the language model, a causal transformer that predicts the next token.
 
 Papers: LLaMA (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783); RMSNorm (1910.07467), rotary positions
-(RoPE, 2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245), Mistral's sliding window (2310.06825).
-Checkpoints: all of this shape: meta-llama/Llama-2-7b-hf and Llama 3.x, lmsys/vicuna-7b-v1.5, TinyLlama, SmolLM2, Yi and
-Hermes-34B, mistralai/Mistral-7B-v0.1.
+(RoPE, 2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245), Mistral's sliding window (2310.06825),
+Qwen2's biases (2407.10671).
+Checkpoints: all of this shape, from 135M to 70B: LLaMA 1 and 2, Llama 3.x, lmsys/vicuna-7b-v1.5, TinyLlama, SmolLM2, Yi and
+Hermes-2-Yi-34B (model_type llama), mistralai/Mistral-7B (mistral), Qwen2 and Qwen2.5 (qwen2). Phi-2 has its own file, phi.py.
 
     tokens (B, T) --embed--> hidden[0] (B, T, C)
         each of L blocks:   x = x + attention(norm(x))        a token looks back at those before it
@@ -20,15 +21,16 @@ the cache at its own place, over the padding. So no row sees padding, and a row 
 """
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hub import InputError, fields_of, load_weights, locate, read_config, read_json, save_checkpoint
+from hub import InputError, fields_of, load_weights, locate, on_meta, read_config, read_json, save_checkpoint
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
 ROPE_KEYS = {"default": (), "linear": ("factor",),
              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 
@@ -49,9 +51,11 @@ class LlamaConfig:
     max_position_embeddings: int = 2048     # trained context, in tokens
     tie_word_embeddings: bool = False       # True: the embedding is also lm_head
     attention_bias: bool = False            # on q, k, v and o
+    qkv_bias: bool = False                  # Qwen2: on q, k and v, and never on o
     mlp_bias: bool = False
     hidden_act: str = "silu"
     sliding_window: int = None              # Mistral: a token sees this many, itself included; None: all before it
+    max_window_layers: int = 0              # Qwen2: the blocks before this one have no window, even so
     bos_token_id: int = 1
     eos_token_id: int | list = 2            # Llama 3's chat models have several
 
@@ -61,36 +65,27 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, config, where):
-        """config.json's object -> LlamaConfig; `where` names its folder in errors. RoPE is in it as `rope_theta` and
-        `rope_scaling`, or since transformers 5 as `rope_parameters`, which holds both."""
+        """config.json's object -> LlamaConfig; `where` names its folder in errors."""
         kind = config.get("model_type", "llama")
-        if kind not in ("llama", "mistral"):
-            raise InputError(f"{where}: model_type is {kind!r}, not one of llama, mistral")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ROPE_KEYS:
-            raise InputError(f"{where}: rope_type is {rope_type!r}, not one of {', '.join(ROPE_KEYS)}")
-        for key in ROPE_KEYS[rope_type]:
-            if key not in rope:
-                raise InputError(f"{where}: the config's {rope_type} rope lacks {key}")
-        scaling = {"rope_type": rope_type} | {key: rope[key] for key in ROPE_KEYS[rope_type]}
-        config = config | {"rope_theta": rope.get("rope_theta", config.get("rope_theta")),
-                           "rope_scaling": None if rope_type == "default" else scaling}
-        if kind == "mistral":
-            config = {"sliding_window": 4096} | config               # null is none, but absent is 4096
+        if kind not in ("llama", "mistral", "qwen2"):
+            raise InputError(f"{where}: model_type is {kind!r}, not one of llama, mistral, qwen2")
+        config = config | read_rope(config, where)
+        absent = {"mistral": {"sliding_window": 4096}, "qwen2": {"sliding_window": 4096, "max_window_layers": 28}}
+        config = absent.get(kind, {}) | config | {"qkv_bias": kind == "qwen2"}  # a window of null is none
+        if kind == "llama" or kind == "qwen2" and not config.get("use_sliding_window"):
+            config["sliding_window"] = None                          # as in transformers, whatever number the file has
         self = fields_of(cls, config, where)
-        self.eos_token_id = config.get("eos_token_id", self.eos_token_id)  # here null means that nothing ends a text
-        if self.hidden_act not in ACTIVATIONS:
-            raise InputError(f"{where}: hidden_act is {self.hidden_act!r}, not one of {', '.join(ACTIVATIONS)}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(f"{where}: num_attention_heads {self.num_attention_heads} is not a multiple of "
-                             f"num_key_value_heads {self.num_key_value_heads}")
-        return self
+        return check_config(self, config, where)
 
     def to_dict(self):
         """What config.json holds for this model; transformers reads it too."""
-        kind, name = ("llama", "Llama") if self.sliding_window is None else ("mistral", "Mistral")
-        return {"architectures": [f"{name}ForCausalLM"], "model_type": kind} | asdict(self)
+        name = "Qwen2" if self.qkv_bias else "Llama" if self.sliding_window is None else "Mistral"
+        window = {"use_sliding_window": self.sliding_window is not None} if self.qkv_bias else {}
+        return {"architectures": [f"{name}ForCausalLM"], "model_type": name.lower()} | window | asdict(self)
+
+    @property
+    def rotary_dim(self):
+        return self.head_dim                                         # RoPE turns all channels of a head; in phi.py some
 
     @property
     def context(self):
@@ -100,11 +95,36 @@ class LlamaConfig:
         return int(self.max_position_embeddings * (self.rope_scaling["factor"] if linear else 1))
 
 
+def read_rope(config, where):
+    """config.json's object -> its rope_theta and rope_scaling. Since transformers 5 they are in `rope_parameters`."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_KEYS:
+        raise InputError(f"{where}: rope_type is {rope_type!r}, not one of {', '.join(ROPE_KEYS)}")
+    for key in ROPE_KEYS[rope_type]:
+        if key not in rope:
+            raise InputError(f"{where}: the config's {rope_type} rope lacks {key}")
+    scaling = {"rope_type": rope_type} | {key: rope[key] for key in ROPE_KEYS[rope_type]}
+    return {"rope_theta": rope.get("rope_theta", config.get("rope_theta")),
+            "rope_scaling": None if rope_type == "default" else scaling}
+
+
+def check_config(config, read, where):
+    """A config that was made of `read`, config.json's object -> the same, or InputError."""
+    config.eos_token_id = read.get("eos_token_id", config.eos_token_id)  # here null means that nothing ends a text
+    if config.hidden_act not in ACTIVATIONS:
+        raise InputError(f"{where}: hidden_act is {config.hidden_act!r}, not one of {', '.join(ACTIVATIONS)}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise InputError(f"{where}: num_attention_heads {config.num_attention_heads} is not a multiple of "
+                         f"num_key_value_heads {config.num_key_value_heads}")
+    return config
+
+
 def rope_frequencies(config):
     """-> (D/2,) float32: by what angle each pair of a head's channels turns from one position to the next. Checkpoints
     do not hold it, so it is built on the CPU even where the module is built on the meta device."""
-    channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
-    frequency = 1.0 / config.rope_theta ** (channel / config.head_dim)
+    channel = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device="cpu")
+    frequency = 1.0 / config.rope_theta ** (channel / config.rotary_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
@@ -125,7 +145,7 @@ def rotate(x, cos, sin):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def visible(positions, keys, window):
+def visible(positions, keys, window=None):
     """Which of the places 0..keys-1 a token at each of positions (B, T) sees -> bool (B, 1, T, keys): those up to its
     own, and with a window only the last `window` of them."""
     key, position = torch.arange(keys, device=positions.device), positions[:, None, :, None]
@@ -172,9 +192,10 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         self.grouped = config.num_key_value_heads < config.num_attention_heads
         wide, narrow = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, wide, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, wide, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=bias)
         self.o_proj = nn.Linear(wide, config.hidden_size, bias=config.attention_bias)
 
     def forward(self, x, rope, mask, positions, cache):
@@ -215,6 +236,7 @@ class Block(nn.Module):
 
 class Llama(nn.Module):
     """Parameters are named as in the checkpoints, without their prefix "model."."""
+    config_class = LlamaConfig
 
     def __init__(self, config):
         super().__init__()
@@ -226,13 +248,17 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("rope_frequencies", rope_frequencies(config), persistent=False)
+        self.initialize(("o_proj.weight", "down_proj.weight"))
+
+    def initialize(self, branches):
+        """Random weights. `branches` end the 2L branches that add up in the residual stream, so they start smaller (GPT-2)."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:                               # 1 / sqrt(C): 0.016 at C = 4096, where 0.02 is usual;
-                std = config.hidden_size ** -0.5                     # a narrow model would hardly attend with 0.02. And 2L
-                deep = name.endswith(("o_proj.weight", "down_proj.weight"))     # branches add up in the residual stream
-                nn.init.normal_(parameter, std=std / math.sqrt(2 * config.num_hidden_layers) if deep else std)
+                std = self.config.hidden_size ** -0.5                # a narrow model would hardly attend with 0.02. And 2L
+                deep = name.endswith(branches)                       # branches add up in the residual stream
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.num_hidden_layers) if deep else std)
 
     def _apply(self, fn, recurse=True):
         """What .to(), .half() and .to_empty() run: the frequencies follow to the device, but stay whole and float32."""
@@ -244,8 +270,9 @@ class Llama(nn.Module):
         return self.embed_tokens(tokens)  # (B, T, C)
 
     def logits(self, hidden):
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight)  # (..., V)
+        if self.config.tie_word_embeddings:
+            return F.linear(hidden, self.embed_tokens.weight)  # (..., V)
+        return self.lm_head(hidden)
 
     def forward(self, tokens=None, embeds=None, positions=None, cache=None, hidden_only=False, states=None):
         """tokens (B, T) or embeds (B, T, C) -> logits (B, T, V), or with hidden_only the final-normed hidden states
@@ -256,18 +283,21 @@ class Llama(nn.Module):
         cache: a KVCache. Tokens are added at `positions` and see all up to there; positions None: the cache is new.
         states: a list to which the hidden states are appended, L+1 of them."""
         x = self.embed(tokens) if embeds is None else embeds  # (B, T, C)
-        T, window, mask = x.shape[1], self.config.sliding_window, None
+        T, window = x.shape[1], self.config.sliding_window
         steps = torch.arange(T, device=x.device)[None]  # (1, T)
         angles = (steps if positions is None else positions)[:, None, :, None] * self.rope_frequencies
         rope = angles.cos(), angles.sin()  # (B or 1, 1, T, D/2) each
-        if cache is not None and positions is not None:
-            mask = visible(positions, cache.keys.shape[3], window)  # (B, 1, T, max_length)
-        elif window is not None and T > window:                      # shorter texts fit in the window: plain causal
-            mask = visible(steps, T, window)  # (1, 1, T, T)
+        whole = near = None                                          # masks of the blocks without and with a window;
+        if cache is not None and positions is not None:              # None is plain causal, which SDPA does by itself
+            whole = visible(positions, cache.keys.shape[3])  # (B, 1, T, max_length)
+            near = whole if window is None else visible(positions, cache.keys.shape[3], window)
+        elif window is not None and T > window:                      # shorter texts fit in the window
+            near = visible(steps, T, window)  # (1, 1, T, T)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for block in self.layers:
+        for layer, block in enumerate(self.layers):
             if states is not None:
                 states.append(x)
+            mask = near if layer >= self.config.max_window_layers else whole
             if recompute:
                 x = checkpoint(block, x, rope, mask, positions, cache, use_reentrant=False)
             else:
@@ -331,11 +361,11 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
         folder = locate(folder_or_id)
-        config = LlamaConfig.from_dict(read_config(folder), folder)
+        config = cls.config_class.from_dict(read_config(folder), folder)
         generation = folder / "generation_config.json"               # some chat models list their end tokens only here
         if generation.exists():
             config.eos_token_id = read_json(generation).get("eos_token_id", config.eos_token_id)
-        with torch.device("meta"):
+        with on_meta():
             model = cls(config)
         return load_weights(model, folder, model.name_of, dtype, device)
 

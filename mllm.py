@@ -9,7 +9,7 @@ LLaVA's design (arXiv 2304.08485), with the towers and connectors of COMM (2310.
     visual tokens (I, M, C)              M a picture, as wide as the LLM
       | take the places of the IMAGE ids in the text's embeddings
     embeddings (B, T, C)
-      | LLaMA                                                          llama.py
+      | LLaMA (or Phi)                                                 llama.py, phi.py
     logits (n, V) at the n supervised positions -> sum of their cross-entropies
 
 A trained model is one folder that needs nothing else: config.json (towers, connector, LLM, template), model.safetensors,
@@ -29,15 +29,18 @@ from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
 from connector import ConnectorConfig, TowerShape, layers_needed, make_connector, visual_tokens
 from dialogue import IGNORE, IMAGE, MARK, encode, end_ids, find_template, load_tokenizer
 from dinov2 import DINOv2, DINOv2Config
-from hub import InputError, fields_of, load_weights, locate, read_config, read_json, save_checkpoint
+from hub import InputError, fields_of, load_weights, locate, on_meta, read_config, read_json, save_checkpoint
 from images import ImageSpec, to_pixels
-from llama import Llama, LlamaConfig
+from llama import Llama
+from phi import Phi
 from vit import ViT, ViTConfig
 
 TOWERS = {"clip": (CLIPVision, CLIPVisionConfig), "clip_vision_model": (CLIPVision, CLIPVisionConfig),
           "siglip": (SigLIPVision, SigLIPVisionConfig), "siglip_vision_model": (SigLIPVision, SigLIPVisionConfig),
           "dinov2": (DINOv2, DINOv2Config), "dinov2_with_registers": (DINOv2, DINOv2Config),
-          "vit": (ViT, ViTConfig), "deit": (ViT, ViTConfig), "vit_mae": (ViT, ViTConfig)}
+          "vit": (ViT, ViTConfig), "deit": (ViT, ViTConfig), "vit_mae": (ViT, ViTConfig),
+          "deit3": (ViT, ViTConfig), "timm_wrapper": (ViT, ViTConfig)}        # the second: transformers' name for timm's models
+LLMS = {"llama": Llama, "mistral": Llama, "qwen2": Llama, "phi": Phi}
 
 
 def tower_class(model_type, where):
@@ -45,6 +48,13 @@ def tower_class(model_type, where):
     if model_type not in TOWERS:
         raise InputError(f"{where}: model_type {model_type!r} is not a vision tower ({', '.join(TOWERS)})")
     return TOWERS[model_type]
+
+
+def llm_class(model_type, where):
+    """model_type of a config.json -> Llama or Phi. Raises InputError for another kind."""
+    if model_type not in LLMS:
+        raise InputError(f"{where}: model_type {model_type!r} is not a language model of ours ({', '.join(LLMS)})")
+    return LLMS[model_type]
 
 
 def check_towers(towers, kind):
@@ -55,8 +65,8 @@ def check_towers(towers, kind):
 
 class MLLM(nn.Module):
     def __init__(self, towers, llm, connector_config, tokenizer, template, spec):
-        """towers: list of vision towers; llm: a Llama; template: a name in dialogue.TEMPLATES; spec: images.ImageSpec, the side R
-        and how a picture is brought to it. The connector is new. Raises InputError where the parts do not fit."""
+        """towers: list of vision towers; llm: a Llama or Phi; template: a name in dialogue.TEMPLATES; spec: images.ImageSpec, the
+        side R and how a picture is brought to it. The connector is new. Raises InputError where the parts do not fit."""
         super().__init__()
         check_towers(towers, connector_config.kind)
         self.connector_config, self.tokenizer, self.template, self.spec = connector_config, tokenizer, template, spec
@@ -76,9 +86,10 @@ class MLLM(nn.Module):
         """Public checkpoints, each named by folder or id, and a new connector -> MLLM. `vision`: a list. template None: the
         one that the LLM's checkpoint names, else vicuna_v1. image_size None: the first tower's. Raises InputError."""
         folders = [locate(name) for name in vision]
-        towers = [tower_class(read_config(folder).get("model_type"), folder)[0].from_pretrained(folder, dtype, device)
-                  for folder in folders]
+        kinds = [read_config(folder).get("model_type", "timm_wrapper") for folder in folders]    # timm's own files name none
+        towers = [tower_class(kind, folder)[0].from_pretrained(folder, dtype, device) for kind, folder in zip(kinds, folders)]
         llm_folder = locate(llm)
+        kind = llm_class(read_config(llm_folder).get("model_type", "llama"), llm_folder)
         words = load_tokenizer(locate(tokenizer) if tokenizer else llm_folder)
         template = template or find_template(llm_folder) or "vicuna_v1"
         encode(words, [("", "")], template)                          # has the tokenizer the template's special tokens?
@@ -88,7 +99,7 @@ class MLLM(nn.Module):
             spec = ImageSpec(size, image_mode, spec.mean, spec.std, spec.resample)
         else:
             spec = ImageSpec(size, image_mode)
-        return cls(towers, Llama.from_pretrained(llm_folder, dtype, device), connector_config, words, template, spec).to(device)
+        return cls(towers, kind.from_pretrained(llm_folder, dtype, device), connector_config, words, template, spec).to(device)
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -183,21 +194,26 @@ class MLLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
-        """A folder that `save` wrote -> MLLM, ready to generate. Raises InputError naming what is missing or left over."""
+        """A folder that `save` wrote, or a public LLaVA or Dense Connector (llava.py) -> MLLM, ready to generate. Raises
+        InputError naming what is missing or left over."""
+        import llava                                                 # imported here: it builds its models with this file
         folder = locate(folder_or_id)
         config = read_config(folder)
+        if llava.is_foreign(config):
+            return llava.load(folder, config, dtype, device)
         if config.get("model_type") != "mllm":
-            raise InputError(f"{folder}: model_type {config.get('model_type')!r} is no multimodal model of ours; "
-                             "train.py writes them under out/")
+            raise InputError(f"{folder}: model_type {config.get('model_type')!r} is not a multimodal model (ours, which train.py "
+                             "writes under out/, or a LLaVA)")
         spec = ImageSpec.from_folder(folder)
         try:
             statistics = read_json(folder / "preprocessor_config.json")["towers"]
-            with torch.device("meta"):
+            with on_meta():
                 towers = []
                 for shape, numbers in zip(config["vision"], statistics):
                     tower, tower_config = tower_class(shape["model_type"], folder)
                     towers.append(tower(fields_of(tower_config, shape, folder), numbers["mean"], numbers["std"]))
-                llm = Llama(LlamaConfig.from_dict(config["llm"], folder))
+                kind = llm_class(config["llm"]["model_type"], folder)
+                llm = kind(kind.config_class.from_dict(config["llm"], folder))
                 model = cls(towers, llm, ConnectorConfig(**config["connector"]), load_tokenizer(folder), config["template"], spec)
         except (KeyError, TypeError) as error:
             raise InputError(f"{folder}: config.json or preprocessor_config.json is not as MLLM.save writes it ({error!r})") from None

@@ -32,6 +32,7 @@ import cli
 from connector import ConnectorConfig
 from data import LlavaData, Loader, ShikraData
 from hub import InputError
+from llava import load_connector
 from mllm import MLLM
 from world import World
 
@@ -46,7 +47,7 @@ class Config:
     vision: list[str] = field(default_factory=lambda: [])  # towers, folders or hub ids; none: the tiny CLIP (comm: and DINOv2)
     llm: str = ""                        # LLaMA folder or hub id; empty: the tiny one
     tokenizer: str = ""                  # folder with a tokenizer.json; empty: the LLM's own
-    template: str = ""                   # of stage 2: vicuna_v1, llama_2, llama_3, chatml, tiny; empty: the LLM's own
+    template: str = ""                   # of stage 2: vicuna_v1, llama_2, llama_3, chatml, phi, tiny; empty: the LLM's own
     image_size: int = 0                  # side R in pixels; 0: what the first tower was trained at
     image_mode: str = "pad"              # a picture becomes a square by pad, crop or stretch
     groups: int = 2                      # dense: number of groups of layers
@@ -55,7 +56,7 @@ class Config:
     dino_expansion: int = 4              # comm: their width inside, as a multiple of DINOv2's
     # what is trained on what: a key that ends in 1 is stage 1's, in 2 stage 2's
     stage: int = 0                       # 1, 2, or 0: both in a row
-    init: str = ""                       # start stage 2 from this checkpoint; empty: this run's stage 1; "new": from nothing
+    init: str = ""                       # start stage 2 from this checkpoint or connector; empty: this run's stage 1; "new": from nothing
     train1: list[str] = field(default_factory=lambda: ["connector"])  # parts that learn: vision, connector, llm
     train2: list[str] = field(default_factory=lambda: ["connector", "llm"])  # the same for stage 2
     data1: list[str] = field(default_factory=lambda: ["world"])  # LLaVA's .json(l); rec:FILE or reg:FILE (Shikra's); world
@@ -367,9 +368,12 @@ def main(arguments):
             if not former:
                 raise InputError(f"stage 2 starts from stage 1's connector, and {run}/checkpoints has none: run stage 1 first, or "
                                  "name a checkpoint with --init=FOLDER (--init=new starts from a random connector)")
-            state = checkpoint.load(former[-1], model)
-            if state["step"] < state["steps"]:
-                say(ranks.rank == 0, f"note: {former[-1]} is unfinished, step {state['step']} of {state['steps']}")
+            if config.init and not (former[-1] / "state.json").exists():
+                load_connector(model, config.init)                   # no run of ours: a connector alone, or a public model's
+            else:
+                state = checkpoint.load(former[-1], model)
+                if state["step"] < state["steps"]:
+                    say(ranks.rank == 0, f"note: {former[-1]} is unfinished, step {state['step']} of {state['steps']}")
         if ranks.device.type == "cuda" if config.compile is None else config.compile:
             for blocks in [model.llm.layers, *(tower.blocks for tower in model.vision)]:
                 for block in blocks:                                 # block by block: quick to compile, no break at its borders

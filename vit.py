@@ -1,8 +1,9 @@
 """The Vision Transformer: a picture is cut into patches, and the patches talk to each other like words.
 
 Paper: "An Image is Worth 16x16 Words" (arXiv 2010.11929). The same network, trained otherwise, is DeiT ("Training
-data-efficient image transformers", arXiv 2012.12877: one more token, for distillation) and the encoder of MAE ("Masked
-Autoencoders Are Scalable Vision Learners", arXiv 2111.06377). Checkpoints: google/vit-*, facebook/deit-*,
+data-efficient image transformers", arXiv 2012.12877: one more token, for distillation), DeiT III ("Revenge of the ViT",
+arXiv 2204.07118: LayerScale, and a class token without a position) and the encoder of MAE ("Masked Autoencoders Are
+Scalable Vision Learners", arXiv 2111.06377). Checkpoints: google/vit-*, facebook/deit-*, timm/deit3_*,
 facebook/vit-mae-*. The parts here (patch embedding, attention, MLP, block) also serve dinov2.py and clip.py.
 
     pixels (B, 3, R, R) uint8
@@ -15,7 +16,8 @@ facebook/vit-mae-*. The parts here (patch embedding, attention, MLP, block) also
       | ... L blocks in all
     hidden[L] (B, S, D)  -> final norm -> class token -> head (where the checkpoint has one)
 """
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hub import InputError, fields_of, load_weights, locate, read_config, read_json, renamer, tensor_files
+from hub import (InputError, fields_of, load_weights, locate, on_meta, read_config, read_json, renamer, save_checkpoint,
+                 tensor_files)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -93,18 +96,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block. `is_causal` is for CLIP's text tower."""
+    """A pre-norm transformer block. `is_causal` is for CLIP's text tower. `layer_scale` is where LayerScale (arXiv
+    2103.17239; DINOv2, DeiT III) starts, None: there is none. It multiplies each branch by a learnt vector before it is
+    added; a vector that starts near zero keeps a deep tower stable."""
 
-    def __init__(self, width, num_heads, hidden_width, act, eps, qkv_bias=True):
+    def __init__(self, width, num_heads, hidden_width, act, eps, qkv_bias=True, layer_scale=None):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, num_heads, qkv_bias)
+        self.scale1 = None if layer_scale is None else nn.Parameter(torch.full((width,), float(layer_scale)))
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, hidden_width, act)
+        self.scale2 = None if layer_scale is None else nn.Parameter(torch.full((width,), float(layer_scale)))
 
     def forward(self, x, is_causal=False):
-        x = x + self.attn(self.norm1(x), is_causal)
-        return x + self.mlp(self.norm2(x))
+        attended = self.attn(self.norm1(x), is_causal)
+        x = x + (attended if self.scale1 is None else self.scale1 * attended)
+        thought = self.mlp(self.norm2(x))
+        return x + (thought if self.scale2 is None else self.scale2 * thought)
 
 
 def run_blocks(blocks, x, layers=None, **options):
@@ -142,7 +151,7 @@ class ViTConfig:
     image_size: int = 224                # R
     patch_size: int = 16                 # P
     qkv_bias: bool = True
-    model_type: str = "vit"              # vit, deit (has a distillation token), vit_mae
+    model_type: str = "vit"              # vit, deit (has a distillation token), deit3 (LayerScale, no class position), vit_mae
     num_labels: int = 0                  # classes of the head, 0: the checkpoint has none
     distilled_head: bool = False         # DeiT's teacher-student form: two heads, averaged
 
@@ -159,10 +168,12 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.hidden_size))
         if c.model_type == "deit":
             self.distillation_token = nn.Parameter(torch.zeros(1, 1, c.hidden_size))
-        num_positions = self.num_prefix_tokens + (c.image_size // c.patch_size) ** 2
+        is_deit3 = c.model_type == "deit3"
+        num_positions = (0 if is_deit3 else self.num_prefix_tokens) + (c.image_size // c.patch_size) ** 2
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, c.hidden_size))
         self.blocks = nn.ModuleList(Block(c.hidden_size, c.num_attention_heads, c.intermediate_size, c.hidden_act,
-                                          c.layer_norm_eps, c.qkv_bias) for _ in range(c.num_hidden_layers))
+                                          c.layer_norm_eps, c.qkv_bias, layer_scale=1e-6 if is_deit3 else None)
+                                    for _ in range(c.num_hidden_layers))
         self.norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         if c.num_labels:
             self.classifier = nn.Linear(c.hidden_size, c.num_labels)
@@ -176,7 +187,11 @@ class ViT(nn.Module):
         patches = self.patch(self.normalize(pixels, self.patch.weight.dtype))
         x = patches.flatten(2).transpose(1, 2)                       # (B, N, D)
         prefix = [self.cls_token] + ([self.distillation_token] if self.num_prefix_tokens == 2 else [])
-        x = torch.cat([token.expand(len(x), -1, -1) for token in prefix] + [x], dim=1) + self.position_embeddings
+        if self.config.model_type == "deit3":                        # positions are the patches' alone
+            x = x + self.position_embeddings
+        x = torch.cat([token.expand(len(x), -1, -1) for token in prefix] + [x], dim=1)                 # (B, S, D)
+        if self.config.model_type != "deit3":
+            x = x + self.position_embeddings
         return run_blocks(self.blocks, x, layers)                    # each (B, S, D)
 
     def classify(self, pixels):
@@ -190,9 +205,12 @@ class ViT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
-        """Load google/vit-*, facebook/deit-*, facebook/vit-mae-* or a folder of that layout. Raises InputError."""
+        """Load google/vit-*, facebook/deit-*, facebook/vit-mae-*, timm/deit3_* or a folder of that layout.
+        Raises InputError."""
         folder = locate(folder_or_id)
         raw = read_config(folder)
+        if "architecture" in raw:
+            return cls.from_timm(folder, raw, dtype, device)
         config = fields_of(ViTConfig, {key: raw[key] for key in raw if key not in ("num_labels", "distilled_head")}, folder)
         if config.model_type not in ("vit", "deit", "vit_mae"):
             raise InputError(f"{folder}: model_type {config.model_type!r} is not a ViT (vit, deit, vit_mae)")
@@ -201,12 +219,61 @@ class ViT(nn.Module):
         if config.distilled_head or "classifier.weight" in names:
             config.num_labels = len(raw.get("id2label", "ab"))       # Hugging Face leaves the default, two classes, out
         mean, std = ((0.5,) * 3,) * 2 if config.model_type == "vit" else (IMAGENET_MEAN, IMAGENET_STD)
-        with torch.device("meta"):
+        with on_meta():
             tower = cls(config, *pixel_statistics(folder, mean, std))
-        return load_weights(tower, folder, renamer(RENAMES, skip=("pooler.", "vit.pooler.", "deit.pooler.", "decoder.")),
-                            dtype, device).eval()                    # MAE's decoder and the untrained poolers stay behind
+        return load_weights(tower, folder, cls.name_of, dtype, device).eval()
+
+    @classmethod
+    def from_timm(cls, folder, stated, dtype, device):
+        """DeiT III in timm's layout: config.json names an architecture, `model_args` what differs from it, `pretrained_cfg`
+        the pictures' statistics."""
+        name = re.match(r"deit3_([a-z]+)_patch(\d+)_(\d+)", str(stated["architecture"]))
+        if not name or name[1] not in DEIT3:
+            raise InputError(f"{folder}: architecture {stated['architecture']!r}: of timm's models only DeiT III "
+                             "(deit3_*) is read")
+        width, depth, heads = DEIT3[name[1]]
+        c = dict(embed_dim=width, depth=depth, num_heads=heads, patch_size=int(name[2]), img_size=int(name[3]))
+        c |= stated.get("model_args") or {}
+        names, pictures = tensor_files(folder), stated.get("pretrained_cfg") or {}
+        has_head = any(name.endswith("head.weight") for name in names)
+        config = ViTConfig(c["embed_dim"], c["depth"], c["num_heads"], 4 * c["embed_dim"], layer_norm_eps=1e-6,
+                           image_size=c["img_size"], patch_size=c["patch_size"], model_type="deit3",
+                           num_labels=stated.get("num_classes", 1000) if has_head else 0)
+        with on_meta():
+            tower = cls(config, pictures.get("mean", IMAGENET_MEAN), pictures.get("std", IMAGENET_STD))
+        return load_weights(tower, folder, cls.timm_name_of, dtype, device).eval()
+
+    @staticmethod
+    def timm_name_of(name):
+        """timm's name of a tensor -> ours. It keeps q, k and v in one matrix, one below the other: three names for those."""
+        name = renamer(TIMM_RENAMES)(name)
+        return [name.replace(".qkv.", f".{part}.") for part in "qkv"] if ".qkv." in name else name
+
+    @classmethod
+    def name_of(cls, name):
+        """A checkpoint's name of a tensor -> ours, None for MAE's decoder and the untrained poolers."""
+        return renamer(RENAMES, skip=("pooler.", "vit.pooler.", "deit.pooler.", "decoder."))(name)
+
+    def hugging_face(self):
+        """-> {name: tensor} and config.json's object, as ViTModel, DeiTModel or ViTMAEModel reads them: without a head."""
+        if self.config.model_type not in ARCHITECTURES:
+            raise InputError("transformers has no class for DeiT III: nothing there could read it")
+        their_name = renamer([(ours, theirs) for theirs, ours in reversed(RENAMES) if ours and "classifier" not in ours])
+        tensors = {their_name(name): tensor for name, tensor in self.state_dict().items() if "classifier" not in name}
+        tensors = {name if name.startswith(("encoder.", "layernorm.", "embeddings.")) else f"embeddings.{name}": tensor
+                   for name, tensor in tensors.items()}
+        config = {key: value for key, value in asdict(self.config).items() if key not in ("num_labels", "distilled_head")}
+        return tensors, {"architectures": [ARCHITECTURES[self.config.model_type]]} | config
+
+    def save_pretrained(self, folder):
+        save_checkpoint(folder, *self.hugging_face())
 
 
+DEIT3 = {"small": (384, 12, 6), "medium": (512, 12, 8), "base": (768, 12, 12), "large": (1024, 24, 16),
+         "huge": (1280, 32, 16)}                                     # D, L, H
+TIMM_RENAMES = [("timm_model.", ""), ("patch_embed.proj.", "patch."), ("pos_embed", "position_embeddings"),
+                ("ls1.gamma", "scale1"), ("ls2.gamma", "scale2"), ("head.", "classifier.")]
+ARCHITECTURES = {"vit": "ViTModel", "deit": "DeiTModel", "vit_mae": "ViTMAEModel"}
 RENAMES = [("vit.", ""), ("deit.", ""), ("embeddings.patch_embeddings.projection.", "patch."), ("embeddings.", ""),
            ("encoder.layer.", "blocks."), ("attention.attention.query", "attn.q"),
            ("attention.attention.key", "attn.k"), ("attention.attention.value", "attn.v"),

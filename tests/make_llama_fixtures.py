@@ -1,10 +1,10 @@
-"""Write tests/fixtures/llama_*/: small random LLaMA checkpoints beside what transformers computes with them.
+"""Write tests/fixtures/llama_*/ and phi/: small random checkpoints beside what transformers computes with them.
 
     pip install -r requirements-dev.txt && python tests/make_llama_fixtures.py
 
 Each folder is a checkpoint (config.json, model.safetensors) and expected.safetensors: `tokens` (B, T) with the hidden
 states (L+1, B, T, C) and `logits` (B, T, V) of them, and `prompts` (B, T), padded on the left as `mask` says, with the
-`greedy` ids (B, 12) that follow them. test_llama_live.py compares the same variants with fresh inputs.
+`greedy` ids (B, 12) that follow them. test_llama_live.py compares more variants, with fresh inputs.
 """
 from pathlib import Path
 
@@ -33,18 +33,29 @@ VARIANTS = {
     "gelu": dict(hidden_act="gelu", rope_parameters=DEFAULT),
     "mistral_window": dict(model_type="mistral", num_key_value_heads=2, sliding_window=5, rope_parameters=DEFAULT),
     "mistral_no_window": dict(model_type="mistral", sliding_window=None, rope_parameters=DEFAULT),
+    "qwen2": dict(model_type="qwen2", num_key_value_heads=2, rope_parameters=DEFAULT | dict(rope_theta=1e6)),
+    "qwen2_tied": dict(model_type="qwen2", tie_word_embeddings=True, rope_parameters=DEFAULT),
+    # as the public files: a window is written down, and switched off
+    "qwen2_window_off": dict(model_type="qwen2", use_sliding_window=False, sliding_window=5, rope_parameters=DEFAULT),
+    "qwen2_window": dict(model_type="qwen2", num_hidden_layers=3, num_key_value_heads=2, use_sliding_window=True,
+                         sliding_window=5, max_window_layers=1, rope_parameters=DEFAULT),
+    # heads of 10 channels, of which RoPE turns 4, as it turns 32 of 80 in Phi-2
+    "phi": dict(model_type="phi", hidden_size=40, rope_parameters=DEFAULT | dict(partial_rotary_factor=0.4)),
+    "phi_half": dict(model_type="phi", hidden_act="gelu", layer_norm_eps=1e-3, rope_parameters=LINEAR | dict(partial_rotary_factor=0.5)),
+    "phi_grouped": dict(model_type="phi", num_key_value_heads=2, rope_parameters=DEFAULT | dict(partial_rotary_factor=0.75)),
 }
 # what is recorded: folder -> the variant and the dtype of its file
 RECORDED = {"llama_multi_head": ("multi_head", torch.float32), "llama_llama3_rope": ("llama3_rope", torch.bfloat16),
             "llama_biases_linear_rope": ("biases_linear_rope", torch.float32),
-            "llama_mistral_window": ("mistral_window", torch.float32)}
+            "llama_mistral_window": ("mistral_window", torch.float32),
+            "llama_qwen2_window": ("qwen2_window", torch.bfloat16), "phi": ("phi", torch.bfloat16)}
 
 
 def reference(variant, seed, dtype=torch.float32):
     """transformers' model of a variant, with weights so large that attention is far from uniform: an error in a
     position, a mask or a head then shows. Rounded through `dtype`, computing in float32."""
     settings = SMALL | VARIANTS[variant]
-    name = {"llama": "Llama", "mistral": "Mistral"}[settings.pop("model_type", "llama")]
+    name = settings.pop("model_type", "llama").capitalize()
     config = getattr(transformers, f"{name}Config")(**settings)
     config._attn_implementation = "eager"                            # explicit products, so not what llama.py calls
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()

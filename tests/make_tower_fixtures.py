@@ -45,6 +45,14 @@ VARIANTS = {
     "clip_vision": ("CLIPVisionModel", "CLIPVisionConfig", VIT, (32,)),
     "siglip_vision": ("SiglipVisionModel", "SiglipVisionConfig", VIT, (32,)),
     "siglip": ("SiglipModel", "SiglipConfig", dict(vision_config=VIT, text_config=TEXT), (32,)),
+    "deit_plain": ("ViTForImageClassification", "ViTConfig", dict(**VIT, num_labels=3), (32,)),     # without distillation: a ViT
+    # transformers has no DeiT III; its DINOv2 without a position for the class token is the same network, save for the names
+    "deit3": ("Dinov2Model", "Dinov2Config", dict(**SHAPE, mlp_ratio=4, image_size=32, patch_size=8), (32,)),
+    "clip_laion": ("CLIPModel", "CLIPConfig", dict(                                  # towers of two widths, and exact GELU
+        vision_config=VIT | dict(hidden_act="gelu", hidden_size=24), text_config=TEXT | dict(hidden_act="gelu"),
+        projection_dim=20), (32,)),
+    "siglip2": ("SiglipModel", "SiglipConfig", dict(             # as so400m: the patches do not fill the picture (384 / 14)
+        vision_config=VIT | dict(image_size=35, intermediate_size=34), text_config=TEXT | dict(vocab_size=90)), (35,)),
 }
 LIVE_ONLY = ("dinov2_registers_classifier", "siglip")                # the recorded ones are enough to tell these
 
@@ -57,6 +65,7 @@ def build(variant, seed, dtype=torch.float32):
     config = getattr(transformers, config_class)(**settings)
     config._attn_implementation = "eager"                            # explicit products, so not what vit.py calls
     model = getattr(transformers, model_class)(config).eval()
+    model.variant = variant
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -64,6 +73,11 @@ def build(variant, seed, dtype=torch.float32):
             around_one = name.endswith("weight") and parameter.dim() == 1 or "lambda1" in name
             weight = parameter if name == "logit_scale" else 1 + 0.2 * noise if around_one else 0.2 * noise
             parameter.copy_(weight.to(dtype))
+        if variant == "deit3":
+            model.embeddings.position_embeddings[:, 0] = 0
+            model.head = torch.nn.Linear(16, 4)                      # read off the class token, which Dinov2Model leaves to others
+            model.head.weight.copy_((0.2 * torch.randn(4, 16, generator=generator)).to(dtype))
+            model.head.bias.copy_((0.2 * torch.randn(4, generator=generator)).to(dtype))
     return model
 
 
@@ -71,12 +85,41 @@ def save(model, folder, dtype=torch.float32):
     """The checkpoint as transformers writes it. A vision-only one gets its older layout, in which every name begins with
     `vision_model.`: the hub's checkpoints have it, new files lack it."""
     model.to(dtype).save_pretrained(folder)
+    if model.variant == "deit3":
+        save_as_timm(folder)
+    if model.variant == "deit_plain":                                # a ViT, but with ImageNet's statistics
+        stated = dict(zip(("image_mean", "image_std"), statistics("deit_plain")))
+        (folder / "preprocessor_config.json").write_text(json.dumps(stated) + "\n")
     if type(model).__name__ == "CLIPVisionModel":
         tensors = load_file(folder / "model.safetensors")
         tensors = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in tensors.items()}
         tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]     # a constant that old files carry
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model.float()
+
+
+def save_as_timm(folder):
+    """A folder that transformers wrote, rewritten as timm's releases of DeiT III are."""
+    theirs, tensors = load_file(folder / "model.safetensors"), {}
+    names = {"embeddings.cls_token": "cls_token", "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
+             "encoder.layer.": "blocks.", "attention.output.dense.": "attn.proj.", "layer_scale1.lambda1": "ls1.gamma",
+             "layer_scale2.lambda1": "ls2.gamma", "layernorm.": "norm."}
+    for name, tensor in theirs.items():
+        if name == "embeddings.position_embeddings":
+            tensors["pos_embed"] = tensor[:, 1:].contiguous()
+        elif "attention.attention.query" in name:
+            parts = [theirs[name.replace("query", part)] for part in ("query", "key", "value")]
+            tensors[name.replace("encoder.layer", "blocks").replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
+        elif "attention.attention." not in name and "mask_token" not in name:
+            for old, new in names.items():
+                name = name.replace(old, new)
+            tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    arguments = dict(embed_dim=16, depth=3, num_heads=2, img_size=32, patch_size=8)
+    mean, std = statistics("deit3")
+    (folder / "config.json").write_text(json.dumps(dict(
+        architecture="deit3_small_patch16_224", num_classes=4, num_features=16, model_args=arguments,
+        pretrained_cfg=dict(input_size=[3, 32, 32], mean=mean, std=std, interpolation="bicubic"))))
 
 
 def statistics(variant):
@@ -107,9 +150,11 @@ def reference(variant, model, seed, batch=2):
             mask = expected[f"{side}.mask"] = torch.rand(batch, (side // 7) ** 2, generator=generator) < 0.4
             for i, hidden in enumerate(tower(values, bool_masked_pos=mask, **options).hidden_states):
                 expected[f"{side}.masked.{i}"] = hidden
-        if variant in ("vit", "deit", "deit_one_head"):
+        if variant in ("vit", "deit_plain", "deit", "deit_one_head"):
             expected[f"{side}.logits"] = model(values).logits
-        if variant in ("clip", "clip_gelu_legacy"):
+        if variant == "deit3":
+            expected[f"{side}.logits"] = model.head(model(values).last_hidden_state[:, 0])
+        if variant in ("clip", "clip_gelu_legacy", "clip_laion"):
             tokens = torch.randint(3, 59, (3, 9), generator=generator)
             tokens[:, 0] = 59
             for row, end in zip(tokens, (8, 5, 3)):                  # texts of three lengths, filled up with their end

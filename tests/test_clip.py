@@ -39,28 +39,30 @@ def pixels():
     return torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("variant", ["clip", "clip_gelu_legacy", "clip_vision"])
+@pytest.mark.parametrize("variant", ["clip", "clip_gelu_legacy", "clip_laion", "clip_vision"])
 @torch.no_grad()
 def test_vision_tower_equals_transformers(variant):
     """clip_gelu_legacy: exact GELU. clip_vision: a checkpoint of the vision tower alone, in the layout of the hub."""
     folder, expected = recorded(variant)
     hidden = CLIPVision.from_pretrained(folder)(expected["32.pixels"])
-    assert len(hidden) == 4 and hidden[0].shape == (2, 1 + 16, 16)
+    assert len(hidden) == 4 and hidden[0].shape == (2, 1 + 16, 24 if variant == "clip_laion" else 16)
     for i, state in enumerate(hidden):
         assert relative_error(state, expected[f"32.hidden.{i}"]) < TOLERANCE, f"hidden[{i}]"
 
 
+@pytest.mark.parametrize("variant, side", [("siglip_vision", 32), ("siglip2", 35)])
 @torch.no_grad()
-def test_siglip_vision_tower_equals_transformers():
-    folder, expected = recorded("siglip_vision")
+def test_siglip_vision_tower_equals_transformers(variant, side):
+    """siglip2: a whole checkpoint, and patches of 8 that do not fill a picture of 35, as so400m's 14 do not fill 384."""
+    folder, expected = recorded(variant)
     tower = SigLIPVision.from_pretrained(folder)
-    hidden = tower(expected["32.pixels"])
+    hidden = tower(expected[f"{side}.pixels"])
     assert tower.num_prefix_tokens == 0 and len(hidden) == 4 and hidden[0].shape == (2, 16, 16)
     for i, state in enumerate(hidden):
-        assert relative_error(state, expected[f"32.hidden.{i}"]) < TOLERANCE, f"hidden[{i}]"
+        assert relative_error(state, expected[f"{side}.hidden.{i}"]) < TOLERANCE, f"hidden[{i}]"
 
 
-@pytest.mark.parametrize("variant", ["clip", "clip_gelu_legacy"])
+@pytest.mark.parametrize("variant", ["clip", "clip_gelu_legacy", "clip_laion"])
 @torch.no_grad()
 def test_text_tower_and_logits_equal_transformers(variant):
     """clip_gelu_legacy states eos_token_id 2, as OpenAI's first configs: the text is then read at its highest id."""
@@ -147,7 +149,7 @@ def test_layers_come_in_the_order_asked_and_deeper_blocks_do_not_run(tower_class
         tower(torch.zeros(1, 3, 56, 56, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("variant", ["clip", "clip_gelu_legacy"])
+@pytest.mark.parametrize("variant", ["clip", "clip_gelu_legacy", "clip_laion"])
 def test_saving_gives_back_names_and_values_of_the_checkpoint(variant, tmp_path):
     folder, _ = recorded(variant)
     CLIP.from_pretrained(folder, dtype=torch.float16).save_pretrained(tmp_path)

@@ -129,6 +129,9 @@ def test_a_template_whose_tokens_the_tokenizer_lacks_is_an_error(real):
     for template, token in (("llama_3", "<|begin_of_text|>"), ("vicuna_v1", "<s>"), ("chatml", "<|im_start|>")):
         with pytest.raises(InputError, match=re.escape(f"no token {token}")):
             encode(llama3, DIALOGUES[0], template)
+    llama3.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    with pytest.raises(InputError, match=r"no token <s>, .* it has the tokens of chatml\)"):
+        encode(llama3, DIALOGUES[0], "vicuna_v1")
     with pytest.raises(InputError, match="no template 'vicuna': there are plain, vicuna_v1"):
         render(DIALOGUES[0], "vicuna")
 
@@ -219,10 +222,14 @@ def test_a_checkpoints_own_template_is_recognised(tmp_path):
     assert find_template(tmp_path) is None and found(None) is None and found("") is None
     assert found("{{ bos_token }}{% for m in messages %}<|start_header_id|>...<|eot_id|>") == "llama_3"
     assert found([{"name": "default", "template": "{% for m in messages %}{{'<|im_start|>' + m.role}}"}]) == "chatml"
+    assert found("{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud.<|im_end|>\\n' }}") == "chatml"
     assert found("{% if system %}<<SYS>>\\n{% endif %}[INST] {{ content }} [/INST]") == "llama_2"
     assert found("{% for m in messages %}USER: {{ m }} ASSISTANT: {% endfor %}") == "vicuna_v1"
-    with pytest.raises(InputError, match="none of ours, name one: plain, vicuna_v1"):
-        found("{% for m in messages %}[INST] {{ m }} [/INST]{% endfor %}")   # Mistral's: no system prompt, other spaces
+    for chat, name in (("{{ bos_token }}{% for m in messages %}[INST] {{ m }} [/INST]{% endfor %}", "Mistral's"),
+                       ("{% if m.role == 'user' %}{{ '<|user|>\\n' + m.content + eos_token }}", "Zephyr's"),  # TinyLlama
+                       ("{% for m in messages %}Human: {{ m }}", "which begins '{% for m in messages %}Human: {{ m }}'")):
+        with pytest.raises(InputError, match=re.escape(f"{name}, is none of ours: choose one with --template= (plain, vicuna_v1")):
+            found(chat)
     (tmp_path / "chat_template.jinja").write_text("<|im_start|>")
     assert find_template(tmp_path) == "chatml"
     (tmp_path / "config.json").write_text('{"template": "tiny"}')
@@ -230,6 +237,13 @@ def test_a_checkpoints_own_template_is_recognised(tmp_path):
     (tmp_path / "config.json").write_text('{"template": "huge"}')
     with pytest.raises(InputError, match="no template 'huge'"):
         find_template(tmp_path)
+
+
+def test_phi_has_no_chat_template_and_takes_the_one_that_the_dense_connector_taught_it(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "phi"}')
+    assert find_template(tmp_path) == "phi"
+    text = render([("q1", "a1"), ("q2", None)], "phi")[0]
+    assert text == f"{VICUNA} USER: q1 ASSISTANT: a1<|endoftext|>USER: q2 ASSISTANT:"
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

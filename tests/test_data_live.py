@@ -52,6 +52,41 @@ def test_pixels_are_those_of_transformers_pil_processor(name, real, tmp_path):
         assert ((ours / 255 - mean) / std - normalised).abs().max() < 1e-6       # float32 rounding of values up to 2.7
 
 
+BOTH = dict(do_normalize=True, do_resize=True)
+HALF = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+OPENAI = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
+# preprocessor_config.json as it lies beside the releases: the files of 2021 give numbers, name no kind, or leave defaults out
+RELEASES = {
+    "openai/clip-vit-large-patch14-336": (CLIPImageProcessorPil, BOTH | OPENAI | dict(
+        crop_size=336, do_center_crop=True, feature_extractor_type="CLIPFeatureExtractor", resample=3, size=336)),
+    "laion/CLIP-ViT-H-14": (CLIPImageProcessorPil, BOTH | OPENAI | dict(
+        crop_size=224, do_center_crop=True, feature_extractor_type="CLIPFeatureExtractor", resample=3, size=224)),
+    "google/siglip-so400m-patch14-384": (SiglipImageProcessorPil, BOTH | HALF | dict(
+        do_rescale=True, image_processor_type="SiglipImageProcessor", resample=3, size=dict(height=384, width=384))),
+    "google/siglip2-so400m-patch14-384": (SiglipImageProcessorPil, BOTH | HALF | dict(
+        do_convert_rgb=None, do_rescale=True, image_processor_type="SiglipImageProcessor", resample=2,
+        size=dict(height=384, width=384))),
+    "facebook/dinov2-large": (BitImageProcessorPil, BOTH | IMAGENET | dict(
+        crop_size=dict(height=224, width=224), do_center_crop=True, do_convert_rgb=True, do_rescale=True,
+        image_processor_type="BitImageProcessor", resample=3, size=dict(shortest_edge=256))),
+    "google/vit-base-patch16-224": (ViTImageProcessorPil, BOTH | HALF | dict(size=224)),
+    "facebook/vit-mae-large": (ViTImageProcessorPil, BOTH | IMAGENET | dict(size=224)),
+    "facebook/deit-base-patch16-224": (DeiTImageProcessorPil, BOTH | IMAGENET | dict(
+        crop_size=224, do_center_crop=True, feature_extractor_type="DeiTFeatureExtractor", resample=3, size=256))}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_pixels_are_those_that_the_release_asks_for(release, tmp_path):
+    kind, stated = RELEASES[release]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated))
+    processor, spec = kind.from_pretrained(tmp_path), ImageSpec.from_folder(tmp_path)
+    for height, width in ((333, 500), (400, 300), (90, 91)):
+        image = Image.fromarray(picture(height, width, seed=height))
+        theirs = processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
+        assert torch.equal(to_pixels(image, spec), torch.from_numpy(np.asarray(theirs)))
+    assert np.allclose(processor.image_mean, spec.mean) and np.allclose(processor.image_std, spec.std)
+
+
 def test_padding_is_llavas_expand2square_before_clips_processor(real):
     """LLaVA's own code, by hand: the square is padded in PIL, then CLIP's processor resizes and crops it."""
     processor = PROCESSORS["clip-336"]

@@ -1,6 +1,8 @@
 """hub.py: what is wrong with a checkpoint is said in one line that names the tensor or the file."""
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hub import InputError, load_weights, locate, read_config, save_checkpoint
-from llama import Llama
+from llama import Llama, LlamaConfig
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llama_multi_head"
 TENSOR = "model.layers.1.mlp.up_proj.weight"
@@ -79,6 +81,66 @@ def test_truncated_file_is_named(folder, size):
     assert "model.safetensors" in error_of(folder)
 
 
+def test_a_byte_cut_off_is_named_though_every_tensor_begins_within_the_file(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert f"{path}: not a readable safetensors file, truncated or damaged" in error_of(folder)
+
+
+def lie(path, change):
+    """Rewrite the header of a safetensors file, and leave the weights behind it as they are."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
+@pytest.mark.parametrize("change", [
+    lambda header: header[TENSOR].update(shape=[80, 32]),            # more than its bytes
+    lambda header: header[TENSOR].update(data_offsets=[0, 10 ** 9]),  # beyond the end of the file
+    lambda header: header[TENSOR].update(dtype="F64"),
+    lambda header: header[TENSOR].update(dtype="X7"),
+    lambda header: header.update({"model.norm.weight": header[TENSOR]})])    # two tensors in one place
+def test_a_header_that_lies_about_a_tensor_is_an_error(folder, change):
+    lie(folder / "model.safetensors", change)
+    assert "model.safetensors: not a readable safetensors file" in error_of(folder)
+
+
+@pytest.mark.parametrize("length", [0, 1, 10 ** 6, 2 ** 63])
+def test_a_header_that_lies_about_its_own_size_is_an_error(folder, length):
+    path = folder / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    assert "model.safetensors: not a readable safetensors file" in error_of(folder)
+
+
+def test_a_shard_that_is_cut_off_is_named(folder):
+    shard(folder)
+    path = folder / "model-1.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert str(path) in error_of(folder)
+
+
+def test_a_tensor_of_another_shape_or_kind_is_named_with_its_shard(folder):
+    for wrong in (torch.zeros(41, 32), torch.zeros(40, 32, dtype=torch.int8)):
+        rewrite(folder, lambda tensors: tensors.update({TENSOR: wrong}))
+        places = shard(folder)
+        assert f"{folder}/{places[TENSOR]}: tensor {TENSOR} has" in error_of(folder)
+        shutil.copy(FIXTURE / "model.safetensors", folder)
+
+
+def test_a_model_is_loaded_whole_or_not_at_all(folder):
+    """The last tensor of the file is the wrong one: until then all was well, and still no parameter has changed."""
+    last = list(load_file(folder / "model.safetensors"))[-1]
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.from_dict(read_config(folder), folder))
+    rewrite(folder, lambda tensors: tensors.update({last: tensors[last].to(torch.int8)}))
+    with pytest.raises(InputError, match="int8"):
+        load_weights(model, folder, model.name_of)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
 def test_pickled_weights_are_refused_with_the_reason(folder, name):
     (folder / "model.safetensors").rename(folder / name)
@@ -118,19 +180,6 @@ def test_id_that_the_hub_could_never_have_is_an_error():
         locate("owner/na me")
 
 
-def test_cache_without_weights_is_completed_from_the_hub(tmp_path, monkeypatch):
-    """Whoever has used only the tokenizer of a model has its folder in the cache, without the weights."""
-    (tmp_path / "tokenizer.json").touch()
-
-    def snapshot_download(repo_id, local_files_only=False, **_):     # stands for the hub
-        if not local_files_only:
-            (tmp_path / "model.safetensors").touch()
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert (locate("owner/name") / "model.safetensors").exists()
-
-
 def test_shards_give_the_same_model(folder):
     whole = Llama.from_pretrained(folder)
     shard(folder)
@@ -151,6 +200,13 @@ def test_tensor_that_the_index_lists_but_no_shard_holds_is_named(folder):
     assert "model.ghost.weight" in error_of(folder)
 
 
+def test_tensor_that_a_shard_holds_but_the_index_does_not_list_is_missing(folder):
+    places = shard(folder)
+    del places[TENSOR]
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert "layers.1.mlp.up_proj.weight missing" in error_of(folder)
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": {"a": 1}}'])
 def test_index_without_a_map_from_tensors_to_shards_is_an_error(folder, text):
     shard(folder)
@@ -158,11 +214,13 @@ def test_index_without_a_map_from_tensors_to_shards_is_an_error(folder, text):
     assert "model.safetensors.index.json: has no weight_map" in error_of(folder)
 
 
-def test_index_that_points_outside_the_folder_is_refused(folder):
+@pytest.mark.parametrize("place", ["../model-0.safetensors", "/model-0.safetensors", "sub/model-0.safetensors", "..", ""])
+def test_index_that_points_outside_the_folder_is_refused(folder, place):
     places = shard(folder)
-    places[TENSOR] = "../model-0.safetensors"
+    places[TENSOR] = place
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    assert "outside the folder" in error_of(folder)
+    message = error_of(folder)
+    assert "outside the folder" in message and TENSOR in message and "model.safetensors.index.json" in message
 
 
 def test_parameters_are_the_mapped_file_itself(folder):
@@ -203,3 +261,14 @@ def test_save_and_load_of_any_module(tmp_path):
     loaded = load_weights(empty, tmp_path, lambda name: name.removeprefix("x."), dtype=torch.bfloat16)
     assert loaded.weight.dtype == torch.bfloat16 and torch.equal(loaded.weight, module.weight.bfloat16())
     assert read_config(tmp_path) == {"model_type": "linear"}
+
+
+def test_a_model_is_built_without_the_compiler():
+    """Random numbers on the meta device import torch's compiler, which takes ten times as long as to load the model."""
+    code = ("import sys, hub\nfrom clip import *\nfrom dinov2 import *\nfrom llama import *\nfrom vit import *\n"
+            "with hub.on_meta():\n    CLIP(CLIPVisionConfig(), CLIPTextConfig()); DINOv2(DINOv2Config()); ViT(ViTConfig())\n"
+            "    llama = Llama(LlamaConfig(64, 32, 32, 2, 2))\n"
+            "assert all(p.is_meta for p in llama.parameters()) and llama.rope_frequencies.device.type == 'cpu'\n"
+            "print('torch._dynamo' in sys.modules)")
+    child = subprocess.run([sys.executable, "-c", code], cwd=FIXTURE.parents[2], capture_output=True, text=True)
+    assert child.stdout == "False\n", child.stderr

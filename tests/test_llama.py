@@ -55,7 +55,7 @@ def test_hidden_states_logits_and_greedy_ids_are_the_recorded_ones(folder):
 
 
 def test_every_variant_is_recorded():
-    assert len(FIXTURES) == 4
+    assert len(FIXTURES) == 5
 
 
 def test_real_llama_tells_its_published_story(real):
@@ -85,6 +85,19 @@ def test_window_as_long_as_the_text_is_plain_attention():
     with torch.no_grad():
         assert torch.equal(small(sliding_window=10)(tokens), small()(tokens))
         assert relative_error(small(sliding_window=9)(tokens)[:, 9], small()(tokens)[:, 9]) > 1e-3
+
+
+@pytest.mark.parametrize("settings, windows", [
+    (dict(sliding_window=4), 2), (dict(sliding_window=4, qkv_bias=True, max_window_layers=1), 1)], ids=str)
+def test_gradients_reach_as_far_back_as_the_windows(settings, windows):
+    """Training: through w blocks with a window of 4, a token learns from 3 w tokens back, and from none before them."""
+    model, tokens = small(**settings), prompts(1, 12)
+    model.layers = model.layers[len(model.layers) - windows:]
+    model.config.max_window_layers = 0
+    embeds = model.embed(tokens).detach().requires_grad_()
+    model(embeds=embeds)[0, -1].logsumexp(-1).backward()
+    reached = embeds.grad[0].norm(dim=-1) > 0
+    assert reached.tolist() == [i >= 11 - 3 * windows for i in range(12)]
 
 
 def test_rope_sees_only_distances_between_positions():
@@ -162,7 +175,8 @@ def greedy_without_cache(model, prompt, new):
     return tokens[0, len(prompt):]
 
 
-@pytest.mark.parametrize("settings", [{}, dict(sliding_window=4), dict(rope_scaling=LLAMA3)], ids=str)
+@pytest.mark.parametrize("settings", [{}, dict(sliding_window=4), dict(rope_scaling=LLAMA3),
+                                      dict(qkv_bias=True, sliding_window=3, max_window_layers=1)], ids=str)
 def test_ragged_rows_of_a_batch_say_what_each_says_alone(settings):
     model, lengths, width = small(3, **settings), [9, 1, 5, 8], 9
     rows = [prompts(1, length, seed=length)[0] for length in lengths]
@@ -176,7 +190,7 @@ def test_ragged_rows_of_a_batch_say_what_each_says_alone(settings):
     assert torch.equal(model.generate(embeds=model.embed(left), max_new_tokens=15, attention_mask=mask), alone)
 
 
-@pytest.mark.parametrize("settings", [{}, dict(sliding_window=4)], ids=str)
+@pytest.mark.parametrize("settings", [{}, dict(sliding_window=4), dict(sliding_window=4, max_window_layers=1)], ids=str)
 def test_tokens_added_to_the_cache_in_pieces_give_the_logits_of_the_whole(settings):
     model, tokens = small(**settings), prompts(2, 16)
     positions = torch.arange(16).expand(2, 16)
@@ -284,11 +298,20 @@ def test_linear_scaling_stretches_the_context():
 def test_mistral_without_the_key_has_its_window_and_null_has_none():
     assert LlamaConfig.from_dict(SHAPE | dict(model_type="mistral"), "v0.1").sliding_window == 4096
     assert LlamaConfig.from_dict(SHAPE | dict(model_type="mistral", sliding_window=None), "v0.2").sliding_window is None
-    assert LlamaConfig.from_dict(SHAPE | dict(model_type="llama"), "llama").sliding_window is None
+    assert LlamaConfig.from_dict(SHAPE | dict(model_type="llama", sliding_window=9), "llama").sliding_window is None
+
+
+def test_qwen2_has_its_window_only_where_it_is_switched_on():
+    window = dict(model_type="qwen2", sliding_window=7, max_window_layers=1)
+    off, on = (LlamaConfig.from_dict(SHAPE | window | dict(use_sliding_window=use), "qwen2") for use in (False, True))
+    assert off.sliding_window is None and (on.sliding_window, on.max_window_layers) == (7, 1)
+    assert LlamaConfig.from_dict(SHAPE | window, "absent").sliding_window is None
+    model = Llama(off)                                               # biases on q, k and v, and on nothing else
+    assert {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith("bias")} == {"q_proj", "k_proj", "v_proj"}
 
 
 @pytest.mark.parametrize("change, named", [
-    (dict(model_type="qwen2"), "qwen2"), (dict(hidden_act="quick_gelu"), "quick_gelu"),
+    (dict(model_type="gemma"), "gemma"), (dict(hidden_act="quick_gelu"), "quick_gelu"),
     (dict(rope_scaling=dict(type="yarn", factor=2)), "yarn"), (dict(rope_scaling=dict(rope_type="llama3")), "factor"),
     (dict(num_key_value_heads=3), "num_key_value_heads"), (dict(vocab_size=None), "vocab_size")])
 def test_config_that_is_not_of_the_family_is_an_error(change, named):
@@ -298,7 +321,8 @@ def test_config_that_is_not_of_the_family_is_an_error(change, named):
 
 
 @pytest.mark.parametrize("settings", [
-    {}, dict(tie_word_embeddings=True, rope_scaling=LLAMA3), dict(sliding_window=4),
+    {}, dict(tie_word_embeddings=True, rope_scaling=LLAMA3), dict(sliding_window=4), dict(qkv_bias=True),
+    dict(qkv_bias=True, sliding_window=4, max_window_layers=1),
     dict(head_dim=12, attention_bias=True, mlp_bias=True, eos_token_id=[2, 7])], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_model_loads_as_it_was(settings, dtype, tmp_path):

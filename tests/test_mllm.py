@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from conftest import recorded
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -31,6 +32,7 @@ MAKE = {"clip": lambda: CLIPVision(CLIPVisionConfig(num_hidden_layers=6, interme
                                                  patch_size=16, use_swiglu_ffn=True, **HEADS)),
         "vit": lambda: ViT(ViTConfig(num_hidden_layers=4, intermediate_size=64, num_labels=3, **SIDE, **HEADS)),
         "deit": lambda: ViT(ViTConfig(num_hidden_layers=4, intermediate_size=64, model_type="deit", **SIDE, **HEADS)),
+        "deit3": lambda: ViT(ViTConfig(num_hidden_layers=4, intermediate_size=64, model_type="deit3", **SIDE, **HEADS)),
         "mae": lambda: ViT(ViTConfig(num_hidden_layers=4, intermediate_size=64, model_type="vit_mae", **SIDE, **HEADS))}
 
 
@@ -324,6 +326,8 @@ def test_assemble_takes_size_template_and_pixels_from_the_checkpoints(tiny_folde
     assert model.template == "tiny" and model.spec.size == 64 and model.spec.mode == "pad"
     assert model.spec.mean == pytest.approx((0.33,) * 3)             # of its preprocessor_config.json
     assert model.vision[0].normalize.mean.flatten().tolist() == pytest.approx([0.33] * 3)
+    timm = MLLM.assemble([recorded("deit3")[0]], tiny_folders["llama"], ConnectorConfig("mlp"))
+    assert timm.vision[0].config.model_type == "deit3" and timm.spec.size == 32
     larger = MLLM.assemble([tiny_folders["dinov2"]], tiny_folders["llama"], ConnectorConfig("mlp"), "plain", 96, "stretch")
     assert (larger.template, larger.spec.size, larger.spec.mode, larger.tokens_per_image) == ("plain", 96, "stretch", 36)
     with pytest.raises(InputError, match="model_type 'llama' is not a vision tower"):
@@ -398,7 +402,7 @@ def test_a_tensor_too_few_or_too_many_is_an_error_that_names_it(build, change, m
 
 
 @pytest.mark.parametrize("name, change, message", [
-    ("config.json", lambda c: c.update(model_type="llava"), "'llava' is no multimodal model of ours"),
+    ("config.json", lambda c: c.update(model_type="llama"), "'llama' is not a multimodal model"),
     ("config.json", lambda c: c.pop("connector"), "KeyError.'connector'"),
     ("config.json", lambda c: c.pop("vision"), "KeyError.'vision'"),
     ("config.json", lambda c: c["vision"][0].pop("model_type"), "KeyError.'model_type'"),

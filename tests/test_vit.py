@@ -25,18 +25,18 @@ def pixels():
     return torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("variant", ["vit", "vit_headless", "deit", "deit_one_head", "mae"])
+@pytest.mark.parametrize("variant", ["vit", "vit_headless", "deit", "deit_one_head", "deit_plain", "deit3", "mae"])
 @torch.no_grad()
 def test_hidden_states_equal_transformers(variant):
     folder, expected = recorded(variant)
     tower = ViT.from_pretrained(folder)
     hidden = tower(expected["32.pixels"])
-    assert len(hidden) == 4 and hidden[0].shape == (2, (2 if variant.startswith("deit") else 1) + 16, 16)
+    assert len(hidden) == 4 and hidden[0].shape == (2, (2 if variant in ("deit", "deit_one_head") else 1) + 16, 16)
     for i, state in enumerate(hidden):
         assert relative_error(state, expected[f"32.hidden.{i}"]) < TOLERANCE, f"hidden[{i}]"
 
 
-@pytest.mark.parametrize("variant", ["vit", "deit", "deit_one_head"])
+@pytest.mark.parametrize("variant", ["vit", "deit", "deit_one_head", "deit_plain", "deit3"])
 @torch.no_grad()
 def test_logits_equal_transformers(variant):
     folder, expected = recorded(variant)
@@ -49,7 +49,7 @@ def test_a_checkpoint_without_a_head_says_so(variant, pixels):
         ViT.from_pretrained(recorded(variant)[0]).classify(pixels)
 
 
-@pytest.mark.parametrize("variant, prefix", [("vit", 1), ("deit", 2), ("deit_one_head", 2), ("mae", 1)])
+@pytest.mark.parametrize("variant, prefix", [("vit", 1), ("deit", 2), ("deit_one_head", 2), ("deit3", 1), ("mae", 1)])
 def test_prefix_tokens_do_not_depend_on_the_patches(variant, prefix):
     """hidden[0] of class and distillation tokens is a parameter and its position, whatever the picture shows."""
     folder, expected = recorded(variant)
@@ -133,3 +133,18 @@ def test_two_tensors_for_one_parameter_are_an_error(tmp_path):
 def test_another_kind_of_checkpoint_is_refused():
     with pytest.raises(InputError, match="model_type 'clip' is not a ViT"):
         ViT.from_pretrained(recorded("clip")[0])
+
+
+def test_of_timms_models_only_deit3_is_read(tmp_path):
+    folder, _ = recorded("deit3")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "vit_base_patch16_224"}))
+    with pytest.raises(InputError, match=r"architecture 'vit_base_patch16_224': of timm's models only DeiT III"):
+        ViT.from_pretrained(tmp_path)
+
+
+def test_query_key_and_value_of_a_fused_matrix_are_views_of_it():
+    attn = ViT.from_pretrained(recorded("deit3")[0], dtype=torch.float16).blocks[0].attn         # the file's own dtype
+    assert attn.k.weight.data_ptr() - attn.q.weight.data_ptr() == attn.q.weight.nbytes
+    assert attn.v.weight.data_ptr() - attn.k.weight.data_ptr() == attn.k.weight.nbytes
