@@ -46,6 +46,7 @@ class Config:
     steps: int = 0                       # optimizer steps; 0: what the committed checkpoints took
     batch: int = 0                       # pictures (or texts) a step; 0: likewise
     lr: float = 0                        # peak learning rate of AdamW, then a cosine to zero; 0: likewise
+    init: str = ""                       # llama: go on from this checkpoint; empty: from scratch
     seed: int = 0                        # of the initialisation and of the scenes
     bf16: bool = True                    # autocast to bfloat16 (on a CPU that has it about 1.4 times as fast)
     threads: int = 0                     # CPU threads; 0: all cores
@@ -187,7 +188,7 @@ def clip_scores(folder, count=256):
 class Head(nn.Module):
     """Features -> scores over prototypes: an MLP to a unit vector, compared with unit prototypes."""
 
-    def __init__(self, width, prototypes=512, bottleneck=64):
+    def __init__(self, width, prototypes, bottleneck=64):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, bottleneck))
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
@@ -223,9 +224,10 @@ def sinkhorn(scores, temperature, rounds=3):
 
 def pretrain_dinov2(config, folder):
     student = DINOv2(DINOv2Config(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, mlp_ratio=4,
-                                  image_size=world.SIDE, patch_size=8, layerscale_value=0.1), MEAN, STD)
+                                  image_size=world.SIDE, patch_size=8, layerscale_value=1.0), MEAN, STD)
     nn.init.normal_(student.position_embeddings, std=POSITION_STD)
-    student = nn.ModuleDict({"tower": student, "cls": Head(128), "patch": Head(128)})
+    student = nn.ModuleDict({"tower": student, "cls": Head(128, 64), "patch": Head(128, 256)})
+    # few prototypes: Sinkhorn shares a batch out among them, and with more than there are pictures each gets only noise
     teacher = copy.deepcopy(student).requires_grad_(False)
     generator = torch.Generator().manual_seed(config.seed)
 
@@ -310,6 +312,9 @@ def pretrain_llama(config, folder):
                               num_hidden_layers=6, num_attention_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5,
                               tie_word_embeddings=True, bos_token_id=BOS, eos_token_id=EOS))
 
+    if config.init:
+        llama, tokenizer = Llama.from_pretrained(config.init), Tokenizer.from_file(f"{config.init}/tokenizer.json")
+
     def batch(drawn, split="train"):
         rows = []
         for index, objects in drawn:
@@ -365,7 +370,7 @@ def llama_scores(folder, count=200):
 
 def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
-    recipes = {"clip": (pretrain_clip, 500, 256, 1.5e-3), "dinov2": (pretrain_dinov2, 500, 64, 1e-3),
+    recipes = {"clip": (pretrain_clip, 500, 256, 1.5e-3), "dinov2": (pretrain_dinov2, 400, 64, 1e-3),
                "llama": (pretrain_llama, 2400, 16, 3e-3)}
     if config.model not in recipes:
         raise InputError(f"which model? python pretrain.py {'|'.join(recipes)}")

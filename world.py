@@ -177,15 +177,16 @@ def any_question(task, objects, rng):
 
 
 def dialogue(objects, rng):
-    """Several questions about one picture, in random order: [(question, answer), ...]. Each is about the next object, so that
-    an answer is seldom given away by a question before it; a caption or a list, which gives all away, comes last or not at all."""
-    tasks = ["presence", "count", "rec", "reg", "rec", "presence", "reg", ("attribute", "relation")[rng.integers(2)]]
-    turns = [question(tasks[i], objects, rng, about=i) for i in rng.permutation(len(tasks))]
-    turns = [turn for turn in dict.fromkeys(turns) if turn]          # a lone object would be asked for twice
-    last = rng.random()
-    if last < 0.5:
-        turns.append(question("caption", objects, rng) if last < 0.2 else ("List the shapes.", listing(objects, rng)))
-    return turns
+    """Questions about one picture: [(question, answer), ...]. Each is about another object: an answer that an earlier turn gives
+    away teaches to read, not to look. So a caption or a list, which gives all away, is a dialogue of its own."""
+    draw = rng.random()
+    if draw < 0.25:
+        return [question("caption", objects, rng) if draw < 0.1 else ("List the shapes.", listing(objects, rng))]
+    turns = [question("count", objects, rng, about=int(rng.integers(len(objects))))]
+    for i in range(len(objects)):
+        task = ("rec", "rec", "reg", "reg", "presence", "presence", "attribute", "relation")[rng.integers(8)]
+        turns.append(question(task, objects, rng, about=i))
+    return [turns[i] for i in rng.permutation(len(turns)) if turns[i]]
 
 
 def listing(objects, rng):
