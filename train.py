@@ -66,11 +66,11 @@ class Config:
     image_dir: str = ""                  # folder of the pictures; empty: beside each data file
     template1: str = "plain"             # template of stage 1
     max_length: int = 2048               # tokens a dialogue, pictures included, or the LLM's context if shorter; the turns over it are cut
-    batch1: int = 64                     # samples an optimizer step, over all ranks and micro-batches
-    batch2: int = 64                     # the same for stage 2
-    micro_batch: int = 64                # samples a forward on one rank; a step takes as many forwards as it needs
-    steps1: int = 40                     # optimizer steps of stage 1; 0: epochs1 says
-    steps2: int = 220                    # optimizer steps of stage 2; 0: epochs2 says
+    batch1: int = 32                     # samples an optimizer step, over all ranks and micro-batches
+    batch2: int = 16                     # the same for stage 2
+    micro_batch: int = 32                # samples a forward on one rank; a step takes as many forwards as it needs
+    steps1: int = 60                     # optimizer steps of stage 1; 0: epochs1 says
+    steps2: int = 800                    # optimizer steps of stage 2; 0: epochs2 says
     epochs1: float = 1                   # passes over the data, where steps1 is 0
     epochs2: float = 1                   # the same for stage 2
     # optimisation
