@@ -70,7 +70,7 @@ class Config:
     batch2: int = 16                     # the same for stage 2
     micro_batch: int = 32                # samples a forward on one rank; a step takes as many forwards as it needs
     steps1: int = 60                     # optimizer steps of stage 1; 0: epochs1 says
-    steps2: int = 800                    # optimizer steps of stage 2; 0: epochs2 says
+    steps2: int = 900                    # optimizer steps of stage 2; 0: epochs2 says
     epochs1: float = 1                   # passes over the data, where steps1 is 0
     epochs2: float = 1                   # the same for stage 2
     # optimisation
