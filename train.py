@@ -69,14 +69,14 @@ class Config:
     batch1: int = 32                     # samples an optimizer step, over all ranks and micro-batches
     batch2: int = 16                     # the same for stage 2
     micro_batch: int = 32                # samples a forward on one rank; a step takes as many forwards as it needs
-    steps1: int = 60                     # optimizer steps of stage 1; 0: epochs1 says
-    steps2: int = 900                    # optimizer steps of stage 2; 0: epochs2 says
+    steps1: int = 40                     # optimizer steps of stage 1; 0: epochs1 says
+    steps2: int = 1000                   # optimizer steps of stage 2; 0: epochs2 says
     epochs1: float = 1                   # passes over the data, where steps1 is 0
     epochs2: float = 1                   # the same for stage 2
     # optimisation
     lr1: float = 2e-3                    # peak learning rate of stage 1
-    lr2: float = 2e-3                    # peak learning rate of stage 2, of the LLM and the towers
-    connector_lr2: float = 0             # of the connector in stage 2; 0: lr2
+    lr2: float = 6e-4                    # peak learning rate of stage 2, of the LLM and the towers
+    connector_lr2: float = 3e-3          # of the connector in stage 2; 0: lr2
     warmup: float = 0.03                 # share of the steps in which the learning rate rises; then a cosine to zero
     weight_decay: float = 0.0            # AdamW's
     beta2: float = 0.98                  # AdamW's second moment; the papers use 0.999
