@@ -219,7 +219,7 @@ def test_stage_2_starts_from_a_connector_alone(tmp_path, tiny_folders, monkeypat
     start = {f"model.mm_projector.{name}": torch.randn(shape, generator=generator) for name, shape in start.items()}
     save_file(start, tmp_path / "mm_projector" / "mm_projector.safetensors")
     parts = f"--vision={tiny_folders['clip']}", f"--llm={tiny_folders['llama']}", "--device=cpu"
-    train.main(["--stage=2", "--init=mm_projector", *parts, "--lr2=1e-12", "--steps2=1", "--batch2=2", "--micro_batch=2",
+    train.main(["--stage=2", "--init=mm_projector", *parts, "--lr2=1e-12", "--connector_lr2=0", "--steps2=1", "--batch2=2", "--micro_batch=2",
                 "--out=run", "--evaluate=false"])
     trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
     for name, tensor in start.items():

@@ -195,32 +195,27 @@ def test_relations_are_those_of_the_centres_and_clear(scenes):
     assert set(answers) == {"left", "right", "above", "below"} and max(answers.values()) < 0.35 * answers.total()
 
 
-def test_dialogues_ask_true_things_with_the_caption_last(scenes):
-    captions, seen = 0, Counter()
+def test_dialogues_ask_true_things_about_each_object_once(scenes):
+    whole, seen = Counter(), Counter()
     for index, objects in enumerate(scenes["train"][:600]):
         turns = world.dialogue(objects, np.random.default_rng(index))
-        assert 5 <= len(turns) <= 9
+        assert 1 <= len(turns) <= len(objects) + 1                   # a count, and at most one question an object
         questions = [question for question, _ in turns]
-        if "Describe the picture." in questions:
-            captions += 1
-            assert questions[-1] == "Describe the picture." and questions.count(questions[-1]) == 1
+        if questions[0] in ("Describe the picture.", "List the shapes."):
+            whole[questions[0]] += 1
+            assert len(turns) == 1                                   # it would give all other answers away
         for question, answer in turns:
             if question.startswith("Where is the "):
                 assert answer == next(o.box_text for o in objects if o.name == question[13:-1])
             if question.startswith("What is at "):
                 assert answer == next(o.name for o in objects if o.box_text == question[11:-1])
+        found = {o.name for o in objects if f"Where is the {o.name}?" in questions}
+        named = {o.name for o in objects if f"What is at {o.box_text}?" in questions}
+        assert not found & named
         seen.update(" ".join(question.split()[:2]) for question in questions)
-    assert 0.15 < captions / 600 < 0.35                              # a quarter; 5.6 standard deviations
-    assert {"Is there", "How many", "Where is", "What is", "Describe the"} <= set(seen)
-
-
-def test_with_three_objects_or_more_no_box_is_asked_both_ways(scenes):
-    for index, objects in enumerate(scenes["train"][:600]):
-        if len(objects) >= 3:
-            text = world.dialogue(objects, np.random.default_rng(index))
-            found = {o.name for o in objects if any(question == f"Where is the {o.name}?" for question, _ in text)}
-            named = {o.name for o in objects if any(question == f"What is at {o.box_text}?" for question, _ in text)}
-            assert found and named and not found & named
+    assert 0.04 < whole["Describe the picture."] / 600 < 0.16        # a tenth; five standard deviations
+    assert 0.08 < whole["List the shapes."] / 600 < 0.22             # 15 of 100
+    assert {"Is there", "Is the", "How many", "Where is", "What is", "What colour", "Describe the", "List the"} <= set(seen)
 
 
 def test_a_listing_tells_the_scene_in_words(scenes):
