@@ -120,10 +120,10 @@ def test_hidden_only_leaves_the_head_to_the_caller():
 def test_random_start_is_as_good_as_guessing():
     torch.manual_seed(0)
     model = Llama(LlamaConfig(256, 64, 128, 4, 4))
-    tokens = torch.randint(0, 256, (4, 32), generator=seeded(2))
+    tokens = torch.randint(0, 256, (64, 32), generator=seeded(2))
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    assert abs(loss.item() - math.log(256)) < 0.8                    # logits of deviation 1 cost half a nat
+    assert abs(loss.item() - math.log(256) - 0.5) < 0.1              # logits of variance 1 cost half of it, in nats
     attention = model.layers[0].self_attn                            # 4096 weights: their deviation is known to 1.1%
     assert attention.q_proj.weight.std().item() == pytest.approx(64 ** -0.5, rel=0.05)
     assert attention.o_proj.weight.std().item() == pytest.approx(64 ** -0.5 / math.sqrt(8), rel=0.05)

@@ -110,7 +110,7 @@ def test_the_real_llama2_tokenizer_and_vicunas_layout_train(real, tiny_folders, 
                 f"reg:{real / 'shikra_rec.jsonl'}", f"--image_dir={real / 'images'}", "--batch1=8", "--batch2=8", "--micro_batch=4",
                 "--steps1=3", "--steps2=12", "--lr2=1e-2", "--device=cpu", "--log_every=1", "--out=run"])
     found = losses()
-    assert abs(found[1][0] - 10.37) < 0.8                            # ln 32000: guessing; random logits cost half a nat more
+    assert abs(found[1][0] - 10.37 - 0.5) < 0.2                      # ln 32000: guessing; logits of variance 1 cost 0.5 more
     assert found[2][-1] < 0.75 * found[2][0]
     model = MLLM.from_pretrained("run/model")
     assert model.template == "vicuna_v1"
