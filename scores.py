@@ -5,12 +5,15 @@
     VQAv2 and kin     ten people's answers     how many of them agree with the model's
     multiple choice   a letter                 MMBench: right in every rotation of the options
 
+    score(task, items, {id: answer})  ->  {group: {"samples", "scores": {metric: value}}}
+
 Values run from 0 to 1 (papers print them times 100). Captions' scores are in captions.py. No line of the scorers is taken over;
 tests/test_scores.py holds what they give on random and on awkward answers.
 """
 import re
 from collections import Counter
 
+from captions import caption_scores
 from images import parse_box, unpad_box
 
 
@@ -193,3 +196,52 @@ def circular_accuracy(right, questions):
     if it was answered right in all rotations of its options."""
     missed = Counter(question for correct, question in zip(right, questions) if not correct)
     return share(missed[question] == 0 for question in dict.fromkeys(questions))
+
+
+# --- a whole task -----------------------------------------------------------------------------------------------------------
+
+MME = {"perception": "existence count position color posters celebrity scene landmark artwork OCR".split(),
+       "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()}
+
+
+def score_group(task, answers, truths):
+    """Answers and truths of one group -> {metric: value}, the one that counts first."""
+    pairs = list(zip(answers, truths))
+    if task in ("reg", "caption"):
+        return caption_scores(pairs)
+    if task == "rec":
+        return box_scores(answers, truths)
+    if task == "pope":
+        return pope_scores(answers, truths)
+    if task == "mme":
+        return mme_scores(answers, [truth["answer"] for truth in truths], [truth["picture"] for truth in truths])
+    if task in ("mmbench", "choice"):
+        right = [option_letter(answer, truth["options"]) == truth["letter"] for answer, truth in pairs]
+        if task == "choice":
+            return {"accuracy": share(right)}
+        once = {"accuracy": share(correct for correct, truth in zip(right, truths) if truth["first"])}
+        if all(truth["first"] for truth in truths):                  # asked without rotations
+            return once
+        return {"circular accuracy": circular_accuracy(right, [truth["question"] for truth in truths]), **once}
+    match = {"vqav2": vqa_accuracy, "okvqa": vqa_accuracy, "vizwiz": vizwiz_accuracy,
+             "textvqa": textvqa_accuracy, "gqa": gqa_match, "video": video_match,
+             "scienceqa": lambda answer, truth: scienceqa_letter(answer) == truth}[task]
+    if task in ("vqav2", "okvqa", "vizwiz"):                         # scored is what a server would be sent
+        pairs = [(evalai_normalise(answer), truth) for answer, truth in pairs]
+    return {"accuracy": share(match(answer, truth) for answer, truth in pairs)}
+
+
+def score(task, items, said):
+    """said: {id: answer} -> {group: {"samples": count, "scores": {metric: value}}}. Items without truth are left out."""
+    groups = {}
+    for item in items:
+        for group in item.groups if item.truth is not None else ():
+            groups.setdefault(group, []).append(item)
+    results = {group: {"samples": len(some), "scores": score_group(task, [said[item.id] for item in some], [item.truth for item in some])}
+               for group, some in groups.items()}
+    for total, categories in MME.items() if task == "mme" else ():   # MME's two numbers: points summed over categories
+        parts = [results[category] for category in categories if category in results]
+        if parts:
+            results[total] = {"samples": sum(part["samples"] for part in parts),
+                              "scores": {"score": sum(part["scores"]["score"] for part in parts)}}
+    return results
