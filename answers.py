@@ -22,8 +22,8 @@ from scores import evalai_normalise, option_letter
 # --- of a run -----------------------------------------------------------------------------------------------------------
 
 def read_answers(folder, items):
-    """All that was answered before, by any number of processes -> {id: line}, of questions that are still asked in the same words.
-    The last line of a file may be torn: the run was stopped while it was written."""
+    """All that was answered before, by any number of processes -> {id: line}, of questions that are still asked in the same
+    words. The last line of a file may be torn: the run was stopped while it was written."""
     prompts, known = {item.id: item.prompt for item in items}, {}
     for path in sorted(folder.glob("answers*.jsonl")):
         *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -90,19 +90,27 @@ def sheet(rows):
         if re.fullmatch(r"0|[1-9]\d{0,14}", value):
             return f"<c><v>{value}</v></c>"
         return f'<c t="inlineStr"><is><t xml:space="preserve">{escape(value)}</t></is></c>'
-    office, package = "http://schemas.openxmlformats.org/officeDocument/2006/relationships", "http://schemas.openxmlformats.org/package/2006"
-    main, kind = "http://schemas.openxmlformats.org/spreadsheetml/2006/main", "application/vnd.openxmlformats-officedocument.spreadsheetml"
+    schemas, kind = "http://schemas.openxmlformats.org", "application/vnd.openxmlformats-officedocument.spreadsheetml"
+    main, package = f"{schemas}/spreadsheetml/2006/main", f"{schemas}/package/2006"
+    office = f"{schemas}/officeDocument/2006/relationships"
     files = {
-        "[Content_Types].xml": f'<Types xmlns="{package}/content-types"><Default Extension="rels" ContentType="application/'
-                               f'vnd.openxmlformats-package.relationships+xml"/><Override PartName="/xl/workbook.xml" ContentType="{kind}.'
-                               f'sheet.main+xml"/><Override PartName="/xl/sheet.xml" ContentType="{kind}.worksheet+xml"/></Types>',
-        "_rels/.rels": f'<Relationships xmlns="{package}/relationships"><Relationship Id="r1" Type="{office}/officeDocument" '
-                       'Target="xl/workbook.xml"/></Relationships>',
-        "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{package}/relationships"><Relationship Id="r1" Type="{office}/worksheet" '
-                                      'Target="sheet.xml"/></Relationships>',
-        "xl/workbook.xml": f'<workbook xmlns="{main}" xmlns:r="{office}"><sheets><sheet name="Sheet1" sheetId="1" r:id="r1"/></sheets></workbook>',
-        "xl/sheet.xml": f'<worksheet xmlns="{main}"><sheetData>' + "".join(f"<row>{''.join(map(cell, row))}</row>" for row in rows)
-                        + "</sheetData></worksheet>"}
+        "[Content_Types].xml":
+            f'<Types xmlns="{package}/content-types">'
+            '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
+            f'<Override PartName="/xl/workbook.xml" ContentType="{kind}.sheet.main+xml"/>'
+            f'<Override PartName="/xl/sheet.xml" ContentType="{kind}.worksheet+xml"/></Types>',
+        "_rels/.rels":
+            f'<Relationships xmlns="{package}/relationships">'
+            f'<Relationship Id="r1" Type="{office}/officeDocument" Target="xl/workbook.xml"/></Relationships>',
+        "xl/_rels/workbook.xml.rels":
+            f'<Relationships xmlns="{package}/relationships">'
+            f'<Relationship Id="r1" Type="{office}/worksheet" Target="sheet.xml"/></Relationships>',
+        "xl/workbook.xml":
+            f'<workbook xmlns="{main}" xmlns:r="{office}">'
+            '<sheets><sheet name="Sheet1" sheetId="1" r:id="r1"/></sheets></workbook>',
+        "xl/sheet.xml":
+            f'<worksheet xmlns="{main}"><sheetData>'
+            + "".join(f"<row>{''.join(map(cell, row))}</row>" for row in rows) + "</sheetData></worksheet>"}
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in files.items():

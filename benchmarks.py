@@ -14,6 +14,7 @@ import base64
 import binascii
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -54,7 +55,8 @@ class Video(NamedTuple):
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 def read_object(path, *keys):
-    """The file's one JSON object, if it is one and has all these keys; else None (it may be JSONL). InputError: cannot be read."""
+    """The file's one JSON object, if it is one and has all these keys; else None (it may be JSONL). InputError: cannot be
+    read."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
@@ -85,6 +87,10 @@ def need(record, where, *keys, kind=(str, int)):
     raise InputError(f"{where}: has no {' and no '.join(map(repr, keys))}; is this the file that the task reads?")
 
 
+def text_of(record, where, *keys):
+    return need(record, where, *keys, kind=str)
+
+
 def find_picture(config, where, *names):
     """The first of these names that is there in --image_dir -> its path."""
     folder = os.path.abspath(config.image_dir)
@@ -94,11 +100,13 @@ def find_picture(config, where, *names):
             raise InputError(f"{where}: the picture {name} is outside of --image_dir={config.image_dir}")
         if os.path.exists(path):
             return path
-    raise InputError(f"{where}: no {' and no '.join(map(str, names))} in {config.image_dir}: --image_dir= names the folder of the pictures")
+    raise InputError(f"{where}: no {' and no '.join(map(str, names))} in {config.image_dir}: --image_dir= names the folder "
+                     "of the pictures")
 
 
 def ask(task, config, question="", expr="", boxes=""):
-    """The prompt. A question that brings the papers' instruction with it (LLaVA's own files do) keeps it and gets no second one."""
+    """The prompt. A question that brings the papers' instruction with it (LLaVA's own files do) keeps it and gets no second
+    one."""
     template = config.prompt or PROMPTS[task]
     question, expr = question if task == "choice" else question.replace(MARK, "").strip(), expr.replace(MARK, "")
     tail = template.split("<question>")[-1].strip()
@@ -137,31 +145,32 @@ def read_reg(path, config):
 
 
 def read_caption(path, config):
-    """COCO's captions_*.json; Karpathy's dataset_coco.json or dataset_flickr30k.json, of which --split is taken; or Shikra's JSONL,
-    {"img_path", "caption"} a line."""
+    """COCO's captions_*.json; Karpathy's dataset_coco.json or dataset_flickr30k.json, of which --split is taken; or
+    Shikra's JSONL, {"img_path", "caption"} a line."""
     items, prompt = {}, ask("caption", config)
     whole = read_object(path, "images")
     annotations = whole.get("annotations") if whole else None
     for where, record in objects(path, "images") if whole else read_records(path):
         if "sentences" in record:                                    # Karpathy's
-            if need(record, where, "split", kind=str) != config.split:
+            if text_of(record, where, "split") != config.split:
                 continue
-            file, told = need(record, where, "filename", kind=str), need(record, where, "sentences", kind=list)
-            told = [need(sentence, where, "raw", kind=str) for sentence in told]
+            file, told = text_of(record, where, "filename"), need(record, where, "sentences", kind=list)
+            told = [text_of(sentence, where, "raw") for sentence in told]
             name, files = record.get("cocoid", file), [os.path.join(record.get("filepath", ""), file), file]
         elif annotations is not None:
-            name, files, told = need(record, where, "id"), [need(record, where, "file_name", kind=str)], []
+            name, files, told = need(record, where, "id"), [text_of(record, where, "file_name")], []
         else:
-            name = need(record, where, "img_path", "image", kind=str)
-            files, told = [name], [need(record, where, "caption", kind=str)]
+            name = text_of(record, where, "img_path", "image")
+            files, told = [name], [text_of(record, where, "caption")]
         if name not in items:
-            items[name] = Item(str(name), (Path(path).stem,), [find_picture(config, where, *files)], prompt, [], {"image_id": name})
+            picture = find_picture(config, where, *files)
+            items[name] = Item(str(name), (Path(path).stem,), [picture], prompt, [], {"image_id": name})
         items[name].truth.extend(told)
     for where, record in objects(path, "annotations") if annotations is not None else []:
         name = need(record, where, "image_id")
         if name not in items:
             raise InputError(f"{where}: a caption of image {name}, which is not among the images")
-        items[name].truth.append(need(record, where, "caption", kind=str))
+        items[name].truth.append(text_of(record, where, "caption"))
     if not items:
         raise InputError(f"{path}: no picture of the split {config.split!r} (--split=)")
     return [item if item.truth else item._replace(truth=None) for item in items.values()]
@@ -173,42 +182,46 @@ def read_pope(path, config):
     """POPE's coco_pope_random.json (popular, adversarial), lines of {"question_id", "image", "text", "label"}."""
     items = []
     for where, record in read_records(path):
-        truth = need(record, where, "label", kind=str).lower()
+        truth = text_of(record, where, "label").lower()
         if truth not in ("yes", "no"):
             raise InputError(f"{where}: the label is {truth!r}, neither yes nor no")
-        items.append(Item(str(need(record, where, "question_id")), (Path(path).stem,), [find_picture(config, where, need(record, where, "image"))],
-                          ask("pope", config, need(record, where, "text", kind=str)), truth))
+        picture = find_picture(config, where, text_of(record, where, "image"))
+        items.append(Item(str(need(record, where, "question_id")), (Path(path).stem,), [picture],
+                          ask("pope", config, text_of(record, where, "text")), truth))
     return items
 
 
 def people(record, where):
     """What ten people answered, as texts."""
     answers = need(record, where, "answers", kind=list)
-    return [need(answer, where, "answer", kind=str) if isinstance(answer, dict) else str(answer) for answer in answers]
+    return [text_of(answer, where, "answer") if isinstance(answer, dict) else str(answer) for answer in answers]
 
 
 def read_vqav2(path, config, task="vqav2"):
-    """VQA's *_questions.json, and *_annotations.json as --annotations; without those (test-dev) there is no score, only the file for
-    the server. The pictures are COCO's."""
+    """VQA's *_questions.json, and *_annotations.json as --annotations; without those (test-dev) there is no score, only the
+    file for the server. The pictures are COCO's."""
     whole, truths = read_object(path, "questions"), {}
     if whole is None:
         raise InputError(f"{path}: not VQA's questions, one JSON object with a list \"questions\"")
     subtype = str(whole.get("data_subtype", "")).replace("test-dev", "test")
     if config.annotations:
-        truths = {need(record, where, "question_id"): (where, record) for where, record in objects(config.annotations, "annotations")}
+        truths = {need(record, where, "question_id"): (where, record)
+                  for where, record in objects(config.annotations, "annotations")}
     items = []
     for where, record in objects(path, "questions"):
         name, image = need(record, where, "question_id"), need(record, where, "image_id")
         groups, truth = ("all",), None
         if truths:
             if name not in truths:
-                raise InputError(f"{where}: question {name} has no answers in {config.annotations}; do the two files belong together?")
+                raise InputError(f"{where}: question {name} has no answers in {config.annotations}; do the two files belong "
+                                 "together?")
             told, annotation = truths[name]
             truth = people(annotation, told)
-            groups += tuple(f"{kind.partition('_')[0]}: {annotation[kind]}" for kind in ("answer_type", "question_type") if kind in annotation)
+            groups += tuple(f"{kind}: {annotation[f'{kind}_type']}" for kind in ("answer", "question")
+                            if f"{kind}_type" in annotation)
         number = f"{image:012d}" if isinstance(image, int) else image
         picture = find_picture(config, where, f"COCO_{subtype}_{number}.jpg", f"{number}.jpg")
-        items.append(Item(str(name), groups, [picture], ask(task, config, need(record, where, "question", kind=str)), truth,
+        items.append(Item(str(name), groups, [picture], ask(task, config, text_of(record, where, "question")), truth,
                           {"question_id": name}))
     return items
 
@@ -222,36 +235,39 @@ def read_vizwiz(path, config):
     """VizWiz's val.json or test.json (which has no answers): a list of {"image", "question", "answers", "answer_type"}."""
     items = []
     for where, record in read_records(path):
-        image = need(record, where, "image", kind=str)
+        image = text_of(record, where, "image")
         groups = ("all",) + ((f"answer: {record['answer_type']}",) if "answer_type" in record else ())
-        items.append(Item(image, groups, [find_picture(config, where, image)], ask("vizwiz", config, need(record, where, "question", kind=str)),
+        items.append(Item(image, groups, [find_picture(config, where, image)],
+                          ask("vizwiz", config, text_of(record, where, "question")),
                           people(record, where) if "answers" in record else None, {"image": image}))
     return items
 
 
 def read_textvqa(path, config):
-    """TextVQA_0.5.1_val.json; or LLaVA's llava_textvqa_val_v051_ocr.jsonl, whose questions come with the words that a reader found
-    ("Reference OCR token: ..."), with the former as --annotations."""
+    """TextVQA_0.5.1_val.json; or LLaVA's llava_textvqa_val_v051_ocr.jsonl, whose questions come with the words that a
+    reader found ("Reference OCR token: ..."), with the former as --annotations."""
     if read_object(path, "data") is not None:
         return [Item(str(need(record, where, "question_id")), ("all",),
                      [find_picture(config, where, f"{need(record, where, 'image_id')}.jpg")],
-                     ask("textvqa", config, need(record, where, "question", kind=str)),
+                     ask("textvqa", config, text_of(record, where, "question")),
                      people(record, where) if "answers" in record else None, {"question_id": record["question_id"]})
                 for where, record in objects(path, "data")]
     if not config.annotations:
         raise InputError(f"{path}: questions alone; --annotations=TextVQA_0.5.1_val.json has the answers")
-    truths = {(str(need(record, where, "image_id")), need(record, where, "question", kind=str).lower()): (where, record)
+    truths = {(str(need(record, where, "image_id")), text_of(record, where, "question").lower()): (where, record)
               for where, record in objects(config.annotations, "data")}
     items = []
-    for where, record in read_records(path):
-        text, image = need(record, where, "text", kind=str), str(need(record, where, "question_id"))
+    for i, (where, record) in enumerate(read_records(path)):
+        text, image = text_of(record, where, "text"), str(need(record, where, "question_id"))
         asked = [line for line in text.split("\n") if not line.startswith("Reference OCR token:") and line != SHORT.strip()]
         key = (image, "\n".join(asked).lower())
         if key not in truths:
             raise InputError(f"{where}: {config.annotations} has no question {' '.join(asked)!r} about image {image}")
         told, annotation = truths[key]
-        items.append(Item(str(need(annotation, told, "question_id")), ("all",), [find_picture(config, where, need(record, where, "image"))],
-                          ask("textvqa", config, text), people(annotation, told), {"question_id": annotation["question_id"]}))
+        name = need(annotation, told, "question_id")
+        items.append(Item(f"{name}#{i}", ("all",),                   # the file may ask one question twice
+                          [find_picture(config, where, text_of(record, where, "image"))], ask("textvqa", config, text),
+                          people(annotation, told), {"question_id": name}))
     return items
 
 
@@ -268,24 +284,25 @@ def read_gqa(path, config):
         structure = (record.get("types") or {}).get("structural")
         groups = ("all",) + ((f"{'open' if structure == 'query' else 'binary'}", f"structure: {structure}") if structure else ())
         items.append(Item(name, groups, [find_picture(config, where, f"{need(record, where, 'imageId')}.jpg")],
-                          ask("gqa", config, need(record, where, "question", kind=str)), record.get("answer"), {"questionId": name}))
+                          ask("gqa", config, text_of(record, where, "question")), record.get("answer"), {"questionId": name}))
     return items
 
 
 def read_mme(path, config):
-    """LLaVA's llava_mme.jsonl, {"question_id", "image", "text", "category"} a line, with MME_Benchmark_release_version, whose text
-    files have the answers, as --annotations (or a "label", yes or no, in every line)."""
+    """LLaVA's llava_mme.jsonl, {"question_id", "image", "text", "category"} a line, with MME_Benchmark_release_version,
+    whose text files have the answers, as --annotations (or a "label", yes or no, in every line)."""
     items, seen = [], {}
     for where, record in read_records(path):
-        category, text = need(record, where, "category", kind=str), need(record, where, "text", kind=str)
+        category, text = text_of(record, where, "category"), text_of(record, where, "text")
         name = str(need(record, where, "question_id", "image"))
         truth = record["label"] if "label" in record else mme_truth(config, where, category, name, text)
         if str(truth).lower() not in ("yes", "no"):
             raise InputError(f"{where}: the answer is {truth!r}, neither yes nor no")
-        image = need(record, where, "image", kind=str)
+        image = text_of(record, where, "image")
         picture = find_picture(config, where, image, os.path.join(category, "images", Path(image).name))
         seen[name] = seen.get(name, 0) + 1
-        items.append(Item(f"{name}#{seen[name]}", (category,), [picture], ask("mme", config, text), {"answer": str(truth).lower(), "picture": name}))
+        items.append(Item(f"{name}#{seen[name]}", (category,), [picture], ask("mme", config, text),
+                          {"answer": str(truth).lower(), "picture": name}))
     return items
 
 
@@ -315,9 +332,11 @@ def read_scienceqa(path, config):
     items = []
     for where, record in read_records(path):
         name, talk = str(need(record, where, "id", "question_id")), need(record, where, "conversations", kind=list)
-        texts = [need(turn, where, "value", kind=str) for turn in talk if isinstance(turn, dict)]
-        if not texts or config.annotations and name not in problems:
-            raise InputError(f"{where}: {f'no problem {name} in {config.annotations}' if texts else 'no question in conversations'}")
+        texts = [text_of(turn, where, "value") for turn in talk if isinstance(turn, dict)]
+        if not texts:
+            raise InputError(f"{where}: no question in conversations")
+        if config.annotations and name not in problems:
+            raise InputError(f"{where}: no problem {name} in {config.annotations}")
         if config.annotations:
             truth = "ABCDEFGHIJ"[need(problems[name], f"{config.annotations}, problem {name}", "answer", kind=int)]
         else:
@@ -330,8 +349,9 @@ def read_scienceqa(path, config):
 
 
 def read_mmbench(path, config):
-    """MMBench's TSV: index, question, hint, A to D, answer (not in the test split), category, image (base64). Every question is asked
-    once for each rotation of its options, unless the file has the rotations (an index of a million more) or --circular=false."""
+    """MMBench's TSV: index, question, hint, A to D, answer (not in the test split), category, image (base64). Every
+    question is asked once for each rotation of its options, unless the file has the rotations (an index of a million more)
+    or --circular=false."""
     csv.field_size_limit(1 << 30)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -348,11 +368,11 @@ def read_mmbench(path, config):
     rotated = any(row.get("index", "").isdigit() and int(row["index"]) >= 1_000_000 for row in cells)
     items = []
     for (where, original), row in zip(rows, cells):
-        index, _ = need(row, where, "index", kind=str), need(row, where, "question", kind=str)
-        options = [row[letter] for letter in "ABCDEFGH"[:next((i for i, letter in enumerate("ABCDEFGH") if letter not in row), 8)]]
+        index, _ = text_of(row, where, "index"), text_of(row, where, "question")
+        options = [row[letter] for letter in itertools.takewhile(row.__contains__, "ABCDEFGH")]
         if not index.isdigit() or len(options) < 2 or ("answer" in row and row["answer"] not in list("ABCDEFGH")[:len(options)]):
             raise InputError(f"{where}: needs an index that is a number, two options at least, and as answer the letter of one")
-        image = encoded.get(row.get("image"), need(row, where, "image", kind=str))     # a later row may name an earlier one's
+        image = encoded.get(row.get("image"), text_of(row, where, "image"))     # a later row may name an earlier one's
         try:
             image = base64.b64decode(image, validate=True)
         except (binascii.Error, ValueError):
@@ -365,16 +385,17 @@ def read_mmbench(path, config):
             items.append(Item(f"{index}#{turn}" if turn else index, groups, [image], ask("mmbench", config, text),
                               right and {"letter": right, "options": shown, "question": int(index) % 1_000_000,
                                          "first": turn == 0 and int(index) < 1_000_000},
-                              {**{k: v or "" for k, v in original.items() if k != "image"}, "options": shown} if not turn else {}))
+                              {} if turn else {**original, "image": "", "options": shown}))
     return items
 
 
 def read_choice(path, config):
-    """Multiple choice as in MMMU, or in LLaVA's question files: {"id" or "question_id", "image": a name or a list (or none), "question"
-    with "<image 1>" where pictures stand, "options": [...], "answer": a letter} a line; LLaVA's "text" has the options in it."""
+    """Multiple choice as in MMMU, or in LLaVA's question files: {"id" or "question_id", "image": a name or a list (or
+    none), "question" with "<image 1>" where pictures stand, "options": [...], "answer": a letter} a line; LLaVA's "text"
+    has the options in it."""
     items = []
     for where, record in read_records(path):
-        name, text = str(need(record, where, "question_id", "id")), need(record, where, "question", "text", kind=str)
+        name, text = str(need(record, where, "question_id", "id")), text_of(record, where, "question", "text")
         options = record.get("options") or re.findall(r"(?m)^[A-Z]\. (.+)$", text)
         try:
             options = ast.literal_eval(options) if isinstance(options, str) else options     # MMMU spells the list as Python does
@@ -402,8 +423,9 @@ def read_choice(path, config):
 # --- video --------------------------------------------------------------------------------------------------------------------
 
 def read_video(path, config):
-    """MSVD's, MSRVTT's and ActivityNet's questions: {"video_name" or "video_id" or "video", "question", "question_id" or "id", "answer"};
-    the answers may be in a file of their own, --annotations. A video is a folder of frames in --image_dir, or an animated image."""
+    """MSVD's, MSRVTT's and ActivityNet's questions: {"video_name" or "video_id" or "video", "question", "question_id" or
+    "id", "answer"}; the answers may be in a file of their own, --annotations. A video is a folder of frames in --image_dir,
+    or an animated image."""
     truths = {need(record, where, "question_id", "id"): (where, record) for where, record in
               (read_records(config.annotations) if config.annotations else [])}
     items = []
@@ -415,8 +437,9 @@ def read_video(path, config):
         stems = [str(video)] + [f"{prefix}{video}" for prefix in ("video", "vid", "v_")]
         place = find_picture(config, where, *(stem + ending for stem in stems for ending in ("", ".gif", ".webp", ".png")))
         groups = ("all",) + ((f"type: {answer['type']}",) if "type" in answer else ())
-        items.append(Item(str(name), groups, [Video(place, config.frames)], ask("video", config, need(record, where, "question", kind=str)),
-                          need(answer, told, "answer", kind=str) if "answer" in answer else None))
+        items.append(Item(str(name), groups, [Video(place, config.frames)],
+                          ask("video", config, text_of(record, where, "question")),
+                          text_of(answer, told, "answer") if "answer" in answer else None))
     return items
 
 

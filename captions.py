@@ -17,37 +17,38 @@ from collections import Counter
 # --- words ----------------------------------------------------------------------------------------------------------
 
 PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}     # tokens that are left out
-OTHERS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", '"': "''", "£": "#", "€": "$",
-          "¢": "cents", "–": "--", "—": "--", "―": "--", "…": "..."}
+OTHERS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", '"': "''", "£": "#",
+          "€": "$", "¢": "cents", "–": "--", "—": "--", "―": "--", "…": "..."}
 QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "½": "1/2", "¼": "1/4", "¾": "3/4"})
 SPLIT = {"cannot": "can not", "gonna": "gon na", "wanna": "wan na", "gotta": "got ta", "gimme": "gim me", "lemme": "lem me",
          "'tis": "'t is", "'twas": "'t was"}                         # "-lrb-" stays in: the official list has it in capitals only
-ABBREVIATIONS = "|".join("""mr mrs ms dr prof st ave blvd rd mt ft jr sr inc co corp ltd vs etc pres gov sen rep gen col capt lt sgt rev
-                         jan feb mar apr jun jul aug sept sep oct nov dec bros esq ph.d""".split()).replace(".", r"\.")
+ABBREVIATIONS = "|".join("""mr mrs ms dr prof st ave blvd rd mt ft jr sr inc co corp ltd vs etc pres gov sen rep gen col capt lt
+                         sgt rev jan feb mar apr jun jul aug sept sep oct nov dec bros esq ph.d""".split()).replace(".", r"\.")
 TOKEN = re.compile(rf"""
-    -[lr][rsc]b- | https?://[^\s"]+ | www\.[^\s"]+ | [\w.+-]+@[\w-]+(?:\.[\w-]+)+                 # addresses
-  | </?[a-z]+>                                                                     # HTML
+    -[lr][rsc]b- | (?:https?://|www\.)[^\s"]*[^\s".,:;!?()]                        # addresses
+  | [\w.+-]+@[\w-]+(?:\.[\w-]+)+ | </?[a-z]+>                                      # mail, HTML
   | \.{{2,}} | -{{2,}} | [?!]+                                                     # runs
-  | 'n' | '(?:em|cause|til|n)\b | '\d0s\b | '(?:tis|twas)\b                        # words that begin with an apostrophe
+  | 'n' | '(?:em|cause|til|n|tis|twas)\b | '\d0s\b                                 # words that begin with an apostrophe
   | '(?:s|m|d|re|ve|ll)(?!\w) | n't(?!\w)                                          # second halves of words
-  | (?:{ABBREVIATIONS})\.(?!\w) | no\.(?=\s*\d)                                    # abbreviations keep their dot,
-  | (?<![\w'])(?:[a-z]\.)+(?:[a-z](?![\w'-])\.?)? | [^\W\d_]+\.(?=[,;:])                        # and so do initials: p.m., U.S., A.
-  | \d+:\d+(?=[ap]\.?m) | \d+/\d+-\w+ | \d+\s+\d+/\d+(?!\w) | (?<!\w)[-+]?(?:\d+(?:[.,:/-]\d+)*|\.\d+)(?!\w|[-']\w)  # numbers: 10:30am is two words
-  | (?:cannot|gonna|wanna|gotta|gimme|lemme)\b(?!-)
-  | (?-i:[A-Z]+&[A-Z]+)\b
+  | (?:{ABBREVIATIONS})\.(?!\w) | no\.(?=\s*\d) | [^\W\d_]+\.(?=[,;:])             # abbreviations keep their dot,
+  | (?<![\w'])(?:[a-z]\.)+(?:[a-z](?![\w'-])\.?)?                                  # and so do initials: p.m., U.S., A.
+  | \d+:\d+(?=[ap]\.?m) | \d+\.\d+(?=[a-z]) | \d+/\d+-\w+ | \d+\s+\d+/\d+(?!\w)    # 10:30|am, 0.5|ms, 3/4-size, 1 1/2
+  | (?<!\w)[-+]?(?:\d+(?:[.,:/-]\d+)*|\.\d+)(?!\w|[-']\w) | \.\d+(?:\.\d+)*        # other numbers, times, fractions
+  | (?:cannot|gonna|wanna|gotta|gimme|lemme)\b(?!-) | (?-i:[A-Z]+&[A-Z]+)\b        # two words in one; AT&T
   | [^\W\d_]+(?=n't(?!\w))                                                         # first halves of isn't, ...
-  | (?:o'clock|ma'am|c'mon|d'oh|d'you|ne'er|[od]'[a-z]{{2,}}|y')                   # words with an apostrophe inside
-  | \w+(?:[-_/]\w+|[.?!][^\W\d]+)*                                               # words, also joined ones
+  | o'clock | ma'am | c'mon | ne'er | [od]'[a-z]{{2,}} | d'you | y'                # words with an apostrophe inside
+  | \w+(?:[-_/]\w+|[.?!][^\W\d]+)*                                                 # words, also joined ones
   | @\w+ | \#[a-z]\w* | \S
 """, re.VERBOSE | re.IGNORECASE)
 
 
 def words(sentence):
-    """A sentence -> its words as coco-caption's PTBTokenizer gives them: "The dog's (red) ball." -> the dog 's -lrb- red -rrb- ball"""
+    """A sentence -> its words as coco-caption gives them: "The dog's (red) ball." -> ["the", "dog", "'s", "-lrb-", "red",
+    ...]."""
     found = []
     for token in TOKEN.findall(sentence.translate(QUOTES)):
         token = token.lower()
-        token = "..." if re.fullmatch(r"\.{2,}", token) else "--" if re.fullmatch("-{2,}", token) else token
+        token = "..." if re.fullmatch(r"\.{2,}", token) else "--" if re.fullmatch("-{2,4}", token) else token
         found += SPLIT.get(token, OTHERS.get(token, token)).split()
     return [token for token in found if token not in PUNCTUATION]
 
@@ -60,9 +61,9 @@ def ngrams(tokens, longest=4):
 
 
 def bleu(answers, references, longest=4):
-    """Lists of words, lists of lists of words -> [BLEU-1, ..., BLEU-longest] of the whole set: the geometric mean of the precisions
-    of n-grams (each counted at most as often as in the one reference that has it most), times the brevity penalty against
-    the reference closest in length. The tiny numbers are the official code's; they keep 0/0 at 0."""
+    """Lists of words, lists of lists of words -> [BLEU-1, ..., BLEU-longest] of the whole set: the geometric mean of the
+    precisions of n-grams (each counted at most as often as in the one reference that has it most), times the brevity penalty
+    against the reference closest in length. The tiny numbers are the official code's; they keep 0/0 at 0."""
     right, said, length, closest = [0] * longest, [0] * longest, 0, 0
     for answer, others in zip(answers, references):
         most = Counter()
@@ -102,9 +103,10 @@ def rouge_l(answer, references, beta=1.2):
 
 
 def cider(answers, references, sigma=6.0):
-    """Lists of words, lists of lists of words -> CIDEr-D of every answer. Each sentence is a vector of its n-grams' counts, weighted
-    by how few of the pictures have the n-gram in a reference; an answer scores 10 times its cosine with each reference, counts
-    clipped, lengths compared, the mean over references and n = 1..4. It is meant for a set: of one picture every weight is 0."""
+    """Lists of words, lists of lists of words -> CIDEr-D of every answer. Each sentence is a vector of its n-grams' counts,
+    weighted by how few of the pictures have the n-gram in a reference; an answer scores 10 times its cosine with each
+    reference, counts clipped, lengths compared, the mean over references and n = 1..4. It is meant for a set: of one
+    picture every weight is 0."""
     pictures = Counter(gram for others in references for gram in set().union(*map(ngrams, others)))
     logarithm = math.log(len(references))
 

@@ -64,7 +64,7 @@ class Config:
     seed: int = 0                        # of the exchange of pictures
 
     # on a public benchmark
-    task: str = ""                       # rec, reg, caption, pope, vqav2, okvqa, vizwiz, textvqa, gqa, scienceqa, mmbench, mme, choice, video
+    task: str = ""                       # rec, reg, caption, pope, vqav2, gqa, mmbench, ...: a name in benchmarks.READERS
     data: list[str] = field(default_factory=lambda: [])  # the benchmark's file, or several (its splits)
     annotations: str = ""                # the answers, where they are in a file of their own (for mme: a folder)
     image_dir: str = "."                 # folder of the pictures, or of the videos
@@ -75,7 +75,7 @@ class Config:
     split: str = "test"                  # caption: which of Karpathy's splits
     circular: bool = True                # mmbench: ask once for each rotation of the options
     frames: int = 8                      # video: so many frames are shown
-    pool: int = 0                        # halve the side of every picture's grid of tokens so many times (each: a quarter of the tokens)
+    pool: int = 0                        # halve the side of every picture's grid of tokens so many times
 
 
 # --- scores: pure functions of texts --------------------------------------------------------------------------------
@@ -208,8 +208,9 @@ def table(results):
 # --- public benchmarks ------------------------------------------------------------------------------------------------
 
 class Pooled(nn.Module):
-    """A connector whose grid of tokens is halved `times` times: (I, N, C) -> (I, N / 4^times, C). Video needs it: eight frames of
-    576 tokens are more than most LLMs were trained to read. (As the Dense Connector's "efficient", without any training.)"""
+    """A connector whose grid of tokens is halved `times` times: (I, N, C) -> (I, N / 4^times, C). Video needs it: eight
+    frames of 576 tokens are more than most LLMs were trained to read. (As the Dense Connector's "efficient", without any
+    training.)"""
 
     def __init__(self, connector, times):
         super().__init__()
@@ -231,8 +232,8 @@ def pool(model, times):
 def benchmark(config, rank, size):
     """Read, answer, merge, score; every process (rank of size) answers its share, the first one does the rest."""
     if config.batch < 1 or config.frames < 1 or config.pool < 0 or config.max_new_tokens < 1 or (config.limit or 1) < 1:
-        raise InputError(f"--batch={config.batch} --frames={config.frames} --max_new_tokens={config.max_new_tokens} --limit={config.limit} "
-                         f"--pool={config.pool}: should be 1 or more, and pool 0 or more")
+        raise InputError(f"--batch={config.batch} --frames={config.frames} --max_new_tokens={config.max_new_tokens} "
+                         f"--limit={config.limit} --pool={config.pool}: should be 1 or more, and pool 0 or more")
     items = benchmarks.read(config.task, config)[:config.limit]
     name = config.model or str(newest_model())
     folder = Path(config.out or Path("out", "eval", re.sub(r"[^\w.-]+", "-", name).strip("-."), config.task))
@@ -255,7 +256,8 @@ def benchmark(config, rank, size):
             {"id": item.id, "prompt": item.prompt, "answer": answer, "truth": item.truth} for item, answer in zip(some, said)])
         if rank == 0 and time.time() - told > 10:
             told, done = time.time(), i + len(some)
-            print(f"{done:,} of {len(mine):,} questions, {(told - began) * (len(mine) - done) / done / 60:.0f} minutes left", flush=True)
+            left = (told - began) * (len(mine) - done) / done
+            print(f"{done:,} of {len(mine):,} questions, {left / 60:.0f} minutes left", flush=True)
     barrier(size)                                                    # all answers are written
     if rank == 0:
         known = read_answers(folder, items)
@@ -266,7 +268,8 @@ def benchmark(config, rank, size):
 
 
 def check_same_run(config, name, folder, rank, size):
-    """folder/run.json holds what the answers there depend on, beside their prompts; a run with anything else may not go on with them."""
+    """folder/run.json holds what the answers there depend on, beside their prompts; a run with anything else may not go on
+    with them."""
     weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(locate(name).glob("*.safetensors"))]
     run = {"task": config.task, "model": name, "weights": weights, "data": config.data, "image_dir": config.image_dir,
            "max_new_tokens": config.max_new_tokens, "frames": config.frames, "pool": config.pool}
@@ -282,8 +285,8 @@ def check_same_run(config, name, folder, rank, size):
     former = benchmarks.read_object(folder / "run.json") or {}
     for key, value in run.items():
         if former.get(key) != value:
-            raise InputError(f"{folder}: holds answers of a run with other {key} ({str(former.get(key))[:80]}, now {str(value)[:80]}): name "
-                             "another --out, or remove that folder")
+            raise InputError(f"{folder}: holds answers of a run with other {key} ({str(former.get(key))[:80]}, now "
+                             f"{str(value)[:80]}): name another --out, or remove that folder")
 
 
 def answers_of(model, items, max_new_tokens):
@@ -330,7 +333,7 @@ def main(arguments):
     if config.task:
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if size > 1:
-            dist.init_process_group("gloo", timeout=timedelta(days=7))       # only to wait for each other, until the slowest is done
+            dist.init_process_group("gloo", timeout=timedelta(days=7))       # only to wait for the slowest
         benchmark(config, rank, size)
         if size > 1:
             dist.destroy_process_group()

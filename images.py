@@ -87,14 +87,15 @@ def open_image(path_or_file):
 
 
 def midpoints(total, count):
-    """Which `count` of `total` frames stand for a video: those in the middle of as many equal segments; all, if there are fewer."""
+    """Which `count` of `total` frames stand for a video: those in the middle of as many equal segments; all, if there are
+    fewer."""
     count = min(count, total)
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
 def open_frames(path, count):
-    """A folder of frames (in the order of the numbers in their names), or an animated image (GIF, WebP, APNG) -> the frames at the
-    midpoints of `count` segments, PIL images like open_image's."""
+    """A folder of frames (in the order of the numbers in their names), or an animated image (GIF, WebP, APNG) -> the frames
+    at the midpoints of `count` segments, PIL images like open_image's."""
     if Path(path).is_dir():
         names = [name for name in Path(path).iterdir() if name.suffix.lower() in Image.registered_extensions()]
         names.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.name)])
@@ -110,7 +111,8 @@ def open_frames(path, count):
                     image.seek(i)
                     frames.append(to_rgb(image.copy()))
     except Exception as error:                                       # as in open_image
-        raise BadImage(f"{path}: not a readable animated image ({' '.join(f'{type(error).__name__}: {error}'.split())})") from None
+        raise BadImage(f"{path}: not a readable animated image "
+                       f"({' '.join(f'{type(error).__name__}: {error}'.split())})") from None
     return frames
 
 

@@ -34,8 +34,8 @@ def iou(a, b):
 
 
 def only_box(text, width, height):
-    """The box that an answer holds, by the side of the padded square -> pixels of the picture. None if it holds no box, or several
-    (Shikra's rule: which of them would be meant?)."""
+    """The box that an answer holds, by the side of the padded square -> pixels of the picture. None if it holds no box, or
+    several (Shikra's rule: which of them would be meant?)."""
     boxes = [box for box in (parse_box(part + "]") for part in text.split("]")[:-1]) if box]
     return unpad_box(boxes[0], width, height) if len(boxes) == 1 else None
 
@@ -51,7 +51,8 @@ def box_scores(answers, truths):
 # --- yes or no: POPE, MME ---------------------------------------------------------------------------------------------
 
 def pope_reads(answer):
-    """POPE's rule (arXiv 2305.10355): "no" if the first sentence has the word No, no or not, else "yes"; an empty answer, too."""
+    """POPE's rule (arXiv 2305.10355): "no" if the first sentence has the word No, no or not, else "yes"; an empty answer,
+    too."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
@@ -62,7 +63,8 @@ def pope_scores(answers, truths):
     hits = sum(answer == truth == "yes" for answer, truth in zip(said, truths))
     yes, there = said.count("yes"), list(truths).count("yes")
     return {"accuracy": share(answer == truth for answer, truth in zip(said, truths)), "precision": hits / yes if yes else 0.0,
-            "recall": hits / there if there else 0.0, "F1": 2 * hits / (yes + there) if hits else 0.0, "yes-ratio": yes / len(said)}
+            "recall": hits / there if there else 0.0, "F1": 2 * hits / (yes + there) if hits else 0.0,
+            "yes-ratio": yes / len(said)}
 
 
 def mme_reads(answer):
@@ -89,17 +91,17 @@ NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five s
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 # Words that people write without their apostrophe. Where "n't", "'ve" or "'d" follow each other, either may have been left out.
 NOT = "ai are ca could did does do had has have is might must need ought sha should was were wo would".split()
-WHOLE = """couldn't've hadn't've he'd've I'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
-           there'd've they'd've we'd've who'd've wouldn't've you'd've""".split()
+WHOLE = """couldn't've hadn't've he'd've I'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
+           something'd've there'd've they'd've we'd've who'd've wouldn't've you'd've""".split()
 ENDINGS = """could've might've must've should've would've they've we've what've where've who've you've I've not've
-             he'd how'd it'd someone'd something'd there'd they'd where'd who'd you'd how'll it'll somebody'll someone'll something'll
-             they'll what'll who'll why'll you'll there're they're what're why're you're he's how's somebody's someone's that's there's
-             what's when's where's who's why's I'm ma'am o'clock 'twas y'all""".split()
+             he'd how'd it'd someone'd something'd there'd they'd where'd who'd you'd how'll it'll somebody'll
+             someone'll something'll they'll what'll who'll why'll you'll there're they're what're why're you're he's how's
+             somebody's someone's that's there's what's when's where's who's why's I'm ma'am o'clock 'twas y'all""".split()
 
 
 def make_contractions():
-    """{as people write it: as it is scored}. The official list is not a rule but a list, and has gaps and slips of its own, which
-    count, too ("somebody'd" loses its apostrophe; "she'd" and "mightnt've" are as they are)."""
+    """{as people write it: as it is scored}. The official list is not a rule but a list, and has gaps and slips of its own,
+    which count, too ("somebody'd" loses its apostrophe; "she'd" and "mightnt've" are as they are)."""
     found = {word.replace("'", ""): word for word in [verb + "n't" for verb in NOT] + ENDINGS}
     for word in WHOLE:
         head, tail = word.rsplit("'", 1)
@@ -113,8 +115,9 @@ CONTRACTIONS = make_contractions()
 
 
 def vqa_normalise(text):
-    """An answer as VQA compares it: without punctuation and articles, number words as digits, contractions with apostrophe, lower
-    case. The order, and when a sign leaves a space behind, are the official scorer's (visualqa.org/evaluation.html)."""
+    """An answer as VQA compares it: without punctuation and articles, number words as digits, contractions with apostrophe,
+    lower case. The order, and when a sign leaves a space behind, are the official scorer's
+    (visualqa.org/evaluation.html)."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     thousands = re.search(r"\d,\d", text)
     stripped = text
@@ -180,8 +183,9 @@ def scienceqa_letter(answer, options="ABCDE"):
 
 
 def option_letter(answer, options):
-    """VLMEvalKit's exact matching, without a judge: the one letter of an option that stands alone in the answer, or the one option
-    whose text is in it; else None. options: texts, for A, B, C, ... An "A" in more than three words is read as an article."""
+    """VLMEvalKit's exact matching, without a judge: the one letter of an option that stands alone in the answer, or the one
+    option whose text is in it; else None. options: texts, for A, B, C, ... An "A" in more than three words is read as an
+    article."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)]
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", answer).split()
     found = [letter for letter in letters if letter in words]
@@ -192,8 +196,8 @@ def option_letter(answer, options):
 
 
 def circular_accuracy(right, questions):
-    """MMBench (arXiv 2307.06281): right, True or False for every answer; questions: which question it belongs to. A question counts
-    if it was answered right in all rotations of its options."""
+    """MMBench (arXiv 2307.06281): right, True or False for every answer; questions: which question it belongs to. A
+    question counts if it was answered right in all rotations of its options."""
     missed = Counter(question for correct, question in zip(right, questions) if not correct)
     return share(missed[question] == 0 for question in dict.fromkeys(questions))
 
@@ -237,8 +241,10 @@ def score(task, items, said):
     for item in items:
         for group in item.groups if item.truth is not None else ():
             groups.setdefault(group, []).append(item)
-    results = {group: {"samples": len(some), "scores": score_group(task, [said[item.id] for item in some], [item.truth for item in some])}
-               for group, some in groups.items()}
+    results = {}
+    for group, some in groups.items():
+        answers, truths = [said[item.id] for item in some], [item.truth for item in some]
+        results[group] = {"samples": len(some), "scores": score_group(task, answers, truths)}
     for total, categories in MME.items() if task == "mme" else ():   # MME's two numbers: points summed over categories
         parts = [results[category] for category in categories if category in results]
         if parts:

@@ -1,4 +1,5 @@
-"""Scores against what the official scorers said of the same answers (make_score_fixtures.py), and against hand-computed values."""
+"""Scores against what the official scorers said of the same answers (make_score_fixtures.py), and against hand-computed
+values."""
 import json
 import random
 from pathlib import Path
@@ -7,8 +8,9 @@ import pytest
 
 from captions import bleu, caption_scores, cider, common_subsequence, rouge_l, words
 from make_score_fixtures import caption, caption_sets
-from scores import (agreement, box_scores, circular_accuracy, evalai_normalise, gqa_match, mme_reads, mme_scores, only_box, option_letter,
-                    pope_reads, pope_scores, scienceqa_letter, textvqa_accuracy, video_match, vizwiz_accuracy, vqa_accuracy, vqa_normalise)
+from scores import (agreement, box_scores, circular_accuracy, evalai_normalise, gqa_match, mme_reads, mme_scores, only_box,
+                    option_letter, pope_reads, pope_scores, scienceqa_letter, textvqa_accuracy, video_match, vizwiz_accuracy,
+                    vqa_accuracy, vqa_normalise)
 
 OFFICIAL = json.loads((Path(__file__).parent / "fixtures" / "scores.json").read_text(encoding="utf-8"))
 
@@ -16,7 +18,8 @@ OFFICIAL = json.loads((Path(__file__).parent / "fixtures" / "scores.json").read_
 # --- captions -----------------------------------------------------------------------------------------------------------
 
 def test_words_are_those_of_the_official_tokenizer():
-    """Plain captions and awkward ones: quotes, brackets, abbreviations, contractions, numbers, currencies, HTML, nothing at all."""
+    """Plain captions and awkward ones: quotes, brackets, abbreviations, contractions, numbers, currencies, HTML, nothing at
+    all."""
     differing = [(sentence, " ".join(words(sentence)), official) for sentence, official in OFFICIAL["tokens"]
                  if " ".join(words(sentence)) != " ".join(official.split())]
     assert not differing
@@ -33,9 +36,10 @@ def test_caption_scores_are_the_official_ones(name):
 def test_caption_scores_by_hand():
     answer, references = "a b c d".split(), ["a b c e".split(), "a b".split()]
     assert bleu([answer], [references])[:2] == pytest.approx([3 / 4, (3 / 4 * 2 / 3) ** 0.5])
-    assert bleu(["a b".split()], [["a b c d".split()]])[0] == pytest.approx(2.718281828 ** (1 - 4 / 2))     # brevity: 2 of 4 words
+    assert bleu(["a b".split()], [["a b c d".split()]])[0] == pytest.approx(2.718281828 ** (1 - 4 / 2))     # 2 of 4 words
     assert common_subsequence("axbyc", "abc") == 3 and common_subsequence("", "abc") == 0
-    assert rouge_l(answer, references) == pytest.approx((1 + 1.44) * 0.75 * 1 / (1 + 1.44 * 0.75))     # best precision 3/4, recall 2/2
+    precision, recall = 3 / 4, 2 / 2                                 # the best of either, of different references
+    assert rouge_l(answer, references) == pytest.approx((1 + 1.44) * precision * recall / (recall + 1.44 * precision))
     same = [["a dog".split()], ["the cat".split()]]                  # no 3-grams: half of the four parts are 0
     assert cider([["a", "dog"], ["the", "cat"]], same) == pytest.approx([5, 5])
     assert cider([["the", "cat"], []], same) == [0, 0]
@@ -90,7 +94,8 @@ def test_pope_is_the_official_score(expected):
     assert pope_scores(expected["answers"], expected["truths"]) == pytest.approx(expected["scores"], abs=1e-12)
 
 
-@pytest.mark.parametrize("answer, read", [("", "yes"), ("maybe", "yes"), ("No", "no"), ("NO", "yes"), ("no.", "no"), ("Yes, not", "no"),
+@pytest.mark.parametrize("answer, read", [("", "yes"), ("maybe", "yes"), ("No", "no"), ("NO", "yes"), ("no.", "no"),
+                                          ("Yes, not", "no"),
                                           ("Yes. There is no dog", "yes"), ("nothing", "yes"), (", no", "no"), ("\nno", "yes")])
 def test_pope_reads_the_first_sentence(answer, read):
     assert pope_reads(answer) == read
@@ -100,7 +105,8 @@ def test_pope_without_any_yes_is_zero_not_an_error():
     assert pope_scores(["no"], ["no"]) == {"accuracy": 1, "precision": 0, "recall": 0, "F1": 0, "yes-ratio": 0}
 
 
-@pytest.mark.parametrize("answer, read", [("Yes", "yes"), ("no.", "no"), ("Not", "no"), ("a no", "no"), ("well, yes", None), ("", None),
+@pytest.mark.parametrize("answer, read", [("Yes", "yes"), ("no.", "no"), ("Not", "no"), ("a no", "no"), ("", None),
+                                          ("well, yes", None),
                                           ("yes no", "yes"), (" yes", "yes"), ("NO", "no"), ("  no", "no"), ("   no", None)])
 def test_mme_reads_four_characters(answer, read):
     assert mme_reads(answer) == read
@@ -143,20 +149,23 @@ def test_agreement_by_hand():
 # --- one right answer, and choices ----------------------------------------------------------------------------------------------
 
 def test_exact_matches():
-    assert gqa_match("Yes.", "yes") and gqa_match("left", "left") and not gqa_match("the left", "left") and not gqa_match("", "left")
+    assert gqa_match("Yes.", "yes") and gqa_match("left", "left")
+    assert not gqa_match("the left", "left") and not gqa_match("", "left")
     assert video_match("A dog.", "dog") and video_match("two", "2") and not video_match("dogs", "dog")
 
 
-@pytest.mark.parametrize("answer, letter", [("B", "B"), ("B. red", "B"), ("The answer is B.", "B"), ("b", None), ("B)", None), ("", None),
-                                            ("The answer is B. The answer is C.", None), ("F", None), ("The answer is Z.", None), ("AB", None),
+@pytest.mark.parametrize("answer, letter", [("B", "B"), ("B. red", "B"), ("The answer is B.", "B"), ("b", None), ("B)", None),
+                                            ("The answer is B. The answer is C.", None), ("F", None), ("The answer is Z.", None),
+                                            ("", None), ("AB", None),
                                             ("So: The answer is C, since", "C"), ("B.", None), ("The answer is B", None)])
 def test_scienceqa_letters_are_read_as_llava_reads_them(answer, letter):
     assert scienceqa_letter(answer) == letter
 
 
-@pytest.mark.parametrize("answer, letter", [("B", "B"), ("B.", "B"), ("(B)", "B"), ("The answer is (B)", "B"), ("b", None), ("", None),
-                                            ("A", "A"), ("A red bus", "A"), ("A very large red bus", "B"), ("a blue car", "C"), ("E", None),
-                                            ("A or B", None), ("A or B, red", "B"), ("red or blue", None), ("Z", None), ("Z red", None)])
+@pytest.mark.parametrize("answer, letter", [("B", "B"), ("B.", "B"), ("(B)", "B"), ("The answer is (B)", "B"), ("b", None),
+                                            ("", None), ("A", "A"), ("A red bus", "A"), ("A very large red bus", "B"),
+                                            ("a blue car", "C"), ("E", None), ("A or B", None), ("A or B, red", "B"),
+                                            ("red or blue", None), ("Z", None), ("Z red", None)])
 def test_option_letters_are_read_as_vlmevalkit_reads_them(answer, letter):
     assert option_letter(answer, ["green", "red", "blue", "black"]) == letter
 
