@@ -1,122 +1,24 @@
-"""The papers' benchmarks: from the files that they are published as to questions for a model.
+"""The papers' benchmarks: from the files that they are published as to questions for a model (questions.py).
 
-    read(task, config)         -> [Item, ...]: id, groups, pictures, prompt, truth, record
-    pictures(item)             -> its pictures, PIL images
+    read(task, config)  ->  [Item, ...]; config holds eval.py's flags
 
-A function a task reads its files, as they are published; the first line of each says which those are, and PROMPTS holds how the
-papers ask. A file that is not what it should be is an InputError that names it, and the line or record.
-
-Prompts: LLaVA-1.5 (arXiv 2310.03744, its table of evaluation formats) and, for boxes and captions, Shikra (2306.15195), whose
-formats COMM (2310.08825) uses.
+A function a task reads its files; the docstring of each says which those are. A file that is not what it should be is an
+InputError that names it, and the line or record.
 """
 import ast
 import base64
 import binascii
 import csv
-import io
 import itertools
-import json
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 from data import read_records, shikra_fields
 from dialogue import MARK
 from hub import InputError
-from images import format_box, open_frames, open_image, pad_box
-
-SHORT = "\nAnswer the question using a single word or phrase."
-LETTER = "\nAnswer with the option's letter from the given choices directly."
-PROMPTS = {                                                          # without <image>, the picture stands before the text
-    "rec": "Where is <expr> <image>? answer in [x0,y0,x1,y1] format.",
-    "reg": "Please generate a distinguishing description for the region <boxes> in the image <image>.",
-    "caption": "Describe this image <image> as simply as possible.",
-    "pope": "<question>" + SHORT, "vqav2": "<question>" + SHORT, "okvqa": "<question>" + SHORT, "textvqa": "<question>" + SHORT,
-    "vizwiz": "<question>\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT,
-    "gqa": "<question>" + SHORT, "mme": "<question>" + SHORT, "video": "<question>" + SHORT,
-    "scienceqa": "<question>" + LETTER, "mmbench": "<question>" + LETTER, "choice": "<question>" + LETTER}
-
-
-class Item(NamedTuple):
-    id: str                                                          # one of its own in the task: names the answer
-    groups: tuple                                                    # what it is scored with: splits, types of question
-    images: list                                                     # a path, the bytes of an image file, or a Video
-    prompt: str
-    truth: object                                                    # what the score compares with; None: not published
-    record: dict = {}                                                # what the server wants back beside the answer
-
-
-class Video(NamedTuple):
-    path: str                                                        # a folder of frames, or an animated image
-    frames: int                                                      # so many of them are shown
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-def read_object(path, *keys):
-    """The file's one JSON object, if it is one and has all these keys; else None (it may be JSONL). InputError: cannot be
-    read."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    except json.JSONDecodeError:
-        return None
-    return content if isinstance(content, dict) and all(key in content for key in keys) else None
-
-
-def objects(path, key):
-    """The records of a file that is a list, JSONL, or one object whose list is under `key` -> [(where, record), ...]."""
-    whole = read_object(path, key)
-    if whole is None:
-        return read_records(path)
-    if not isinstance(whole[key], list) or not all(isinstance(record, dict) for record in whole[key]):
-        raise InputError(f"{path}: {key!r} should be a list of objects")
-    return [(f"{path}, {key} {i}", record) for i, record in enumerate(whole[key])]
-
-
-def need(record, where, *keys, kind=(str, int)):
-    """The first of these keys that the record has; its value has to be of this kind."""
-    for key in keys:
-        if key in record:
-            if not isinstance(record[key], kind) or isinstance(record[key], bool):
-                named = {str: "a text", (str, int): "a text or a whole number", int: "a whole number", list: "a list"}[kind]
-                raise InputError(f"{where}: {key!r} should be {named}, is {json.dumps(record[key])[:60]}")
-            return record[key]
-    raise InputError(f"{where}: has no {' and no '.join(map(repr, keys))}; is this the file that the task reads?")
-
-
-def text_of(record, where, *keys):
-    return need(record, where, *keys, kind=str)
-
-
-def find_picture(config, where, *names):
-    """The first of these names that is there in --image_dir -> its path."""
-    folder = os.path.abspath(config.image_dir)
-    for name in map(str, names):
-        path = os.path.normpath(os.path.join(folder, name.replace("\0", "")))
-        if os.path.commonpath([os.path.realpath(path), os.path.realpath(folder)]) != os.path.realpath(folder):
-            raise InputError(f"{where}: the picture {name} is outside of --image_dir={config.image_dir}")
-        if os.path.exists(path):
-            return path
-    raise InputError(f"{where}: no {' and no '.join(map(str, names))} in {config.image_dir}: --image_dir= names the folder "
-                     "of the pictures")
-
-
-def ask(task, config, question="", expr="", boxes=""):
-    """The prompt. A question that brings the papers' instruction with it (LLaVA's own files do) keeps it and gets no second
-    one."""
-    template = config.prompt or PROMPTS[task]
-    question, expr = question if task == "choice" else question.replace(MARK, "").strip(), expr.replace(MARK, "")
-    tail = template.split("<question>")[-1].strip()
-    if "<question>" in template and tail and question.rstrip().endswith(tail):
-        return question.rstrip()
-    return template.replace("<expr>", expr).replace("<boxes>", boxes).replace("<question>", question)
-
-
-def letters(options):
-    return "".join(f"\n{letter}. {text}" for letter, text in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options))
+from images import format_box, pad_box
+from questions import LETTERS, PROMPTS, SHORT, Item, Video, ask, find_picture, letters, need, objects, read_object, text_of
 
 
 # --- boxes and captions -------------------------------------------------------------------------------------------------
@@ -338,7 +240,7 @@ def read_scienceqa(path, config):
         if config.annotations and name not in problems:
             raise InputError(f"{where}: no problem {name} in {config.annotations}")
         if config.annotations:
-            truth = "ABCDEFGHIJ"[need(problems[name], f"{config.annotations}, problem {name}", "answer", kind=int)]
+            truth = LETTERS[need(problems[name], f"{config.annotations}, problem {name}", "answer", kind=int) % len(LETTERS)]
         else:
             told = re.findall(r"The answer is ([A-Z])\.|^([A-Z])$", texts[1] if len(texts) > 1 else "")
             truth = told[-1][0] or told[-1][1] if told else None
@@ -369,8 +271,8 @@ def read_mmbench(path, config):
     items = []
     for (where, original), row in zip(rows, cells):
         index, _ = text_of(row, where, "index"), text_of(row, where, "question")
-        options = [row[letter] for letter in itertools.takewhile(row.__contains__, "ABCDEFGH")]
-        if not index.isdigit() or len(options) < 2 or ("answer" in row and row["answer"] not in list("ABCDEFGH")[:len(options)]):
+        options = [row[letter] for letter in itertools.takewhile(row.__contains__, LETTERS)]
+        if not index.isdigit() or len(options) < 2 or ("answer" in row and row["answer"] not in list(LETTERS[:len(options)])):
             raise InputError(f"{where}: needs an index that is a number, two options at least, and as answer the letter of one")
         image = encoded.get(row.get("image"), text_of(row, where, "image"))     # a later row may name an earlier one's
         try:
@@ -380,7 +282,7 @@ def read_mmbench(path, config):
         groups = ("all",) + tuple(f"{key}: {row[key]}" for key in ("category", "l2-category") if key in row)
         for turn in range(len(options) if config.circular and not rotated else 1):
             shown = options[turn:] + options[:turn]
-            right = "ABCDEFGH"[shown.index(options["ABCDEFGH".index(row["answer"])])] if "answer" in row else None
+            right = LETTERS[(LETTERS.index(row["answer"]) - turn) % len(options)] if "answer" in row else None
             text = "\n".join([row[key] for key in ("hint", "question") if key in row]) + letters(shown)
             items.append(Item(f"{index}#{turn}" if turn else index, groups, [image], ask("mmbench", config, text),
                               right and {"letter": right, "options": shown, "question": int(index) % 1_000_000,
@@ -404,7 +306,7 @@ def read_choice(path, config):
         if not isinstance(options, list) or len(options) < 2:
             raise InputError(f"{where}: needs two options at least (questions with open answers should be left out of the file)")
         options, truth = list(map(str, options)), record.get("answer", record.get("label"))
-        if truth is not None and truth not in list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)]):
+        if truth is not None and truth not in list(LETTERS[:len(options)]):
             raise InputError(f"{where}: the answer is {truth!r}, not the letter of one of {len(options)} options")
         files = record.get("image") or []
         files = [files] if isinstance(files, str) else files
@@ -469,16 +371,3 @@ def read(task, config):
             raise InputError(f"{', '.join(config.data)}: two questions have the id {item.id!r}")
         seen.add(item.id)
     return items
-
-
-def pictures(item):
-    """What the item shows, as PIL images."""
-    found = []
-    for image in item.images:
-        if isinstance(image, Video):
-            found += open_frames(*image)
-        elif isinstance(image, bytes):
-            found.append(open_image(io.BytesIO(image)))
-        else:
-            found.append(open_image(image))
-    return found

@@ -46,6 +46,7 @@ from dialogue import MARK
 from hub import InputError, locate, newest_model
 from images import parse_box
 from mllm import MLLM
+from questions import pictures, read_object
 from scores import iou, score as score_benchmark, share
 
 MAX_NEW_TOKENS = {"caption": 48, "presence": 4, "count": 4, "rec": 32, "reg": 12, "attribute": 6, "relation": 6}
@@ -231,7 +232,8 @@ def pool(model, times):
 
 def benchmark(config, rank, size):
     """Read, answer, merge, score; every process (rank of size) answers its share, the first one does the rest."""
-    if config.batch < 1 or config.frames < 1 or config.pool < 0 or config.max_new_tokens < 1 or (config.limit or 1) < 1:
+    limit = 1 if config.limit is None else config.limit
+    if min(config.batch, config.frames, config.max_new_tokens, limit) < 1 or config.pool < 0:
         raise InputError(f"--batch={config.batch} --frames={config.frames} --max_new_tokens={config.max_new_tokens} "
                          f"--limit={config.limit} --pool={config.pool}: should be 1 or more, and pool 0 or more")
     items = benchmarks.read(config.task, config)[:config.limit]
@@ -282,7 +284,7 @@ def check_same_run(config, name, folder, rank, size):
         except OSError as error:
             raise InputError(f"--out={folder}: cannot be written ({error})") from None
     barrier(size)
-    former = benchmarks.read_object(folder / "run.json") or {}
+    former = read_object(folder / "run.json") or {}
     for key, value in run.items():
         if former.get(key) != value:
             raise InputError(f"{folder}: holds answers of a run with other {key} ({str(former.get(key))[:80]}, now "
@@ -295,7 +297,7 @@ def answers_of(model, items, max_new_tokens):
     try:
         for item in items:
             name = item.id
-            shown.append(benchmarks.pictures(item))
+            shown.append(pictures(item))
         name = max(items, key=lambda item: (len(shown[items.index(item)]), len(item.prompt))).id
         return model.generate(shown, [item.prompt for item in items], max_new_tokens)
     except InputError as error:

@@ -487,6 +487,7 @@ POPE = {"question_id": 1, "image": "0.jpg", "text": "?", "label": "no"}
      "line 1: .*bbox of four"),
     ("vqav2", "x.json", [{"question_id": 1}], "x.json: not VQA's questions"),
     ("vqav2", "x.json", {"questions": [{"question_id": 1, "image_id": 1}]}, "x.json, questions 0: no COCO__000000000001.jpg"),
+    ("scienceqa", "x.json", [5], "x.json, sample 0: should be an object"),
     ("textvqa", "x.jsonl", [{"question_id": "a", "text": "?"}], "--annotations=TextVQA"),
     ("gqa", "x.json", {"1": []}, "x.json, question 1: should be an object"),
     ("gqa", "x.json", [1], "x.json: not GQA's"),
@@ -507,6 +508,13 @@ def test_wrong_files_are_named_with_the_place(task, name, content, message, here
     write(name, content)
     with pytest.raises(InputError, match=message):
         command.main([f"--task={task}", f"--data={name}", "--image_dir=images", "--model=model"])
+
+
+def test_broken_json_is_named_with_the_line(here):
+    Path("x.json").write_text('{"questions": [\n{"question_id": 1,,}]}')
+    for task in ("vqav2", "textvqa", "gqa", "caption", "rec"):
+        with pytest.raises(InputError, match="x.json: not JSON, line [12]"):
+            command.main([f"--task={task}", "--data=x.json", "--model=model"])
 
 
 @pytest.mark.parametrize("text, message", [
@@ -530,6 +538,7 @@ def test_a_broken_picture_names_its_question(here, monkeypatch):
 @pytest.mark.parametrize("flags, message", [
     (["--task=pope"], "needs --data=FILE: POPE's"), (["--task=rec", "--data=none.jsonl"], "none.jsonl: cannot be read"),
     (["--task=pope", "--data=none.jsonl", "--batch=0"], "--batch=0"),
+    (["--task=pope", "--data=none.jsonl", "--limit=0"], "--limit=0"),
     (["--task=rec", "--data=x", "--prompt=Where?"], "needs <expr>")])
 def test_wrong_flags_are_one_line(flags, message, here):
     with pytest.raises(InputError, match=message):
