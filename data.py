@@ -120,6 +120,19 @@ class LlavaData:
         return sum(len(text) for turn in turns for text in turn) + 2000 * len(images)
 
 
+def shikra_fields(record, where):
+    """Shikra's {"img_path", "expression", "bbox": [x1, y1, x2, y2] in pixels, "width", "height"} -> those five, checked."""
+    image, expression, box, width, height = map(record.get, ("img_path", "expression", "bbox", "width", "height"))
+    if not isinstance(expression, str):
+        raise InputError(f"{where}: needs an expression")
+    numbers = [width, height, *box] if isinstance(box, list) and len(box) == 4 else [None]
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers) or min(width, height) < 1:
+        raise InputError(f"{where}: needs width and height in pixels, and a bbox of four numbers")
+    if not (0 <= box[0] <= box[2] <= width and 0 <= box[1] <= box[3] <= height):
+        raise InputError(f"{where}: bbox {box} is not x1, y1, x2, y2 inside a picture of {width}x{height} pixels")
+    return image, expression, box, int(width), int(height)
+
+
 class ShikraData(LlavaData):
     """Shikra's JSONL: {"img_path", "expression", "bbox": [x1, y1, x2, y2] in pixels, "height", "width"}. Task "rec"
     (comprehension): expression -> box; "reg" (generation): box -> expression. The index chooses the question."""
@@ -136,15 +149,8 @@ class ShikraData(LlavaData):
         super().__init__(path, image_dir)
 
     def parse(self, record, where, index):
-        image, expression, box, width, height = map(record.get, ("img_path", "expression", "bbox", "width", "height"))
-        if not isinstance(expression, str):
-            raise InputError(f"{where}: needs an expression")
-        numbers = [width, height, *box] if isinstance(box, list) and len(box) == 4 else [None]
-        if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers) or min(width, height) < 1:
-            raise InputError(f"{where}: needs width and height in pixels, and a bbox of four numbers")
-        if not (0 <= box[0] <= box[2] <= width and 0 <= box[1] <= box[3] <= height):
-            raise InputError(f"{where}: bbox {box} is not x1, y1, x2, y2 inside a picture of {width}x{height} pixels")
-        text = format_box(pad_box(box, int(width), int(height)))
+        image, expression, box, width, height = shikra_fields(record, where)
+        text = format_box(pad_box(box, width, height))
         question = self.QUESTIONS[self.task][index % 4].replace("<expr>", expression).replace("<boxes>", text)
         turns = [(f"{MARK}\n{question}", text if self.task == "rec" else expression)]
         return self.sample([image], turns, f"{image}#{index}", where)

@@ -1,9 +1,11 @@
-"""The papers' benchmarks in small: how well a model answers about pictures that it has not seen.
+"""How well a model answers about pictures that it has not seen: the papers' benchmarks in small, and the benchmarks themselves.
 
     python eval.py                                      the newest model under out/, 200 questions a task
     python eval.py --model=out/tiny --count=1000 --json
+    python eval.py --model=FOLDER --task=pope --data=coco_pope_random.json --image_dir=val2014
+    torchrun --nproc_per_node=8 eval.py --model=FOLDER --task=rec --data=REC_refcoco_unc_testA.jsonl --image_dir=train2014
 
-On the embedded world's test split (world.py), each task with the scores of the benchmark that it stands for:
+Without --task: on the embedded world's test split (world.py), each task with the scores of the benchmark that it stands for:
 
     caption    exact match; object F1: the objects named against those there          (COCO; F1 in place of CIDEr)
     presence   accuracy, precision, recall, F1, yes-ratio                             (POPE, arXiv 2305.10355)
@@ -15,23 +17,37 @@ On the embedded world's test split (world.py), each task with the scores of the 
 An answer that cannot be read (neither yes nor no, no box) is wrong, and counted. Beside every score stands the **blind**
 one: the same model, the same questions, each with another question's picture. What is left is what can be guessed from
 the question alone; a model that only looks as if it saw has a blind score as high as the other.
+
+With --task: a public benchmark, from its own files (benchmarks.py says which), scored as its official scorer does (scores.py).
+Under --out lie then answers.jsonl, scores.json and, where a server scores, its submission. The run goes on where it was stopped:
+questions that have an answer there are not asked again.
 """
 import json
+import os
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 
+import benchmarks
 import cli
 import world
+from answers import append_answers, merge, read_answers, submission
+from connector import half_side, halve_grid
 from dialogue import MARK
-from hub import InputError, newest_model
+from hub import InputError, locate, newest_model
 from images import parse_box
 from mllm import MLLM
+from questions import pictures, read_object
+from scores import iou, score as score_benchmark, share
 
 MAX_NEW_TOKENS = {"caption": 48, "presence": 4, "count": 4, "rec": 32, "reg": 12, "attribute": 6, "relation": 6}
 
@@ -41,10 +57,26 @@ class Config:
     model: str = ""                      # folder of a trained model; empty: the newest under out/
     count: int = 200                     # questions a task
     batch: int = 50                      # questions answered at once
-    blind: bool = True                   # score with exchanged pictures, too (as much time again)
     json: bool = False                   # print one JSON object as the last line
-    seed: int = 0                        # of the exchange of pictures
     device: str = "auto"                 # auto, cpu, cuda, cuda:1, mps
+
+    # on the embedded world
+    blind: bool = True                   # score with exchanged pictures, too (as much time again)
+    seed: int = 0                        # of the exchange of pictures
+
+    # on a public benchmark
+    task: str = ""                       # rec, reg, caption, pope, vqav2, gqa, mmbench, ...: a name in benchmarks.READERS
+    data: list[str] = field(default_factory=lambda: [])  # the benchmark's file, or several (its splits)
+    annotations: str = ""                # the answers, where they are in a file of their own (for mme: a folder)
+    image_dir: str = "."                 # folder of the pictures, or of the videos
+    out: str = ""                        # folder for answers and scores; empty: out/eval/MODEL/TASK
+    limit: int | None = None             # only the first so many questions
+    prompt: str = ""                     # another way to ask, with <question>, <expr> or <boxes>; empty: the papers'
+    max_new_tokens: int = 128            # longest answer
+    split: str = "test"                  # caption: which of Karpathy's splits
+    circular: bool = True                # mmbench: ask once for each rotation of the options
+    frames: int = 8                      # video: so many frames are shown
+    pool: int = 0                        # halve the side of every picture's grid of tokens so many times
 
 
 # --- scores: pure functions of texts --------------------------------------------------------------------------------
@@ -52,11 +84,6 @@ class Config:
 def normalise(text):
     """What exact match compares: lower case, single spaces, no punctuation at the ends."""
     return " ".join(text.lower().split()).strip(" .,;:!?\"'")
-
-
-def share(values):
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def exact_match(answers, truths):
@@ -92,14 +119,6 @@ def presence_scores(answers, truths):
             "precision": hits / yes if yes else 0.0, "recall": hits / there if there else 0.0,
             "F1": 2 * hits / (yes + there) if hits else 0.0, "yes-ratio": yes / len(said),
             "unparsable": said.count(None) / len(said)}
-
-
-def iou(a, b):
-    """Intersection over union of two boxes (x1, y1, x2, y2). A reversed box covers nothing: 0."""
-    def area(x1, y1, x2, y2):
-        return max(0.0, x2 - x1) * max(0.0, y2 - y1)
-    both = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    return both / (area(*a) + area(*b) - both) if both > 0 else 0.0
 
 
 def rec_scores(answers, truths):
@@ -187,8 +206,140 @@ def table(results):
     return "\n".join(lines)
 
 
+# --- public benchmarks ------------------------------------------------------------------------------------------------
+
+class Pooled(nn.Module):
+    """A connector whose grid of tokens is halved `times` times: (I, N, C) -> (I, N / 4^times, C). Video needs it: eight
+    frames of 576 tokens are more than most LLMs were trained to read. (As the Dense Connector's "efficient", without any
+    training.)"""
+
+    def __init__(self, connector, times):
+        super().__init__()
+        self.connector, self.times = connector, times
+
+    def forward(self, hidden):
+        tokens = self.connector(hidden)
+        for _ in range(self.times):
+            tokens = halve_grid(tokens)
+        return tokens
+
+
+def pool(model, times):
+    for _ in range(times):
+        model.tokens_per_image = half_side(model.tokens_per_image) ** 2        # InputError where there is no even grid
+    model.connector = Pooled(model.connector, times)
+
+
+def benchmark(config, rank, size):
+    """Read, answer, merge, score; every process (rank of size) answers its share, the first one does the rest."""
+    limit = 1 if config.limit is None else config.limit
+    if min(config.batch, config.frames, config.max_new_tokens, limit) < 1 or config.pool < 0:
+        raise InputError(f"--batch={config.batch} --frames={config.frames} --max_new_tokens={config.max_new_tokens} "
+                         f"--limit={config.limit} --pool={config.pool}: should be 1 or more, and pool 0 or more")
+    items = benchmarks.read(config.task, config)[:config.limit]
+    name = config.model or str(newest_model())
+    folder = Path(config.out or Path("out", "eval", re.sub(r"[^\w.-]+", "-", name).strip("-."), config.task))
+    check_same_run(config, name, folder, rank, size)
+    known = read_answers(folder, items)
+    barrier(size)                                                    # all have read before one writes
+    open_items = [item for item in items if item.id not in known]
+    mine, began, told = open_items[rank::size], time.time(), time.time()
+    if mine:
+        device = cli.pick_device(config.device)
+        if device.type == "cuda" and size > 1:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        model = MLLM.from_pretrained(name, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+        if config.pool:
+            pool(model, config.pool)
+    for i in range(0, len(mine), config.batch):
+        some = mine[i:i + config.batch]
+        said = answers_of(model, some, config.max_new_tokens)
+        append_answers(folder / f"answers.rank{rank}.jsonl", [
+            {"id": item.id, "prompt": item.prompt, "answer": answer, "truth": item.truth} for item, answer in zip(some, said)])
+        if rank == 0 and time.time() - told > 10:
+            told, done = time.time(), i + len(some)
+            left = (told - began) * (len(mine) - done) / done
+            print(f"{done:,} of {len(mine):,} questions, {left / 60:.0f} minutes left", flush=True)
+    barrier(size)                                                    # all answers are written
+    if rank == 0:
+        known = read_answers(folder, items)
+        merge(folder, items, known)
+        said = {item.id: known[item.id]["answer"] for item in items}
+        report(config, name, folder, items, said, score_benchmark(config.task, items, said), len(open_items))
+    barrier(size)
+
+
+def check_same_run(config, name, folder, rank, size):
+    """folder/run.json holds what the answers there depend on, beside their prompts; a run with anything else may not go on
+    with them."""
+    weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(locate(name).glob("*.safetensors"))]
+    run = {"task": config.task, "model": name, "weights": weights, "data": config.data, "image_dir": config.image_dir,
+           "max_new_tokens": config.max_new_tokens, "frames": config.frames, "pool": config.pool}
+    if rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "run.json").exists():
+                (folder / "run.json.partial").write_text(json.dumps(run) + "\n")
+                os.replace(folder / "run.json.partial", folder / "run.json")
+        except OSError as error:
+            raise InputError(f"--out={folder}: cannot be written ({error})") from None
+    barrier(size)
+    former = read_object(folder / "run.json") or {}
+    for key, value in run.items():
+        if former.get(key) != value:
+            raise InputError(f"{folder}: holds answers of a run with other {key} ({str(former.get(key))[:80]}, now "
+                             f"{str(value)[:80]}): name another --out, or remove that folder")
+
+
+def answers_of(model, items, max_new_tokens):
+    """One batch. An error names a question: of what cannot be read, or of the first that may be too long."""
+    shown, name = [], items[0].id
+    try:
+        for item in items:
+            name = item.id
+            shown.append(pictures(item))
+        name = max(items, key=lambda item: (len(shown[items.index(item)]), len(item.prompt))).id
+        return model.generate(shown, [item.prompt for item in items], max_new_tokens)
+    except InputError as error:
+        hint = " (--max_new_tokens, --frames and --pool=1 make it shorter)" if "context" in str(error) else ""
+        raise InputError(f"question {name}: {error}{hint}") from None
+
+
+def report(config, name, folder, items, said, results, asked):
+    """Scores as a table, as a file, and as JSON; the server's file where there is one."""
+    found = {"task": config.task, "model": name, "results": results}
+    (folder / "scores.json").write_text(json.dumps(found, indent=2) + "\n")
+    sent = submission(config.task, items, said)
+    if sent:
+        (folder / sent[0]).write_bytes(sent[1])
+    print(f"{name}: {config.task}, {len(items):,} questions ({asked:,} of them asked now)\n")
+    for group, result in results.items():
+        first = f"{group[:40]:40} {result['samples']:7,}"
+        for metric, value in result["scores"].items():
+            print(f"{first:48}  {metric:20} {100 * value:8.2f}")
+            first = ""
+    if not results:
+        print("no answers to compare with in these files, so no score: the server has them")
+    print(f"\n{folder}: answers.jsonl, scores.json" + (f", {sent[0]} for the server" if sent else ""))
+    if config.json:
+        print(json.dumps(found))
+
+
+def barrier(size):
+    if size > 1:
+        dist.barrier()
+
+
 def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
+    if config.task:
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if size > 1:
+            dist.init_process_group("gloo", timeout=timedelta(days=7))       # only to wait for the slowest
+        benchmark(config, rank, size)
+        if size > 1:
+            dist.destroy_process_group()
+        return
     device = cli.pick_device(config.device)
     folder = config.model or newest_model()
     model = MLLM.from_pretrained(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device)

@@ -1,6 +1,7 @@
 """Pictures and boxes: from any image file to the uint8 pixels that a tower was trained on.
 
     open_image(file)        -> PIL image, RGB, upright
+    open_frames(video, n)   -> n of them, of a folder of frames or of an animated image
     to_pixels(image, spec)  -> uint8 (3, R, R), the very pixels that transformers' PIL processors make
     pad_box, unpad_box      boxes between a picture's pixels and the square-padded picture, 0 to 1
 
@@ -83,6 +84,36 @@ def open_image(path_or_file):
     except Exception as error:                                       # on damaged bytes decoders raise anything at all
         raise BadImage(f"{path_or_file}: not a readable image "
                        f"({' '.join(f'{type(error).__name__}: {error}'.split())})") from None
+
+
+def midpoints(total, count):
+    """Which `count` of `total` frames stand for a video: those in the middle of as many equal segments; all, if there are
+    fewer."""
+    count = min(count, total)
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def open_frames(path, count):
+    """A folder of frames (in the order of the numbers in their names), or an animated image (GIF, WebP, APNG) -> the frames
+    at the midpoints of `count` segments, PIL images like open_image's."""
+    if Path(path).is_dir():
+        names = [name for name in Path(path).iterdir() if name.suffix.lower() in Image.registered_extensions()]
+        names.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.name)])
+        if not names:
+            raise BadImage(f"{path}: a folder without image files; the frames of a video should be in it")
+        return [open_image(names[i]) for i in midpoints(len(names), count)]
+    frames = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                for i in midpoints(getattr(image, "n_frames", 1), count):
+                    image.seek(i)
+                    frames.append(to_rgb(image.copy()))
+    except Exception as error:                                       # as in open_image
+        raise BadImage(f"{path}: not a readable animated image "
+                       f"({' '.join(f'{type(error).__name__}: {error}'.split())})") from None
+    return frames
 
 
 def to_rgb(image):
