@@ -195,15 +195,16 @@ def train_stage(config, stage, model, dataset, run, ranks):
             group["lr"] = group["peak"] * factor
         # every rank learns how many tokens the whole global batch supervises, how many it holds, and who was asked to stop
         supervised = sum((batch.labels[:, 1:] >= 0).sum() for batch in micro_batches)
-        held = sum(int((batch.tokens != 0).sum()) for batch in micro_batches)
+        held = sum(batch.tokens.numel() for batch in micro_batches if batch.ids)
         totals = ranks.sum(torch.tensor([float(supervised), float(held), float(ranks.stop)], dtype=torch.float64))
         losses = []
         for i, batch in enumerate(micro_batches):
             last = i + 1 == len(micro_batches)
             with nullcontext() if last or ranks.size == 1 else network.no_sync():
                 with torch.autocast(ranks.device.type, torch.bfloat16, enabled=use_bf16):
-                    loss, _ = network(*(t.to(ranks.device, non_blocking=True) for t in
-                                        (batch.pixels, batch.tokens, batch.labels, batch.positions)))
+                    pixels, tokens, labels, shown = (tensor.to(ranks.device, non_blocking=True) for tensor in
+                                                     (batch.pixels, batch.tokens, batch.labels, batch.shown))
+                    loss, _ = network(pixels, tokens, labels, batch.lengths, shown)
                 # DDP averages over ranks, so ranks.size undoes that: the gradient is that of sum / number of the global batch
                 (loss * (ranks.size / max(1.0, totals[0].item()))).backward()
                 losses.append(loss.detach())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import relative_error
 from hub import InputError
-from llama import KVCache, Llama, LlamaConfig, sample
+from llama import KVCache, Llama, LlamaConfig, attend, attend_by_products, sample
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("llama_*"))
 MULTI_HEAD = Path(__file__).parent / "fixtures" / "llama_multi_head"
@@ -98,6 +98,47 @@ def test_gradients_reach_as_far_back_as_the_windows(settings, windows):
     model(embeds=embeds)[0, -1].logsumexp(-1).backward()
     reached = embeds.grad[0].norm(dim=-1) > 0
     assert reached.tolist() == [i >= 11 - 3 * windows for i in range(12)]
+
+
+LENGTHS = [7, 1, 12, 5]
+PACKED = [{}, dict(sliding_window=4), dict(sliding_window=4, qkv_bias=True, max_window_layers=1), dict(num_key_value_heads=4)]
+
+
+@pytest.mark.parametrize("settings", PACKED, ids=str)
+def test_sequences_packed_into_one_row_are_as_each_alone(settings):
+    """Logits and all gradients, float32: the same products, summed in another order."""
+    model, row = small(**settings), prompts(1, sum(LENGTHS))
+    logits = model(row, lengths=LENGTHS)
+    logits.logsumexp(-1).sum().backward()
+    packed = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    alone = torch.cat([model(piece) for piece in row.split(LENGTHS, dim=1)], dim=1)
+    alone.logsumexp(-1).sum().backward()
+    assert relative_error(logits, alone) < 1e-6
+    for ours, parameter in zip(packed, model.parameters()):
+        assert relative_error(ours, parameter.grad) < 1e-5
+
+
+@pytest.mark.parametrize("settings", PACKED, ids=str)
+def test_no_sequence_of_a_row_sees_another(settings):
+    """Bit for bit: every other token of the row exchanged."""
+    model, row = small(**settings), prompts(1, sum(LENGTHS))
+    other = (row + 1) % 61
+    other[:, 8:20] = row[:, 8:20]                                    # the third stays as it is
+    with torch.no_grad():
+        same = (model(row, lengths=LENGTHS) == model(other, lengths=LENGTHS)).all(-1)[0]
+    assert same[8:20].all() and not same[:8].any() and not same[20:].any()
+
+
+@pytest.mark.parametrize("groups", (4, 2))
+def test_attention_by_products_is_the_fused_one(groups):
+    """In float64, where only the order of sums differs, with gradients; 1e-12 is far above its rounding."""
+    q, k, v = (torch.randn(1, heads, 9, 8, generator=seeded(heads), dtype=torch.float64).requires_grad_() for heads in (4, groups, groups))
+    weights, found = torch.randn(1, 9, 32, generator=seeded(5), dtype=torch.float64), []
+    for x in (attend_by_products(q, k, v), attend(q, k, v, None, groups < 4)):
+        found.append((x, *torch.autograd.grad((x * weights).sum(), (q, k, v))))
+    for ours, fused in zip(*found):
+        assert relative_error(ours, fused) < 1e-12
 
 
 def test_rope_sees_only_distances_between_positions():
