@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from hub import InputError, fields_of, load_weights, locate, on_meta, read_config, read_json, save_checkpoint
@@ -166,8 +167,8 @@ def band(length, window, device):
 
 class Packed(NamedTuple):
     """Stands in the place of a mask where a row holds several sequences, one behind the other: each sees itself alone."""
-    lengths: list                                                    # their lengths in tokens, integers
-    starts: torch.Tensor                                             # where each begins, and the last one's end, int32, on the device
+    starts: torch.Tensor                                             # where each begins, and where the last one ends, int32
+    longest: int                                                     # the length of the longest, in tokens
     window: int                                                      # how far back a token looks; None: to its sequence's start
 
 
@@ -176,15 +177,20 @@ def attend(q, k, v, mask, grouped):
     if not isinstance(mask, Packed):
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return x.transpose(1, 2).flatten(2)
-    if q.is_cuda and q.dtype != torch.float32:                       # one kernel for all; written, never run: no GPU was there
-        from torch.nn.attention.varlen import varlen_attn
+    if q.is_cuda and q.dtype != torch.float32:                       # one kernel for all; never run yet, for want of a GPU
         q, k, v = (heads[0].transpose(0, 1) for heads in (q, k, v))  # (T, H, D), (T, G, D)
         back = -1 if mask.window is None else mask.window - 1
-        return varlen_attn(q, k, v, mask.starts, mask.starts, max(mask.lengths), max(mask.lengths), window_size=(back, 0),
+        return varlen_attn(q, k, v, mask.starts, mask.starts, mask.longest, mask.longest, window_size=(back, 0),
                            enable_gqa=grouped).flatten(1)[None]
-    pieces = []                                                      # a mask over the whole row would cost T² instead of Σ Tᵢ²
-    for q, k, v, length in zip(*(heads.split(mask.lengths, dim=2) for heads in (q, k, v)), mask.lengths):
-        own = band(length, mask.window, q.device)
+    return attend_each(q, k, v, mask, grouped)
+
+
+@torch.compiler.disable                                              # or it would be compiled anew for other lengths
+def attend_each(q, k, v, packed, grouped):
+    """Attention sequence by sequence: a mask over the whole row would cost T² instead of the sum of their Tᵢ²."""
+    lengths, pieces = packed.starts.diff().tolist(), []
+    for q, k, v, length in zip(*(heads.split(lengths, dim=2) for heads in (q, k, v)), lengths):
+        own = band(length, packed.window, q.device)
         products = q.dtype == torch.bfloat16 and q.device.type == "cpu" and own is None and length <= 1024
         pieces.append(attend_by_products(q, k, v) if products else attend(q, k, v, own, grouped))
     return torch.cat(pieces, dim=1)
@@ -344,7 +350,7 @@ class Llama(nn.Module):
             whole = visible(positions, cache.keys.shape[3])  # (B, 1, T, max_length)
             near = whole if window is None else visible(positions, cache.keys.shape[3], window)
         elif lengths is not None:
-            whole, near = (Packed(lengths, starts, far) for far in (None, window))
+            whole, near = (Packed(starts, max(lengths), far) for far in (None, window))
         else:
             near = band(T, window, x.device)  # (1, 1, T, T)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()

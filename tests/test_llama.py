@@ -141,6 +141,29 @@ def test_attention_by_products_is_the_fused_one(groups):
         assert relative_error(ours, fused) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")                # torch's own
+def test_rows_of_any_lengths_share_the_graphs_of_the_first_row():
+    """Compiled block by block, as train.py does, by the backend that only traces. Attention is the one thing that stays out of
+    the graphs, and only where there is no single kernel for all sequences: not on CUDA."""
+    import torch._dynamo
+    plain, compiled = small(), small()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in compiled.layers:
+        block.compile(dynamic=True, backend="aot_eager")
+    for number, lengths in enumerate(([9, 4], [3, 30, 2, 8, 1], [25], [6, 6, 6], [1, 2])):
+        row, gradients = prompts(1, sum(lengths)), []
+        for model in (plain, compiled):
+            model.zero_grad()
+            with torch._dynamo.config.patch(error_on_recompile=number > 0):
+                model(row, lengths=lengths).logsumexp(-1).sum().backward()
+            gradients.append(model.layers[0].self_attn.q_proj.weight.grad)
+        assert relative_error(*gradients) < 1e-5
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert len(breaks) == 1 and "attend_each" in next(iter(breaks))
+    torch._dynamo.reset()
+
+
 def test_rope_sees_only_distances_between_positions():
     model, tokens = small(rope_scaling=LLAMA3, rope_theta=100.0), prompts(2, 10)
     with torch.no_grad():
