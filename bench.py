@@ -196,7 +196,8 @@ def write_llava(folder, tower=None, llm=None):
     from mllm import MLLM
     tower = tower or CLIPVisionConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
                                       image_size=224, patch_size=16)
-    llm = llm or LlamaConfig(vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    llm = llm or LlamaConfig(vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                             num_attention_heads=12)
     torch.manual_seed(0)
     words = Tokenizer.from_file(str(Path(__file__).parent / "weights" / "llama" / "tokenizer.json"))      # any: no text is read
     export(MLLM([CLIPVision(tower)], Llama(llm), ConnectorConfig("mlp"), words, "vicuna_v1", ImageSpec(tower.image_size)), folder)
@@ -348,7 +349,8 @@ def bench_train(config):
         write_llava(folder)
         tokens = sum(TEXTS) + len(TEXTS) * 196
         longest = max(TEXTS) + 196
-        print(f"{len(TEXTS)} dialogues, {tokens:,} tokens, {1 - tokens / len(TEXTS) / longest:.0%} more places if padded to the longest")
+        padding = 1 - tokens / len(TEXTS) / longest
+        print(f"{len(TEXTS)} dialogues of {tokens:,} tokens; padded to the longest, {padding:.0%} would be padding")
         for stage in (1, 2):
             turns, flops = {name: [] for name in contenders}, train_flops(folder, stage)
             for _ in range(config.repeats):
@@ -357,13 +359,14 @@ def bench_train(config):
             found = result[f"stage{stage}"] = {"flops": flops}
             for name in contenders:
                 times = [one["seconds"] for one in turns[name]]
-                middle = statistics.median(times)
-                one = found[name] = {"seconds": middle, "least": min(times), "most": max(times), "tokens_per_second": tokens / middle,
-                                     "memory": max(one["memory"] for one in turns[name]), "loss": turns[name][0]["loss"],
-                                     "of_the_limit": flops / middle / result["limits"]["flops"]}
-                print(f"stage {stage}  {name:12} {middle:6.2f} s ({min(times):.2f} to {max(times):.2f}), {one['tokens_per_second']:5.0f} "
-                      f"tokens/s, {one['of_the_limit']:.0%} of the limit for {flops / 1e12:.2f} TFLOP, "
-                      f"{one['memory'] / 2 ** 30:.1f} GiB, loss {one['loss']:.4f}", flush=True)
+                seconds = statistics.median(times)
+                one = found[name] = {
+                    "seconds": seconds, "least": min(times), "most": max(times), "tokens_per_second": tokens / seconds,
+                    "of_the_limit": flops / seconds / result["limits"]["flops"], "loss": turns[name][0]["loss"],
+                    "memory": max(one["memory"] for one in turns[name])}
+                print(f"stage {stage}  {name:12} {seconds:6.2f} s ({min(times):.2f} to {max(times):.2f}), "
+                      f"{one['tokens_per_second']:5.0f} tokens/s, {one['of_the_limit']:.0%} of the limit for "
+                      f"{flops / 1e12:.2f} TFLOP, {one['memory'] / 2 ** 30:.1f} GiB, loss {one['loss']:.4f}", flush=True)
             if config.vs:
                 found["times_transformers"] = found["transformers"]["seconds"] / found["ours"]["seconds"]
                 print(f"stage {stage}  ours is {found['times_transformers']:.2f} times as fast")

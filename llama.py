@@ -177,12 +177,17 @@ def attend(q, k, v, mask, grouped):
     if not isinstance(mask, Packed):
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return x.transpose(1, 2).flatten(2)
-    if q.is_cuda and q.dtype != torch.float32:                       # one kernel for all; never run yet, for want of a GPU
-        q, k, v = (heads[0].transpose(0, 1) for heads in (q, k, v))  # (T, H, D), (T, G, D)
-        back = -1 if mask.window is None else mask.window - 1
-        return varlen_attn(q, k, v, mask.starts, mask.starts, mask.longest, mask.longest, window_size=(back, 0),
-                           enable_gqa=grouped).flatten(1)[None]
-    return attend_each(q, k, v, mask, grouped)
+    one_kernel = q.is_cuda and q.dtype != torch.float32
+    return (attend_in_one_kernel if one_kernel else attend_each)(q, k, v, mask, grouped)
+
+
+def attend_in_one_kernel(q, k, v, packed, grouped):
+    """Flash attention over all sequences of the row. Its kernel is CUDA's and has not been run: there was no GPU."""
+    q, k, v = (heads[0].transpose(0, 1) for heads in (q, k, v))      # (T, H, D); k and v: (T, G, D)
+    back = -1 if packed.window is None else packed.window - 1        # how many before itself a token sees, -1: all
+    x = varlen_attn(q, k, v, packed.starts, packed.starts, packed.longest, packed.longest, window_size=(back, 0),
+                    enable_gqa=grouped)
+    return x.flatten(1)[None]  # (1, T, H·D)
 
 
 @torch.compiler.disable                                              # or it would be compiled anew for other lengths
@@ -200,10 +205,10 @@ def attend_by_products(q, k, v):
     """Causal attention as two matrix products, T x T scores and all. On a CPU, PyTorch's fused kernel works in float32 inside,
     at a tenth of the bfloat16 products' rate: up to some 1000 tokens this takes half its time, an eighth of a training step."""
     T, groups = q.shape[2], q.shape[1] // k.shape[1]
-    q, k, v = (heads.flatten(0, 1) for heads in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))     # (H, T, D)
+    q, k, v = q[0], k[0].repeat_interleave(groups, 0), v[0].repeat_interleave(groups, 0)  # (H, T, D) each
     future = torch.full((1, T, T), -torch.inf, dtype=q.dtype).triu(1)
-    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)      # (H, T, T)
-    return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)[None]                     # (1, T, H·D)
+    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)  # (H, T, T)
+    return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)[None]  # (1, T, H·D)
 
 
 class KVCache:

@@ -56,7 +56,7 @@ def test_the_reference_dialogues_are_those_that_the_docstring_names():
 
 
 def test_flops_by_formula_are_those_that_torch_counts(tmp_path):
-    """FlopCounterMode counts the products of a real step, to the last one; all but attention, whose CPU kernel it does not know."""
+    """FlopCounterMode counts the products of a real step, to the last; all but attention, whose CPU kernel it does not know."""
     from torch.utils.flop_counter import FlopCounterMode
     bench.write_llava(tmp_path / "llava", TOWER, LLM)
     texts = (40, 25)
@@ -64,12 +64,13 @@ def test_flops_by_formula_are_those_that_torch_counts(tmp_path):
         model, loss_of = bench.train_ours(tmp_path / "llava", stage, "cpu", texts)
         with FlopCounterMode(display=False) as counter:
             loss_of().backward()
-        attention = 2 * 4 * 2 * 17 ** 2 * 32 + 3 * 2 * 2 * 32 * sum((16 + length) ** 2 for length in texts)      # tower, LLM
+        attention = 2 * 4 * 2 * 17 ** 2 * 32 + 3 * 2 * 2 * 32 * sum((16 + length) ** 2 for length in texts)  # tower, LLM
         assert bench.train_flops(tmp_path / "llava", stage, texts) - attention == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["save"], "no such benchmark; there are load, train"), (["train", "--dtype=int8"], "--dtype=int8: bfloat16 or float32"), (["--vs=llamafile"], "only transformers can be compared with"),
+    (["save"], "no such benchmark; there are load, train"), (["train", "--dtype=int8"], "--dtype=int8: bfloat16 or float32"),
+    (["--vs=llamafile"], "only transformers can be compared with"),
     (["--repeats=0"], "must be 1 or more")])
 def test_what_cannot_be_measured_is_one_line(arguments, message):
     with pytest.raises(InputError, match=message):

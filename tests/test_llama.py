@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import llama
 from conftest import relative_error
 from hub import InputError
-from llama import KVCache, Llama, LlamaConfig, attend, attend_by_products, sample
+from llama import KVCache, Llama, LlamaConfig, Packed, attend, attend_by_products, attend_each, attend_in_one_kernel, sample
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("llama_*"))
 MULTI_HEAD = Path(__file__).parent / "fixtures" / "llama_multi_head"
@@ -133,12 +134,34 @@ def test_no_sequence_of_a_row_sees_another(settings):
 @pytest.mark.parametrize("groups", (4, 2))
 def test_attention_by_products_is_the_fused_one(groups):
     """In float64, where only the order of sums differs, with gradients; 1e-12 is far above its rounding."""
-    q, k, v = (torch.randn(1, heads, 9, 8, generator=seeded(heads), dtype=torch.float64).requires_grad_() for heads in (4, groups, groups))
-    weights, found = torch.randn(1, 9, 32, generator=seeded(5), dtype=torch.float64), []
+    q, k, v, weights = (torch.randn(shape, generator=seeded(place), dtype=torch.float64).requires_grad_() for place, shape in
+                        enumerate(((1, 4, 9, 8), (1, groups, 9, 8), (1, groups, 9, 8), (1, 9, 32))))
+    found = []
     for x in (attend_by_products(q, k, v), attend(q, k, v, None, groups < 4)):
         found.append((x, *torch.autograd.grad((x * weights).sum(), (q, k, v))))
     for ours, fused in zip(*found):
         assert relative_error(ours, fused) < 1e-12
+
+
+@pytest.mark.parametrize("window", (None, 4))
+def test_the_one_kernel_gets_what_it_documents(window, monkeypatch):
+    """It runs on CUDA only. Here a plain one takes its place, written after its documentation: q (T, H, D), where each sequence
+    starts, how far back and forth a token looks. The real one at least accepts the arguments: its shapes, on no device."""
+    packed = Packed(torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32), max(LENGTHS), window)
+    q, k, v = (torch.randn(1, heads, sum(LENGTHS), 8, generator=seeded(heads)) for heads in (4, 2, 2))
+
+    def plain(q, k, v, starts, key_starts, longest, longest_key, window_size, enable_gqa):
+        assert starts is key_starts and longest == longest_key == 12 and enable_gqa
+        sequence = torch.bucketize(torch.arange(len(q)), starts[1:], right=True)
+        behind = torch.arange(len(q))[:, None] - torch.arange(len(q))
+        mask = (sequence[:, None] == sequence) & (behind >= -window_size[1]) & ((behind <= window_size[0]) | (window_size[0] < 0))
+        heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    on_no_device = (x.bfloat16().to("meta") for x in (q, k, v))
+    accepted = attend_in_one_kernel(*on_no_device, packed._replace(starts=packed.starts.to("meta")), True)
+    monkeypatch.setattr(llama, "varlen_attn", plain)
+    one, each = attend_in_one_kernel(q, k, v, packed, True), attend_each(q, k, v, packed, True)
+    assert accepted.shape == one.shape == each.shape == (1, 25, 32) and relative_error(one, each) < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")                # torch's own
