@@ -2,7 +2,7 @@
 
     dataset[i]  Sample(images, turns, id)     LLaVA's JSON, Shikra's JSONL, or the embedded world (world.py)
       |  encode (dialogue.py), to_pixels (images.py)
-    Batch       pixels (I, 3, R, R), tokens (B, T), labels (B, T), positions (B, T), ids, skipped
+    Batch       pixels (I, 3, R, R), tokens (1, T), labels (1, T), lengths, shown, ids, skipped
       |  Loader                               order from (seed, epoch, rank), grouped by length, from any sample on
     the micro-batches of a step, for this rank
 
@@ -160,12 +160,14 @@ class ShikraData(LlavaData):
 
 @dataclass
 class Batch:
-    """Padded on the right. A picture is tokens_per_image times IMAGE in `tokens`: shapes are known before the model
-    runs. Where no sample is left, one row of one unsupervised token stands in, for a forward that adds nothing."""
-    pixels: torch.Tensor                                             # (I, 3, R, R) uint8, in the order of the marks
-    tokens: torch.Tensor                                             # (B, T); padding is 0
-    labels: torch.Tensor                                             # (B, T); tokens where supervised, else IGNORE
-    positions: torch.Tensor                                          # (B, T); 0, 1, 2, ...
+    """B dialogues packed into one row, one behind the other: T is the sum of their lengths, nothing is padded. A picture is
+    tokens_per_image times IMAGE in `tokens`: shapes are known before the model runs. Where no sample is left, one
+    unsupervised token stands in, for a forward that adds nothing."""
+    pixels: torch.Tensor                                             # (I, 3, R, R) uint8; a file that is shown twice is here once
+    tokens: torch.Tensor                                             # (1, T)
+    labels: torch.Tensor                                             # (1, T); tokens where supervised, else IGNORE
+    lengths: list                                                    # in tokens, of every dialogue
+    shown: torch.Tensor                                              # (marks,); which of the I pictures each mark shows
     ids: list                                                        # the samples' names, B of them (0 for a stand-in)
     skipped: list                                                    # (id, InputError) of the samples left out
 
@@ -179,18 +181,19 @@ class Batches(torch.utils.data.Dataset):
         self.tokens_per_image, self.max_length = tokens_per_image, max_length
 
     def __getitem__(self, indices):
-        examples, skipped = [], []                                   # an example: id, tokens, labels, pictures
+        examples, skipped, opened = [], [], {}                       # an example: id, tokens, labels, pictures
         for index in indices:
             name = f"sample {index}"
             try:
                 images, turns, name = self.dataset[index]
-                examples.append((name, *self.example(images, turns)))
+                examples.append((name, *self.example(images, turns, opened)))
             except InputError as error:
                 skipped.append((name, error))
         return collate(examples, skipped, self.spec.size)
 
-    def example(self, images, turns):
-        """A sample -> tokens and labels, pictures expanded, and the pictures' pixels."""
+    def example(self, images, turns, opened):
+        """A sample -> tokens and labels, pictures expanded, and the pictures' pixels. opened: {file: its pixels} of this
+        batch, so that a file is decoded once."""
         ids, labels = encode(self.tokenizer, turns, self.template)
         ids, labels = cut_to_length(ids, labels, self.max_length, self.tokens_per_image)
         if all(label == IGNORE for label in labels):
@@ -198,29 +201,33 @@ class Batches(torch.utils.data.Dataset):
                                  f"not even the first turn fits into {self.max_length} tokens"))
         repeats = [self.tokens_per_image if token == IMAGE else 1 for token in ids]
         images = images[:ids.count(IMAGE)]                           # turns that were cut off may have had pictures
-        images = [open_image(image) if isinstance(image, (str, Path)) else image for image in images]
+        for image in images:
+            if isinstance(image, (str, Path)) and image not in opened:
+                opened[image] = to_pixels(open_image(image), self.spec)
         return ([token for token, times in zip(ids, repeats) for _ in range(times)],
                 [label for label, times in zip(labels, repeats) for _ in range(times)],
-                [to_pixels(image, self.spec) for image in images])
+                [opened[image] if isinstance(image, (str, Path)) else to_pixels(image, self.spec) for image in images])
 
 
 def collate(examples, skipped, size):
     """[(id, tokens, labels, pictures), ...] -> Batch."""
-    length = max((len(tokens) for _, tokens, _, _ in examples), default=1)
-    batch_tokens = torch.zeros(max(len(examples), 1), length, dtype=torch.long)      # (B, T)
-    batch_labels = torch.full_like(batch_tokens, IGNORE)
-    for row, (_, tokens, labels, _) in enumerate(examples):
-        batch_tokens[row, :len(tokens)] = torch.tensor(tokens)
-        batch_labels[row, :len(labels)] = torch.tensor(labels)
-    pixels = [picture for _, _, _, pictures in examples for picture in pictures]
-    return Batch(torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8), batch_tokens,
-                 batch_labels, torch.arange(length).expand_as(batch_tokens), [name for name, *_ in examples], skipped)
+    names, tokens, labels, pictures = zip(*examples) if examples else ([], [[0]], [[IGNORE]], [])
+    pictures = [picture for of_one in pictures for picture in of_one]
+    distinct = {id(picture): picture for picture in pictures}        # the same tensor twice is the same file
+    places = {key: place for place, key in enumerate(distinct)}
+    return Batch(torch.stack([*distinct.values()]) if distinct else torch.zeros(0, 3, size, size, dtype=torch.uint8),
+                 torch.tensor([token for row in tokens for token in row])[None],
+                 # the first token of a dialogue is predicted by none: before it stands the last one of another
+                 torch.tensor([label for row in labels for label in [IGNORE, *row[1:]]])[None],
+                 [len(row) for row in tokens], torch.tensor([places[id(picture)] for picture in pictures], dtype=torch.long),
+                 list(names), skipped)
 
 
 def order(n, seed, epoch, lengths=None, global_batch=1, window=16):
     """The order in which an epoch visits samples 0..n-1: a pure function of its arguments. Shuffled; then, given
-    lengths, every `window` global batches are sorted by length and cut into batches of alike samples (less padding),
-    and the batches are shuffled. A last batch that is not full stays last, so that the others stay whole."""
+    lengths, every `window` global batches are sorted by length and cut into batches of alike samples (micro-batches and
+    ranks then have as much to do), and the batches are shuffled. A last batch that is not full stays last, so that the
+    others stay whole."""
     generator = np.random.default_rng([seed, epoch])
     indices = generator.permutation(n).tolist()
     if lengths is None:

@@ -8,9 +8,9 @@ LLaVA's design (arXiv 2304.08485), with the towers and connectors of COMM (2310.
       | connector                                                      connector.py
     visual tokens (I, M, C)              M a picture, as wide as the LLM
       | take the places of the IMAGE ids in the text's embeddings
-    embeddings (B, T, C)
+    embeddings (B, T, C)                 in training (1, T, C): the dialogues of a batch one behind the other, no padding
       | LLaMA (or Phi)                                                 llama.py, phi.py
-    logits (n, V) at the n supervised positions -> sum of their cross-entropies
+    logits (n, V) at the n supervised positions, a few hundred at a time -> sum of their cross-entropies
 
 A trained model is one folder that needs nothing else: config.json (towers, connector, LLM, template), model.safetensors,
 tokenizer.json and preprocessor_config.json.
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
 from connector import ConnectorConfig, TowerShape, layers_needed, make_connector, visual_tokens
@@ -41,6 +42,7 @@ TOWERS = {"clip": (CLIPVision, CLIPVisionConfig), "clip_vision_model": (CLIPVisi
           "vit": (ViT, ViTConfig), "deit": (ViT, ViTConfig), "vit_mae": (ViT, ViTConfig),
           "deit3": (ViT, ViTConfig), "timm_wrapper": (ViT, ViTConfig)}        # the second: transformers' name for timm's models
 LLMS = {"llama": Llama, "mistral": Llama, "qwen2": Llama, "phi": Phi}
+LOGITS = 2 ** 26                                                     # so many at once in training: 256 MiB in float32
 
 
 def tower_class(model_type, where):
@@ -112,8 +114,9 @@ class MLLM(nn.Module):
                 hidden.append([h[:, tower.num_prefix_tokens:] for h in tower(pixels, layers)])        # (I, N, D) each
         return self.connector(hidden)
 
-    def embed(self, tokens, pixels):
-        """tokens (B, T), where every picture stands as M times IMAGE; pixels of those pictures in order -> (B, T, C)."""
+    def embed(self, tokens, pixels, shown=None):
+        """tokens (B, T), where every picture stands as M times IMAGE; pixels (I, 3, R, R) -> (B, T, C). The pictures stand in
+        order, or `shown` (marks,) says which of them each mark shows: one that several dialogues are about is seen once."""
         is_image = tokens == IMAGE                                   # (B, T)
         embeds = self.llm.embed(tokens.masked_fill(is_image, 0))     # (B, T, C)
         if len(pixels) == 0:
@@ -122,19 +125,30 @@ class MLLM(nn.Module):
                 return embeds
             blank = pixels.new_zeros(1, *pixels.shape[1:])           # text only: every rank of DDP must still touch what
             return embeds + 0 * self.see(blank).sum()                # sees, or the others wait for its gradients
-        visual = self.see(pixels).flatten(0, 1).to(embeds.dtype)     # (I·M, C)
+        visual = self.see(pixels).to(embeds.dtype)                   # (I, M, C)
+        visual = (visual if shown is None else visual[shown]).flatten(0, 1)      # (marks·M, C)
         # the i-th IMAGE of the batch is visual token i: a gather needs no transfer to the host, as masked_scatter would
         index = (is_image.flatten().cumsum(0) - 1).clamp(0, len(visual) - 1).view_as(tokens)
         return torch.where(is_image[..., None], visual[index], embeds)
 
-    def forward(self, pixels, tokens, labels, positions=None):
-        """pixels uint8 (I, 3, R, R); tokens, labels, positions (B, T) as in data.Batch -> (sum of the cross-entropies of the
-        supervised tokens, their number), float32. The caller divides: by the number in the whole global batch, not this
-        one's. Logits are computed at supervised positions only; of a dialogue that is a third, of a caption less."""
-        hidden = self.llm(embeds=self.embed(tokens, pixels), positions=positions, hidden_only=True)    # (B, T, C)
+    def forward(self, pixels, tokens, labels, lengths=None, shown=None):
+        """pixels uint8 (I, 3, R, R); tokens, labels (1, T), lengths and shown as in data.Batch, or tokens and labels (B, T),
+        padded on the right -> (sum of the cross-entropies of the supervised tokens, their number), float32. The caller
+        divides: by the number in the whole global batch, not this one's."""
+        hidden = self.llm(embeds=self.embed(tokens, pixels, shown), lengths=lengths, hidden_only=True)     # (B, T, C)
         supervised = labels[:, 1:] != IGNORE                         # position t predicts token t + 1
-        logits = self.llm.logits(hidden[:, :-1][supervised])         # (n, V)
-        return F.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction="sum"), supervised.sum()
+        # Logits at supervised positions only: of a dialogue that is a third, of a caption less. And not all of them at once:
+        # of 2048 positions and a vocabulary of 128K they are 1 GiB in float32, their gradient another.
+        hidden, labels = hidden[:, :-1][supervised], labels[:, 1:][supervised]       # (n, C), (n,)
+        rows = max(1, LOGITS // self.llm.config.vocab_size)
+        parts = [self.cross_entropy(*part) if len(hidden) <= rows else
+                 checkpoint(self.cross_entropy, *part, use_reentrant=False)          # the backward pass computes them again
+                 for part in zip(hidden.split(rows), labels.split(rows))]
+        return torch.stack(parts).sum(), supervised.sum()
+
+    def cross_entropy(self, hidden, labels):
+        """hidden (n, C), labels (n,) -> the sum over n, float32."""
+        return F.cross_entropy(self.llm.logits(hidden).float(), labels, reduction="sum")
 
     # --- generation --------------------------------------------------------------------------------------------------
 

@@ -17,10 +17,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from hub import InputError, fields_of
-from llama import ACTIVATIONS, Llama, LlamaConfig, check_config, read_rope, rope_frequencies, rotate
+from llama import ACTIVATIONS, Llama, LlamaConfig, attend, check_config, read_rope, rope_frequencies, rotate
 
 
 @dataclass
@@ -87,8 +86,7 @@ class Attention(nn.Module):
                 for heads in (q, k))
         if cache is not None:
             k, v = cache.write(self.layer, k, v, positions)  # (B, G, max_length, D) each, at prefill as they were
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
-        return self.dense(x.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+        return self.dense(attend(q, k, v, mask, self.grouped))  # (B, T, C)
 
 
 class MLP(nn.Module):

@@ -11,11 +11,7 @@ Stage 1 teaches the connector to speak the LLM's language, on captions; stage 2 
 run writes, under --out: log.jsonl, checkpoints/ (only what is trained, with the optimizer: for --resume and for the next
 stage) and model/ (the whole model, for sample.py and eval.py).
 """
-import json
 import math
-import multiprocessing
-import os
-import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -23,7 +19,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset
 
@@ -32,6 +27,7 @@ import cli
 from connector import ConnectorConfig
 from data import LlavaData, Loader, ShikraData
 from hub import InputError
+from launch import Log, Ranks, run_folder, say
 from llava import load_connector
 from mllm import MLLM
 from world import World
@@ -193,21 +189,22 @@ def train_stage(config, stage, model, dataset, run, ranks):
         factor = learning_rate(step, steps, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        # every rank learns how many tokens the whole global batch supervises, how many it holds, and who was asked to stop
-        supervised = sum((batch.labels[:, 1:] >= 0).sum() for batch in micro_batches)
-        held = sum(int((batch.tokens != 0).sum()) for batch in micro_batches)
-        totals = ranks.sum(torch.tensor([float(supervised), float(held), float(ranks.stop)], dtype=torch.float64))
+        # every rank learns how many tokens the whole global batch supervises, how many it holds, and whether one should stop
+        supervised = sum((batch.labels >= 0).sum().item() for batch in micro_batches)
+        held = sum(batch.tokens.numel() for batch in micro_batches if batch.ids)
+        supervised, held, stop = ranks.sum(torch.tensor([supervised, held, ranks.stop], dtype=torch.float64)).tolist()
         losses = []
         for i, batch in enumerate(micro_batches):
             last = i + 1 == len(micro_batches)
             with nullcontext() if last or ranks.size == 1 else network.no_sync():
                 with torch.autocast(ranks.device.type, torch.bfloat16, enabled=use_bf16):
-                    loss, _ = network(*(t.to(ranks.device, non_blocking=True) for t in
-                                        (batch.pixels, batch.tokens, batch.labels, batch.positions)))
+                    pixels, tokens, labels, shown = (tensor.to(ranks.device, non_blocking=True) for tensor in
+                                                     (batch.pixels, batch.tokens, batch.labels, batch.shown))
+                    loss, _ = network(pixels, tokens, labels, batch.lengths, shown)
                 # DDP averages over ranks, so ranks.size undoes that: the gradient is that of sum / number of the global batch
-                (loss * (ranks.size / max(1.0, totals[0].item()))).backward()
+                (loss * (ranks.size / max(1, supervised))).backward()
                 losses.append(loss.detach())
-        loss = ranks.sum(torch.stack(losses).sum()).item() / max(1.0, totals[0].item())
+        loss = ranks.sum(torch.stack(losses).sum()).item() / max(1, supervised)
         norm = torch.nn.utils.clip_grad_norm_([p for part in trained.values() for p in part], config.clip).item()
         if math.isfinite(loss) and math.isfinite(norm):              # both are the same on every rank, so all decide alike
             optimizer.step()
@@ -221,19 +218,17 @@ def train_stage(config, stage, model, dataset, run, ranks):
                 raise InputError(f"ten steps in a row without a finite loss, stopped at step {step}; the last checkpoint under "
                                  f"{run}/checkpoints is good: lower the learning rate, then --resume")
         optimizer.zero_grad(set_to_none=True)
-        tokens_seen += totals[1].item()
-        stop = totals[2] > 0
-        if len(loader.skipped) > skipped:
-            for name, error in list(loader.skipped.items())[skipped:]:
-                print(f"skipped {name}: {error}", file=sys.stderr)
-            skipped = len(loader.skipped)
+        tokens_seen += held
+        for name, error in list(loader.skipped.items())[skipped:]:
+            print(f"skipped {name}: {error}", file=sys.stderr)
+        skipped = len(loader.skipped)
         if step % config.log_every == 0 or step + 1 == steps or stop:
             now = time.time()
             left = (now - began) / (step + 1 - start) * (steps - step - 1)
             say(main, f"stage {stage}  step {step:5d}/{steps}  loss {loss:.4f}  lr {own['lr'] * factor:.2e}  "
                       f"{tokens_seen / max(now - since, 1e-9):,.0f} tokens/s  {left // 60:.0f}m{left % 60:02.0f}s left")
             writer.write({"stage": stage, "step": step, "loss": loss, "lr": own["lr"] * factor, "gradient_norm": norm,
-                          "tokens": int(totals[1]), "supervised": int(totals[0]), "tokens_per_second":
+                          "tokens": int(held), "supervised": int(supervised), "tokens_per_second":
                           round(tokens_seen / max(now - since, 1e-9)), "skipped": skipped, "seconds": round(now - began, 1)})
             tokens_seen, since = 0, now
         if stop or step + 1 == steps or (step + 1) % config.save_every == 0:
@@ -242,77 +237,6 @@ def train_stage(config, stage, model, dataset, run, ranks):
             say(main, f"stopped at step {step + 1} of stage {stage}, saved; go on with --resume")
             return False
     return True
-
-
-class Log:
-    """log.jsonl, and TensorBoard or wandb where asked for; rank 0 alone writes."""
-
-    def __init__(self, config, run, main):
-        self.main, self.path, self.board, self.wandb = main, run / "log.jsonl", None, None
-        for name in config.log:
-            if name not in ("tensorboard", "wandb"):
-                raise InputError(f"--log={name}: tensorboard or wandb")
-            try:
-                if name == "tensorboard":
-                    from torch.utils.tensorboard import SummaryWriter
-                    self.board = SummaryWriter(run) if main else None
-                else:
-                    import wandb
-                    self.wandb = (wandb.run or wandb.init(project="mllm", config=asdict(config))) if main else None
-            except ImportError:
-                raise InputError(f"--log={name}: not installed; pip install {name}") from None
-
-    def write(self, record):
-        if self.main:
-            finite = {key: value if math.isfinite(value) else None for key, value in record.items()}       # JSON has no NaN
-            with open(self.path, "a") as file:
-                file.write(json.dumps(finite) + "\n")
-            if self.board:
-                for key in ("loss", "lr", "gradient_norm", "tokens_per_second"):
-                    self.board.add_scalar(f"stage{record['stage']}/{key}", record[key], record["step"])
-            if self.wandb:
-                self.wandb.log({f"stage{record['stage']}/{key}": value for key, value in record.items()})
-
-
-class Ranks:
-    """This process among those that torchrun started (or alone): its rank, its device, sums over all of them, and whether it
-    was asked to stop."""
-
-    def __init__(self, device):
-        self.rank, self.size, self.stop = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), False
-        self.device = cli.pick_device(device)
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
-        if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask_to_stop)
-
-    def ask_to_stop(self, number, frame):
-        if self.stop:                                                # asked twice: at once
-            sys.exit(128 + number)
-        self.stop = True
-        if multiprocessing.parent_process() is None:                 # a loader's worker has this handler too, and says nothing
-            say(self.rank == 0, "\nfinishing this step, then saving (once more: stop at once)")
-
-    def sum(self, tensor):
-        """Sum over all processes; a tensor on the CPU stays there."""
-        if self.size > 1:
-            moved = tensor.to(self.device)
-            dist.all_reduce(moved)
-            tensor = moved.to(tensor.device)
-        return tensor
-
-    def barrier(self):
-        if self.size > 1:
-            dist.barrier()
-
-
-def say(main, text):
-    if main:
-        print(text, flush=True)
 
 
 def check(config):
@@ -331,25 +255,6 @@ def check(config):
         parts = getattr(config, key)
         if not parts or set(parts) - set(PARTS):
             raise InputError(f"--{key}={','.join(parts)}: what learns is one or more of {', '.join(PARTS)}")
-
-
-def run_folder(config):
-    """Where this run lives. A run that is there already is never written over."""
-    goes_on = config.resume or (config.stage == 2 and not config.init)
-    name = lambda i: Path("out") / (config.connector + (f"-{i}" if i > 1 else ""))
-    free = next(i for i in range(1, 10_000) if not name(i).exists())
-    if goes_on and free == 1 and not config.out:
-        raise InputError(f"nothing to go on with under {name(1)}: name the run with --out, or run stage 1 first")
-    run = Path(config.out) if config.out else name(free - 1 if goes_on else free)
-    held = [stage for stage in (1, 2) if checkpoint.newest_last(run / "checkpoints", stage)]
-    last = (config.stage or 2) if config.resume else (config.stage or 1) - 1     # the last stage that may be there
-    if held and held[-1] > last or not goes_on and (run / "model").exists():
-        raise InputError(f"{run}: holds a run{f' of stage {held[-1]}' if held else ''} already; " + (
-            "leave out --stage=1 to go on with it" if config.resume else "--resume goes on with it, another --out starts anew"))
-    for stage in held if config.resume else []:
-        if config.stage in (0, stage):
-            checkpoint.check_same(config, checkpoint.newest_last(run / "checkpoints", stage)[-1])
-    return run
 
 
 def main(arguments):
@@ -392,9 +297,7 @@ def main(arguments):
                       + table(evaluate(model, count=200)))
         say(True, f"\nnext: python sample.py --model={run}/model   (answers beside the truth, and a picture with boxes)\n"
                   f"      python eval.py --model={run}/model")
-    ranks.barrier()
-    if ranks.size > 1:
-        dist.destroy_process_group()
+    ranks.close()
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.utils.data import ConcatDataset
 
+import data
 import dialogue
-from data import LlavaData, Loader, Sample, ShikraData, order
+from data import LlavaData, Loader, Sample, ShikraData, collate, order
 from dialogue import IGNORE, IMAGE, TEMPLATES, cut_to_length, encode, end_ids, find_template, load_tokenizer, render
 from hub import InputError
 from images import BadImage, ImageSpec, format_box, open_image, pad_box, parse_box, to_pixels, unpad_box
@@ -585,7 +586,12 @@ def same(a, b):
                and x.ids == y.ids for x, y in zip(sum(a, []), sum(b, []), strict=True))
 
 
-def test_a_batch_has_its_pictures_tokens_labels_and_positions(small):
+def rows(batch):
+    """Its dialogues apart again: [(tokens, labels), ...]."""
+    return [*zip(batch.tokens[0].split(batch.lengths), batch.labels[0].split(batch.lengths), strict=True)]
+
+
+def test_a_batch_has_its_pictures_tokens_and_labels_and_no_padding(small):
     class Mixed(Listed):
         def __getitem__(self, i):
             black, white = np.zeros((8, 8, 3), np.uint8), Image.new("RGB", (4, 2), "white")
@@ -594,18 +600,33 @@ def test_a_batch_has_its_pictures_tokens_labels_and_positions(small):
 
     (batch, ), = take(loader(Mixed(3), small, global_batch=3), 1)
     assert sorted(batch.ids) == ["n7", "text", "two"] and batch.skipped == []
-    assert batch.pixels.shape == (3, 3, 8, 8) and batch.pixels.dtype == torch.uint8
-    assert batch.tokens.shape == batch.labels.shape == batch.positions.shape and batch.tokens.dtype == torch.long
-    for row, name in enumerate(batch.ids):
+    assert batch.pixels.shape == (3, 3, 8, 8) and batch.pixels.dtype == torch.uint8 and batch.shown.tolist() == [0, 1, 2]
+    assert batch.tokens.shape == batch.labels.shape == (1, sum(batch.lengths)) and batch.tokens.dtype == torch.long
+    for (tokens, labels), name in zip(rows(batch), batch.ids):
         marks = {"n7": 1, "text": 0, "two": 2}[name]
-        assert (batch.tokens[row] == IMAGE).sum() == 4 * marks
-        supervised = batch.labels[row] != IGNORE
-        assert torch.equal(batch.labels[row][supervised], batch.tokens[row][supervised])
-        assert batch.positions[row].tolist() == list(range(batch.tokens.shape[1]))
-        length = supervised.nonzero().max() + 1                      # the end token is the last; behind it is padding
-        assert (batch.tokens[row, length:] == 0).all() and (batch.labels[row, length:] == IGNORE).all()
+        assert (tokens == IMAGE).sum() == 4 * marks
+        supervised = labels != IGNORE
+        assert torch.equal(labels[supervised], tokens[supervised])
+        assert supervised[-1] and not supervised[0]                  # the end token is the last; none predicts the first
     row_of_picture = [name for name in batch.ids for _ in range({"n7": 1, "text": 0, "two": 2}[name])]
     assert batch.pixels[row_of_picture.index("n7")].unique().tolist() == [7]
+
+
+def test_the_first_token_of_a_dialogue_is_never_supervised_by_the_one_before_it():
+    batch = collate([("a", [5, 6], [5, 6], []), ("b", [7, 8, 9], [7, IGNORE, 9], [])], [], 8)
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9]] and batch.lengths == [2, 3]
+    assert batch.labels.tolist() == [[IGNORE, 6, IGNORE, IGNORE, 9]]
+
+
+def test_a_file_that_several_dialogues_are_about_is_decoded_and_held_once(small, rgb, tmp_path, monkeypatch):
+    saved(rgb, tmp_path / "a.png"), saved(rgb.rotate(180), tmp_path / "b.png")
+    shown = ["a.png", "b.png", "a.png", "a.png"]
+    records = [{"id": f"n{i}", "image": name, "conversations": talk("<image>q", "a")} for i, name in enumerate(shown)]
+    decoded = []
+    monkeypatch.setattr(data, "open_image", lambda path: decoded.append(path) or open_image(path))
+    (batch, ), = take(loader(LlavaData(write(tmp_path / "a.json", records), tmp_path), small, global_batch=4, micro_batch=4), 1)
+    assert len(decoded) == len(batch.pixels) == 2
+    assert [Path(decoded[place]).name for place in batch.shown] == [shown[int(name[1:])] for name in batch.ids]
 
 
 def test_a_batch_of_text_has_an_empty_pixel_tensor(small):
@@ -628,18 +649,18 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
     assert all(first != other for other in others)
 
 
-def test_grouping_by_length_lowers_the_share_of_padding(small):
+def test_grouping_by_length_gives_ranks_and_micro_batches_alike_work(small):
     class Blind(Listed):
         def length(self, i):
             return 0
 
     lengths = np.random.default_rng(0).integers(1, 90, 200).tolist()
 
-    def share(cls):
-        batches = sum(take(loader(cls(200, lengths.__getitem__), small, global_batch=16, micro_batch=4), 24), [])
-        ends = [(labels != IGNORE).nonzero().max().item() + 1 for batch in batches for labels in batch.labels]
-        return 1 - sum(ends) / sum(batch.tokens.numel() for batch in batches)
-    assert share(Listed) < 0.5 * share(Blind)
+    def unevenness(cls):
+        steps = take(loader(cls(200, lengths.__getitem__), small, global_batch=16, micro_batch=4), 12)
+        totals = [[sum(batch.lengths) for batch in step] for step in steps]
+        return np.mean([max(total) / np.mean(total) - 1 for total in totals])
+    assert unevenness(Listed) < 0.5 * unevenness(Blind)
 
 
 def test_ranks_share_a_global_batch_without_repeats(small):
@@ -741,7 +762,7 @@ def test_a_rank_with_nothing_left_still_makes_its_forwards(small):
             assert len(step) == 2
             for batch in step:
                 if not batch.ids:
-                    assert batch.tokens.shape == (1, 1) and batch.labels.tolist() == [[IGNORE]]
+                    assert batch.tokens.shape == (1, 1) and batch.labels.tolist() == [[IGNORE]] and batch.lengths == [1]
                     assert batch.pixels.shape == (0, 3, 8, 8)
     assert not ranks[2][0][1].ids                                    # three samples on two ranks: one, and a stand-in
 
@@ -768,5 +789,5 @@ def test_real_photographs_become_batches(real):
     loading = Loader(dataset, tokenizer, "vicuna_v1", ImageSpec(112), 16, 2048, 16, 8)
     for step in take(loading, 4):
         for batch in step:
-            assert (batch.tokens == IMAGE).sum() == 16 * len(batch.pixels) and batch.pixels.float().std() > 20
+            assert (batch.tokens == IMAGE).sum() == 16 * len(batch.shown) and batch.pixels.float().std() > 20
     assert loading.seen == 64 and not loading.skipped

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import llama
 from conftest import relative_error
 from hub import InputError
-from llama import KVCache, Llama, LlamaConfig, sample
+from llama import KVCache, Llama, LlamaConfig, Packed, attend, attend_by_products, attend_each, attend_in_one_kernel, sample
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("llama_*"))
 MULTI_HEAD = Path(__file__).parent / "fixtures" / "llama_multi_head"
@@ -98,6 +99,92 @@ def test_gradients_reach_as_far_back_as_the_windows(settings, windows):
     model(embeds=embeds)[0, -1].logsumexp(-1).backward()
     reached = embeds.grad[0].norm(dim=-1) > 0
     assert reached.tolist() == [i >= 11 - 3 * windows for i in range(12)]
+
+
+LENGTHS = [7, 1, 12, 5]
+PACKED = [{}, dict(sliding_window=4), dict(sliding_window=4, qkv_bias=True, max_window_layers=1), dict(num_key_value_heads=4)]
+
+
+@pytest.mark.parametrize("settings", PACKED, ids=str)
+def test_sequences_packed_into_one_row_are_as_each_alone(settings):
+    """Logits and all gradients, float32: the same products, summed in another order."""
+    model, row = small(**settings), prompts(1, sum(LENGTHS))
+    logits = model(row, lengths=LENGTHS)
+    logits.logsumexp(-1).sum().backward()
+    packed = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    alone = torch.cat([model(piece) for piece in row.split(LENGTHS, dim=1)], dim=1)
+    alone.logsumexp(-1).sum().backward()
+    assert relative_error(logits, alone) < 1e-6
+    for ours, parameter in zip(packed, model.parameters()):
+        assert relative_error(ours, parameter.grad) < 1e-5
+
+
+@pytest.mark.parametrize("settings", PACKED, ids=str)
+def test_no_sequence_of_a_row_sees_another(settings):
+    """Bit for bit: every other token of the row exchanged."""
+    model, row = small(**settings), prompts(1, sum(LENGTHS))
+    other = (row + 1) % 61
+    other[:, 8:20] = row[:, 8:20]                                    # the third stays as it is
+    with torch.no_grad():
+        same = (model(row, lengths=LENGTHS) == model(other, lengths=LENGTHS)).all(-1)[0]
+    assert same[8:20].all() and not same[:8].any() and not same[20:].any()
+
+
+@pytest.mark.parametrize("groups", (4, 2))
+def test_attention_by_products_is_the_fused_one(groups):
+    """In float64, where only the order of sums differs, with gradients; 1e-12 is far above its rounding."""
+    q, k, v, weights = (torch.randn(shape, generator=seeded(place), dtype=torch.float64).requires_grad_() for place, shape in
+                        enumerate(((1, 4, 9, 8), (1, groups, 9, 8), (1, groups, 9, 8), (1, 9, 32))))
+    found = []
+    for x in (attend_by_products(q, k, v), attend(q, k, v, None, groups < 4)):
+        found.append((x, *torch.autograd.grad((x * weights).sum(), (q, k, v))))
+    for ours, fused in zip(*found):
+        assert relative_error(ours, fused) < 1e-12
+
+
+@pytest.mark.parametrize("window", (None, 4))
+def test_the_one_kernel_gets_what_it_documents(window, monkeypatch):
+    """It runs on CUDA only. Here a plain one takes its place, written after its documentation: q (T, H, D), where each sequence
+    starts, how far back and forth a token looks. The real one at least accepts the arguments: its shapes, on no device."""
+    packed = Packed(torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32), max(LENGTHS), window)
+    q, k, v = (torch.randn(1, heads, sum(LENGTHS), 8, generator=seeded(heads)) for heads in (4, 2, 2))
+
+    def plain(q, k, v, starts, key_starts, longest, longest_key, window_size, enable_gqa):
+        assert starts is key_starts and longest == longest_key == 12 and enable_gqa
+        sequence = torch.bucketize(torch.arange(len(q)), starts[1:], right=True)
+        behind = torch.arange(len(q))[:, None] - torch.arange(len(q))
+        mask = (sequence[:, None] == sequence) & (behind >= -window_size[1]) & ((behind <= window_size[0]) | (window_size[0] < 0))
+        heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    on_no_device = (x.bfloat16().to("meta") for x in (q, k, v))
+    accepted = attend_in_one_kernel(*on_no_device, packed._replace(starts=packed.starts.to("meta")), True)
+    monkeypatch.setattr(llama, "varlen_attn", plain)
+    one, each = attend_in_one_kernel(q, k, v, packed, True), attend_each(q, k, v, packed, True)
+    assert accepted.shape == one.shape == each.shape == (1, 25, 32) and relative_error(one, each) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")                # torch's own
+def test_rows_of_any_lengths_share_the_graphs_of_the_first_row():
+    """Compiled block by block, as train.py does, by the backend that only traces. Attention is the one thing that stays out of
+    the graphs, and only where there is no single kernel for all sequences: not on CUDA."""
+    import torch._dynamo
+    plain, compiled = small(), small()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in compiled.layers:
+        block.compile(dynamic=True, backend="aot_eager")
+    for number, lengths in enumerate(([9, 4], [3, 30, 2, 8, 1], [25], [6, 6, 6], [1, 2])):
+        row, gradients = prompts(1, sum(lengths)), []
+        for model in (plain, compiled):
+            model.zero_grad()
+            with torch._dynamo.config.patch(error_on_recompile=number > 0):
+                model(row, lengths=lengths).logsumexp(-1).sum().backward()
+            gradients.append(model.layers[0].self_attn.q_proj.weight.grad)
+        assert relative_error(*gradients) < 1e-5
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert len(breaks) == 1 and "attend_each" in next(iter(breaks))
+    torch._dynamo.reset()
 
 
 def test_rope_sees_only_distances_between_positions():

@@ -1,10 +1,10 @@
 """mllm.py: where pictures enter the text, what the loss sums, what is generated, and the folder that holds it all."""
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import recorded
+from conftest import recorded, relative_error
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -89,7 +89,7 @@ def test_loss_is_the_cross_entropy_of_full_logits_at_answers(build, kind):
     model = build(kind)
     samples = [with_pictures(sample) for sample in (TEXT, ONE, TWO, LATER)]
     batch = batch_of(model, *samples)
-    loss, number = model(batch.pixels, batch.tokens, batch.labels, batch.positions)
+    loss, number = model(batch.pixels, batch.tokens, batch.labels, batch.lengths, batch.shown)
     slow, supervised = 0.0, 0
     for images, turns in samples:
         ids, labels = encode(model.tokenizer, turns, model.template)
@@ -115,7 +115,7 @@ def test_loss_is_the_cross_entropy_of_full_logits_at_answers(build, kind):
 def test_loss_is_float32_also_where_the_model_is_not(build):
     model = build().to(torch.bfloat16)
     batch = batch_of(model, with_pictures(ONE))
-    loss, _ = model(batch.pixels, batch.tokens, batch.labels, batch.positions)
+    loss, _ = model(batch.pixels, batch.tokens, batch.labels, batch.lengths, batch.shown)
     assert loss.dtype == torch.float32 and loss.isfinite()
 
 
@@ -141,21 +141,106 @@ def test_a_picture_matters_only_to_its_own_sample_and_only_from_its_mark_on(buil
     changed = batch.pixels.clone()
     changed[1] = 255 - changed[1]                                    # the second picture of the first sample
     def hidden(pixels):
-        return model.llm(embeds=model.embed(batch.tokens, pixels), hidden_only=True)
-    same = (hidden(batch.pixels) == hidden(changed)).all(-1)
+        return model.llm(embeds=model.embed(batch.tokens, pixels, batch.shown), lengths=batch.lengths, hidden_only=True)
+    same = (hidden(batch.pixels) == hidden(changed)).all(-1)[0]
     begin = (batch.tokens[0] == IMAGE).nonzero()[16].item()          # its first token, after the sixteen of the first picture
-    assert same[1:].all() and same[0, :begin].all() and not same[0, begin:].any()
+    end = batch.lengths[0]
+    assert same[:begin].all() and not same[begin:end].any() and same[end:].all()
+
+
+def loss_and_gradients(model, *batches):
+    """Of the sum over batches -> (loss, number, {name: gradient})."""
+    model.zero_grad()
+    found = [model(batch.pixels, batch.tokens, batch.labels, batch.lengths, batch.shown) for batch in batches]
+    loss, number = sum(loss for loss, _ in found), sum(number for _, number in found)
+    loss.backward()
+    return loss.item(), number, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ("dense", "comm"))
+def test_dialogues_packed_into_a_row_give_loss_and_gradients_of_each_alone(build, kind):
+    """Float32, other shapes: sums in another order, 1e-7 a sum, and up to some 1e-5 where large terms of a gradient cancel."""
+    model = build(kind)
+    samples = [with_pictures(sample) for sample in (TEXT, ONE, TWO, LATER)]
+    loss, number, gradients = loss_and_gradients(model, batch_of(model, *samples))
+    alone, count, expected = loss_and_gradients(model, *(batch_of(model, sample) for sample in samples))
+    assert number == count and abs(loss - alone) < 1e-5 * loss and gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        # a bias on all keys alike changes no attention: its gradient is zero but for rounding
+        assert relative_error(gradient, expected[name]) < 1e-4 or name.endswith("attn.k.bias"), name
+
+
+def test_dialogues_padded_on_the_right_give_the_same_loss_and_gradients(build):
+    model = build()
+    batch = batch_of(model, *map(with_pictures, (TEXT, ONE, TWO, LATER)))
+    loss, number, gradients = loss_and_gradients(model, batch)
+    tokens, labels = (torch.nn.utils.rnn.pad_sequence(row[0].split(batch.lengths), batch_first=True, padding_value=filling)
+                      for row, filling in ((batch.tokens, 0), (batch.labels, IGNORE)))   # (B, T)
+    padded = replace(batch, tokens=tokens, labels=labels, lengths=None)
+    alone, count, expected = loss_and_gradients(model, padded)
+    assert number == count and abs(loss - alone) < 1e-5 * loss
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected[name]) < 1e-4 or name.endswith("attn.k.bias"), name
 
 
 @torch.no_grad()
-def test_padding_and_neighbours_change_nothing(build):
+def test_a_dialogue_changes_nothing_for_its_neighbours_in_the_row(build):
+    """The second of three keeps its loss, bit for bit, whatever stands before and behind it in as many tokens."""
     model = build()
-    rows = [with_pictures(sample) for sample in (TEXT, ONE, TWO, LATER)]
-    together = batch_of(model, *rows)
-    loss, number = model(together.pixels, together.tokens, together.labels, together.positions)
-    parts = [model(b.pixels, b.tokens, b.labels, b.positions) for b in (batch_of(model, row) for row in rows)]
-    assert number == sum(n for _, n in parts)
-    assert abs(loss - sum(part for part, _ in parts)) < 1e-5 * loss     # other shapes, other order of summation
+    batch = batch_of(model, *map(with_pictures, (TWO, ONE, LATER)))
+    own = torch.arange(batch.tokens.shape[1]) - batch.lengths[0]
+    own = (own >= 0) & (own < batch.lengths[1])
+    labels = batch.labels.masked_fill(~own, IGNORE)
+    loss, number = model(batch.pixels, batch.tokens, labels, batch.lengths, batch.shown)
+    tokens = torch.where(own | (batch.tokens == IMAGE), batch.tokens, 7)
+    pixels = batch.pixels.clone()
+    pixels[[0, 1, 3, 4]] = 255 - pixels[[0, 1, 3, 4]]                # all but its own picture
+    assert number > 10 and loss == model(pixels, tokens, labels, batch.lengths, batch.shown)[0]
+
+
+@pytest.mark.parametrize("trained", ("llm", "connector"))
+@pytest.mark.parametrize("logits", (1, 2000, 2 ** 26))
+def test_logits_in_chunks_give_loss_and_gradients_of_all_at_once(build, trained, logits, monkeypatch):
+    """One position at a time, a few, all: 1e-7 a float32 sum in another order."""
+    model = build().requires_grad_(False)
+    getattr(model, trained).requires_grad_(True)
+    batch = batch_of(model, *map(with_pictures, (TEXT, ONE, LATER)))
+    hidden = model.llm(embeds=model.embed(batch.tokens, batch.pixels, batch.shown), lengths=batch.lengths, hidden_only=True)
+    expected = torch.nn.functional.cross_entropy(model.llm.logits(hidden)[0, :-1], batch.labels[0, 1:], reduction="sum")
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    monkeypatch.setattr(mllm, "LOGITS", logits)
+    loss, number, ours = loss_and_gradients(model, batch)
+    assert abs(loss - expected) < 1e-5 * loss and ours.keys() == gradients.keys() != set()
+    assert all(relative_error(ours[name], gradients[name]) < 1e-5 for name in ours)
+
+
+def test_a_frozen_llm_computes_no_gradient_of_its_weights(build):
+    """Stage 1: what flows back to the connector passes the LLM; no node of the graph holds one of its weights to learn."""
+    model = build().requires_grad_(False)
+    model.connector.requires_grad_(True)
+    batch = batch_of(model, *map(with_pictures, (TEXT, ONE)))
+    loss, _ = model(batch.pixels, batch.tokens, batch.labels, batch.lengths, batch.shown)
+    nodes, leaves = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        leaves |= {node.variable} if hasattr(node, "variable") else set()
+        nodes += [parent for parent, _ in node.next_functions if parent is not None]
+    assert leaves == set(model.connector.parameters())
+
+
+def test_a_picture_that_two_dialogues_are_about_is_seen_once(build, tmp_path):
+    model = build()
+    Image.fromarray(picture(0)).save(tmp_path / "0.png")
+    seen = []
+    model.vision[0].register_forward_hook(lambda tower, inputs, output: seen.append(len(inputs[0])))
+    file, turns = str(tmp_path / "0.png"), ONE[1]
+    other = [("<image>\nIs it red?", "Yes, it is.")]
+    loss, _, gradients = loss_and_gradients(model, batch_of(model, ([file], turns), ([file], other)))
+    assert seen == [1]
+    twice, _, expected = loss_and_gradients(model, batch_of(model, ([file], turns)), batch_of(model, ([file], other)))
+    assert abs(loss - twice) < 1e-5 * loss
+    assert all(relative_error(gradients[name], expected[name]) < 1e-4 for name in gradients if name.startswith("connector."))
 
 
 def test_a_batch_of_text_reaches_the_connector_with_zero_gradients(build):
@@ -167,13 +252,13 @@ def test_a_batch_of_text_reaches_the_connector_with_zero_gradients(build):
         model.requires_grad_(False)
         getattr(model, trained).requires_grad_(True)
         model.zero_grad()
-        model(batch.pixels, batch.tokens, batch.labels, batch.positions)[0].backward()
+        model(batch.pixels, batch.tokens, batch.labels, batch.lengths, batch.shown)[0].backward()
         reached = [p.grad for p in getattr(model, trained).parameters() if p.grad is not None]
         assert len(reached) > 3 and all((grad == 0).all() for grad in reached)
     model.requires_grad_(False)
     with torch.no_grad():                                            # nothing learns: nothing is looked at
         model.see = None
-        assert model(batch.pixels, batch.tokens, batch.labels, batch.positions)[0] > 0
+        assert model(batch.pixels, batch.tokens, batch.labels, batch.lengths, batch.shown)[0] > 0
 
 
 @pytest.mark.parametrize("kind, read", [("mlp", [5]), ("sti", [1, 3, 5]), ("dense", [0, 1, 2, 3, 4, 5]), ("comm", [1, 2, 3, 4, 5, 6])])
@@ -188,7 +273,7 @@ def test_towers_run_no_deeper_than_the_connector_reads_and_without_gradients(bui
                                         ran.append((number, output.requires_grad)))
     assert model.layers[0] == read
     batch = batch_of(model, with_pictures(ONE))
-    model(batch.pixels, batch.tokens, batch.labels, batch.positions)[0].backward()
+    model(batch.pixels, batch.tokens, batch.labels, batch.lengths, batch.shown)[0].backward()
     assert not any(requires_grad for _, requires_grad in ran)
     assert [number for number, _ in ran] == [*range(max(read)), *(range(5) if kind == "comm" else [])]
     assert all(p.grad is not None for p in model.connector.parameters())

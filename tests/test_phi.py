@@ -44,6 +44,13 @@ def test_tokens_added_to_the_cache_in_pieces_give_the_logits_of_the_whole(phi):
         assert relative_error(torch.cat(pieces, dim=1), phi(tokens)) < 1e-5
 
 
+def test_sequences_packed_into_one_row_are_as_each_alone(phi):
+    row, lengths = prompts(1, 25), [7, 1, 12, 5]
+    with torch.no_grad():
+        alone = torch.cat([phi(piece) for piece in row.split(lengths, dim=1)], dim=1)
+        assert relative_error(phi(row, lengths=lengths), alone) < 1e-6
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(phi):
     gradients = []
     for phi.gradient_checkpointing in (False, True):

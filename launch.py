@@ -1,0 +1,116 @@
+"""What surrounds training: the processes that torchrun started, the folder of the run, and its log.
+
+    Ranks         this process among the others: rank, device, sums over all, and whether it was asked to stop
+    run_folder    where a run lives, and whether it may
+    Log           log.jsonl, TensorBoard, wandb
+"""
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import checkpoint
+import cli
+from hub import InputError
+
+
+class Ranks:
+    """This process among those that torchrun started (or alone): its rank, its device, sums over all of them, and whether it
+    was asked to stop."""
+
+    def __init__(self, device):
+        self.rank, self.size, self.stop = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), False
+        self.device = cli.pick_device(device)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if self.size > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask_to_stop)
+
+    def ask_to_stop(self, number, frame):
+        if self.stop:                                                # asked twice: at once
+            sys.exit(128 + number)
+        self.stop = True
+        if multiprocessing.parent_process() is None:                 # a loader's worker has this handler too, and says nothing
+            say(self.rank == 0, "\nfinishing this step, then saving (once more: stop at once)")
+
+    def sum(self, tensor):
+        """Sum over all processes; a tensor on the CPU stays there."""
+        if self.size > 1:
+            moved = tensor.to(self.device)
+            dist.all_reduce(moved)
+            tensor = moved.to(tensor.device)
+        return tensor
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self):
+        self.barrier()
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def say(main, text):
+    if main:
+        print(text, flush=True)
+
+
+def run_folder(config):
+    """Where this run lives. A run that is there already is never written over."""
+    goes_on = config.resume or (config.stage == 2 and not config.init)
+    name = lambda i: Path("out") / (config.connector + (f"-{i}" if i > 1 else ""))
+    free = next(i for i in range(1, 10_000) if not name(i).exists())
+    if goes_on and free == 1 and not config.out:
+        raise InputError(f"nothing to go on with under {name(1)}: name the run with --out, or run stage 1 first")
+    run = Path(config.out) if config.out else name(free - 1 if goes_on else free)
+    held = [stage for stage in (1, 2) if checkpoint.newest_last(run / "checkpoints", stage)]
+    last = (config.stage or 2) if config.resume else (config.stage or 1) - 1     # the last stage that may be there
+    if held and held[-1] > last or not goes_on and (run / "model").exists():
+        raise InputError(f"{run}: holds a run{f' of stage {held[-1]}' if held else ''} already; " + (
+            "leave out --stage=1 to go on with it" if config.resume else "--resume goes on with it, another --out starts anew"))
+    for stage in held if config.resume else []:
+        if config.stage in (0, stage):
+            checkpoint.check_same(config, checkpoint.newest_last(run / "checkpoints", stage)[-1])
+    return run
+
+
+class Log:
+    """log.jsonl, and TensorBoard or wandb where asked for; rank 0 alone writes."""
+
+    def __init__(self, config, run, main):
+        self.main, self.path, self.board, self.wandb = main, run / "log.jsonl", None, None
+        for name in config.log:
+            if name not in ("tensorboard", "wandb"):
+                raise InputError(f"--log={name}: tensorboard or wandb")
+            try:
+                if name == "tensorboard":
+                    from torch.utils.tensorboard import SummaryWriter
+                    self.board = SummaryWriter(run) if main else None
+                else:
+                    import wandb
+                    self.wandb = (wandb.run or wandb.init(project="mllm", config=asdict(config))) if main else None
+            except ImportError:
+                raise InputError(f"--log={name}: not installed; pip install {name}") from None
+
+    def write(self, record):
+        if self.main:
+            finite = {key: value if math.isfinite(value) else None for key, value in record.items()}       # JSON has no NaN
+            with open(self.path, "a") as file:
+                file.write(json.dumps(finite) + "\n")
+            if self.board:
+                for key in ("loss", "lr", "gradient_norm", "tokens_per_second"):
+                    self.board.add_scalar(f"stage{record['stage']}/{key}", record[key], record["step"])
+            if self.wandb:
+                self.wandb.log({f"stage{record['stage']}/{key}": value for key, value in record.items()})
