@@ -66,8 +66,9 @@ def load(folder, model, optimizer=None):
 def check_same(config, folder):
     """A resumed run must be the run that was stopped."""
     state = read_json(folder / "state.json")
+    saved = asdict(type(config)()) | state["config"]                 # an option that is newer than the run had its default
     free = ("resume", "out", "stage", "device", "log", "log_every", "save_every", "evaluate", "workers", "compile", "micro_batch")
     for key, value in asdict(config).items():
-        if key not in free and state["config"].get(key) != value:
-            raise InputError(f"{folder}: was trained with --{key}={state['config'].get(key)}, not {value}: resume with the "
+        if key not in free and saved[key] != value:
+            raise InputError(f"{folder}: was trained with --{key}={saved[key]}, not {value}: resume with the "
                              "same options, or start anew with another --out")

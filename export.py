@@ -4,9 +4,11 @@
     python export.py --model=out/dense/model --to=out/dense-llava   sti, sci, dci, efficient: the Dense Connector's own layout
     python export.py --model=out/dense/model --to=out/llm --format=llama        its LLM alone: LlamaForCausalLM (or its kind)
     python export.py --model=out/comm/model --to=out/dino --format=tower --tower=1     a tower alone: CLIPVisionModel, Dinov2Model
+    python export.py --model=out/dense/checkpoints/stage2-0000500 --to=out/early        a run's checkpoint, its LoRA merged
 
---model is anything that sample.py takes, so a public checkpoint of one layout comes out in the other. sample.py and eval.py read
-both layouts back. What a layout cannot say is an error: comm has two towers, and nothing but our own folder has room for them.
+--model is anything that sample.py takes, so a public checkpoint of one layout comes out in the other. Or it is a checkpoint of a
+run, which holds only what is trained: the rest is read where that run read it. sample.py and eval.py read both layouts back.
+What a layout cannot say is an error: comm has two towers, and nothing but our own folder has room for them.
 """
 import json
 import shutil
@@ -16,10 +18,13 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, processors
 
+import checkpoint
 import cli
+import lora
+import train
 from clip import CLIPVision, SigLIPVision
 from dialogue import MARK, named
-from hub import InputError, locate, newest_model, open_safetensors, save_checkpoint, tensor_files
+from hub import InputError, locate, newest_model, open_safetensors, read_json, save_checkpoint, tensor_files
 from llava import DENSE, KNOWN_TOWERS, TOWER
 from mllm import MLLM, replace_folder
 
@@ -29,11 +34,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class Config:
-    model: str = ""                      # folder or hub id of a multimodal model; empty: the newest under out/
+    model: str = ""                      # folder or hub id of a multimodal model, or a run's checkpoint; empty: newest under out/
     to: str = ""                         # folder to write
     format: str = ""                     # llava-hf, llava, llama, tower; empty: llava-hf for linear and mlp, llava for the others
     tower: int = 0                       # which tower, of a model that has two
-    dtype: str = ""                      # float32, bfloat16, float16; empty: as the model is stored
+    dtype: str = ""                      # float32, bfloat16, float16; empty: as the model is stored (a run's checkpoint: float32)
 
 
 # --- the four formats: model -> {file name: content}, tensors, config.json's object -----------------------------------
@@ -176,6 +181,15 @@ def stored_dtype(folder):
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(set(found), key=found.count), torch.float32)
 
 
+def read_run(folder):
+    """A checkpoint of a run (checkpoint.py) -> the whole MLLM, float32, adapters merged."""
+    state = read_json(folder / "state.json")
+    model = train.build_stage(train.Config(**state["config"]), state["stage"], folder.resolve().parents[1], "cpu")
+    checkpoint.load(folder, model)
+    lora.merge(model.llm)
+    return model.eval()
+
+
 def export(model, folder, format="", index=0):
     """Write an MLLM in one of FORMATS -> the format. The folder appears whole or not at all. Raises InputError where the format
     has no place for something."""
@@ -205,7 +219,10 @@ def main(arguments):
     if Path(config.to).exists() and not (Path(config.to) / "config.json").exists():
         raise InputError(f"--to={config.to}: exists and is no checkpoint; name a folder that may be written")
     source = locate(config.model or newest_model())
-    model = MLLM.from_pretrained(source, DTYPES[config.dtype] if config.dtype else stored_dtype(source))
+    if (source / "state.json").exists():
+        model = read_run(source).to(DTYPES[config.dtype or "float32"])
+    else:
+        model = MLLM.from_pretrained(source, DTYPES[config.dtype] if config.dtype else stored_dtype(source))
     format = export(model, config.to, config.format, config.tower)
     print(f"wrote {config.to} ({format})")
 

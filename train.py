@@ -5,11 +5,12 @@
     python train.py config/dense_7b.toml --data1=... --image_dir=...       a paper's recipe on your data
     torchrun --nproc_per_node=8 train.py config/dense_7b.toml              the same on 8 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...    on two nodes
+    python train.py config/dense_7b.toml --lora_rank=128 ...               the LLM by adapters (lora.py)
     python train.py --resume                                               go on after a stop, bit for bit
 
 Stage 1 teaches the connector to speak the LLM's language, on captions; stage 2 trains connector and LLM, on dialogues. What a
 run writes, under --out: log.jsonl, checkpoints/ (only what is trained, with the optimizer: for --resume and for the next
-stage) and model/ (the whole model, for sample.py and eval.py).
+stage), model/ (the whole model, for sample.py and eval.py) and with LoRA adapter/ (what it adds to the LLM, alone).
 """
 import math
 import sys
@@ -24,6 +25,7 @@ from torch.utils.data import ConcatDataset
 
 import checkpoint
 import cli
+import lora
 from connector import ConnectorConfig
 from data import LlavaData, Loader, ShikraData
 from hub import InputError
@@ -69,10 +71,13 @@ class Config:
     steps2: int = 1000                   # optimizer steps of stage 2; 0: epochs2 says
     epochs1: float = 1                   # passes over the data, where steps1 is 0
     epochs2: float = 1                   # the same for stage 2
+    lora_rank: int = 0                   # the LLM learns through adapters of this rank (lora.py); 0: all of it learns
+    lora_alpha: int = 0                  # what they add counts alpha / rank times; 0: twice the rank, as in the paper's recipe
     # optimisation
     lr1: float = 2e-3                    # peak learning rate of stage 1
     lr2: float = 6e-4                    # peak learning rate of stage 2, of the LLM and the towers
     connector_lr2: float = 3e-3          # of the connector in stage 2; 0: lr2
+    lora_lr2: float = 0.0                # of the LLM's adapters in stage 2; 0: lr2
     warmup: float = 0.03                 # share of the steps in which the learning rate rises; then a cosine to zero
     weight_decay: float = 0.0            # AdamW's
     beta2: float = 0.98                  # AdamW's second moment; the papers use 0.999
@@ -91,6 +96,9 @@ class Config:
     activation_checkpointing: bool = False  # recompute the LLM's blocks in the backward pass: less memory, a third slower
     workers: int = 0                     # loader processes a rank; 0: in line
 
+    def __post_init__(self):
+        self.lora_alpha = self.lora_alpha or 2 * self.lora_rank
+
 
 # --- what a stage needs -----------------------------------------------------------------------------------------------
 
@@ -105,6 +113,32 @@ def build_model(config, device):
     torch.manual_seed(config.seed)                                   # the connector's start
     return MLLM.assemble(config.vision or tiny, config.llm or HERE / "weights" / "llama", shape, config.template or None,
                          config.image_size or None, config.image_mode, config.tokenizer or None, device=device)
+
+
+def build_stage(config, stage, run, device, main=True):
+    """The model that a stage starts from: the weights that were named, adapters if the LLM has learnt through them by then, and
+    what the stage before it has learnt."""
+    model = build_model(config, device)                              # anew for stage 2: from the very weights that were named
+    if config.lora_rank and any("llm" in settings(config, past)["train"] for past in (1, 2)[:stage]):
+        lora.adapt(model.llm, config.lora_rank, config.lora_alpha)
+    if stage == 2 and config.init != "new":
+        former = [Path(config.init)] if config.init else checkpoint.newest_last(run / "checkpoints", 1)
+        if not former:
+            raise InputError(f"stage 2 starts from stage 1's connector, and {run}/checkpoints has none: run stage 1 first, or "
+                             "name a checkpoint with --init=FOLDER (--init=new starts from a random connector)")
+        if config.init and not (former[-1] / "state.json").exists():
+            load_connector(model, config.init)                       # no run of ours: a connector alone, or a public model's
+        else:
+            state = checkpoint.load(former[-1], model)
+            if state["step"] < state["steps"]:
+                say(main, f"note: {former[-1]} is unfinished, step {state['step']} of {state['steps']}")
+            alpha = state["config"].get("lora_alpha", 0)             # 0: its LLM learnt without adapters, if at all
+            if "llm" in state["config"][f"train{state['stage']}"] and config.lora_rank and alpha not in (0, config.lora_alpha):
+                raise InputError(f"{former[-1]}: was trained with --lora_alpha={alpha}, not {config.lora_alpha}: its adapters "
+                                 "would count differently")
+    if "llm" not in settings(config, stage)["train"]:
+        lora.merge(model.llm)                                        # stage 1's, which this stage leaves as they are
+    return model
 
 
 def build_data(config, stage):
@@ -128,18 +162,23 @@ def build_data(config, stage):
 
 
 def choose_trained(model, parts, keep_frozen_small):
-    """Set requires_grad: `parts` learn, the others are frozen. Returns {part: its trained parameters}."""
+    """Set requires_grad: `parts` learn, the others are frozen; of an LLM with adapters only they learn, and are a part of their
+    own, "lora". Returns {part: its trained parameters}."""
+    adapters = list(lora.adapters(model.llm).values())
     for part in PARTS:
-        module = getattr(model, part)
-        module.requires_grad_(part in parts)
-        if part == "llm" and part not in parts and keep_frozen_small:
-            module.to(torch.bfloat16)                                # a frozen LLM needs no float32 master copy
+        getattr(model, part).requires_grad_(part in parts and not (part == "llm" and adapters))
+    for adapter in adapters:
+        adapter.requires_grad_("llm" in parts)
+    for parameter in model.llm.parameters() if keep_frozen_small else ():
+        if not parameter.requires_grad:                              # what is frozen needs no float32 master copy
+            parameter.data = parameter.data.to(torch.bfloat16)
     for tower, layers in zip(model.vision, model.layers):            # nothing beyond the deepest layer read can learn
         for name, parameter in tower.named_parameters():
             depth = int(name.split(".")[1]) if name.startswith("blocks.") else 0
             if depth >= max(layers) or name.startswith(("norm.", "norm_post.", "classifier", "distillation_c", "mask_token")):
                 parameter.requires_grad_(False)
-    return {part: [p for p in getattr(model, part).parameters() if p.requires_grad] for part in parts}
+    trained = {part: [p for p in getattr(model, part).parameters() if p.requires_grad] for part in parts}
+    return {"lora" if part == "llm" and adapters else part: parameters for part, parameters in trained.items()}
 
 
 def learning_rate(step, steps, warmup):
@@ -156,7 +195,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
     use_bf16 = ranks.device.type == "cuda" if config.bf16 is None else config.bf16
     trained = choose_trained(model, own["train"], keep_frozen_small=use_bf16 and ranks.device.type == "cuda")
     steps = own["steps"] or math.ceil(own["epochs"] * len(dataset) / own["batch"])
-    rates = {part: own.get("connector_lr") or own["lr"] if part == "connector" else own["lr"] for part in trained}
+    rates = {part: own.get(f"{part}_lr") or own["lr"] for part in trained}     # connector_lr2, lora_lr2
     optimizer = torch.optim.AdamW([{"params": trained[part], "peak": rates[part]} for part in trained], lr=own["lr"],
                                   betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
     start = 0
@@ -176,6 +215,9 @@ def train_stage(config, stage, model, dataset, run, ranks):
         network = DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
 
     count = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in PARTS}
+    if "lora" in trained:
+        count["lora"] = sum(p.numel() for p in trained["lora"])
+        count["llm"] -= count["lora"]
     say(main, f"\nstage {stage}: " + ", ".join(f"{part} {count[part] / 1e6:.2f}M {'trained' if part in trained else 'frozen'}"
                                               for part in count))
     say(main, f"  {len(dataset):,} samples, {steps} steps of {own['batch']}, {model.tokens_per_image} visual tokens a picture, "
@@ -247,7 +289,8 @@ def check(config):
         raise InputError("--init says where stage 2 starts: it goes with --stage=2")
     if config.image_mode not in ("pad", "crop", "stretch"):
         raise InputError(f"--image_mode={config.image_mode}: pad, crop or stretch")
-    least = dict(batch1=1, batch2=1, micro_batch=1, log_every=1, save_every=1, max_length=1, steps1=0, steps2=0, seed=0, workers=0)
+    least = dict(batch1=1, batch2=1, micro_batch=1, log_every=1, save_every=1, max_length=1, steps1=0, steps2=0, seed=0,
+                 workers=0, lora_rank=0, lora_alpha=0, lora_lr2=0)
     for key, value in least.items():
         if getattr(config, key) < value:
             raise InputError(f"--{key}={getattr(config, key)}: should be {value} or more")
@@ -255,6 +298,10 @@ def check(config):
         parts = getattr(config, key)
         if not parts or set(parts) - set(PARTS):
             raise InputError(f"--{key}={','.join(parts)}: what learns is one or more of {', '.join(PARTS)}")
+    if config.lora_rank and "llm" not in config.train1 + config.train2:
+        raise InputError(f"--lora_rank={config.lora_rank}: adapters are the LLM's, and neither --train1 nor --train2 trains llm")
+    if not config.lora_rank and (config.lora_alpha or config.lora_lr2):
+        raise InputError("--lora_alpha and --lora_lr2 are those of adapters, and without --lora_rank there are none")
 
 
 def main(arguments):
@@ -267,18 +314,7 @@ def main(arguments):
     say(ranks.rank == 0, f"{config.connector} connector, run folder {run}")
     datasets = {stage: build_data(config, stage) for stage in stages}
     for stage in stages:
-        model = build_model(config, ranks.device)                    # anew for stage 2: from the very weights that were named
-        if stage == 2 and config.init != "new":
-            former = [Path(config.init)] if config.init else checkpoint.newest_last(run / "checkpoints", 1)
-            if not former:
-                raise InputError(f"stage 2 starts from stage 1's connector, and {run}/checkpoints has none: run stage 1 first, or "
-                                 "name a checkpoint with --init=FOLDER (--init=new starts from a random connector)")
-            if config.init and not (former[-1] / "state.json").exists():
-                load_connector(model, config.init)                   # no run of ours: a connector alone, or a public model's
-            else:
-                state = checkpoint.load(former[-1], model)
-                if state["step"] < state["steps"]:
-                    say(ranks.rank == 0, f"note: {former[-1]} is unfinished, step {state['step']} of {state['steps']}")
+        model = build_stage(config, stage, run, ranks.device, ranks.rank == 0)
         if ranks.device.type == "cuda" if config.compile is None else config.compile:
             for blocks in [model.llm.layers, *(tower.blocks for tower in model.vision)]:
                 for block in blocks:                                 # block by block: quick to compile, no break at its borders
@@ -289,6 +325,10 @@ def main(arguments):
         if not finished:
             break
     if finished and ranks.rank == 0:
+        if lora.adapters(model.llm):
+            lora.save(model.llm, run / "adapter", config.lora_rank, config.lora_alpha,
+                      str(config.llm or HERE / "weights" / "llama"))
+            lora.merge(model.llm)
         model.eval().save(run / "model")
         say(True, f"\nwrote {run}/model after {time.time() - began:.0f} s")
         if config.evaluate and "world" in (config.data1 if config.stage == 1 else config.data2):
