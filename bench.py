@@ -224,7 +224,7 @@ def train_ours(folder, stage, device, texts=TEXTS):
     from mllm import MLLM
     from train import choose_trained
     model = MLLM.from_pretrained(folder, device=device).train()
-    choose_trained(model, ["connector"] if stage == 1 else ["connector", "llm"], False)
+    choose_trained(model, ["connector"] if stage == 1 else ["connector", "llm"])
     batch = collate(dialogues(model.spec.size, model.tokens_per_image, texts), [], model.spec.size)
     pixels, tokens, labels, shown = (tensor.to(device) for tensor in (batch.pixels, batch.tokens, batch.labels, batch.shown))
 

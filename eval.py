@@ -155,6 +155,9 @@ def questions(task, count):
     while len(found) < count:
         objects, picture = test_scene(index)
         turn = world.any_question(task, objects, world.generator("test", index, 2))
+        if turn and task == "rec":                                   # held against the box itself, not its rounded text
+            box = next(o.box for o in objects if o.name in turn[0])
+            turn = turn[0], "[" + ",".join(f"{value:.4f}" for value in box) + "]"
         if turn:
             found.append((picture, *turn))
         index += 1

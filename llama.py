@@ -30,7 +30,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from hub import InputError, fields_of, load_weights, locate, on_meta, read_config, read_json, save_checkpoint
@@ -183,6 +182,7 @@ def attend(q, k, v, mask, grouped):
 
 def attend_in_one_kernel(q, k, v, packed, grouped):
     """Flash attention over all sequences of the row. Its kernel is CUDA's and has not been run: there was no GPU."""
+    from torch.nn.attention.varlen import varlen_attn                # here, since it imports the compiler: that takes seconds
     q, k, v = (heads[0].transpose(0, 1) for heads in (q, k, v))      # (T, H, D); k and v: (T, G, D)
     back = -1 if packed.window is None else packed.window - 1        # how many before itself a token sees, -1: all
     x = varlen_attn(q, k, v, packed.starts, packed.starts, packed.longest, packed.longest, window_size=(back, 0),
@@ -190,7 +190,6 @@ def attend_in_one_kernel(q, k, v, packed, grouped):
     return x.flatten(1)[None]  # (1, T, H·D)
 
 
-@torch.compiler.disable                                              # or it would be compiled anew for other lengths
 def attend_each(q, k, v, packed, grouped):
     """Attention sequence by sequence: a mask over the whole row would cost T² instead of the sum of their Tᵢ²."""
     lengths, pieces = packed.starts.diff().tolist(), []
@@ -199,6 +198,15 @@ def attend_each(q, k, v, packed, grouped):
         products = q.dtype == torch.bfloat16 and q.device.type == "cpu" and own is None and length <= 1024
         pieces.append(attend_by_products(q, k, v) if products else attend(q, k, v, own, grouped))
     return torch.cat(pieces, dim=1)
+
+
+def compile_blocks(blocks, **options):
+    """torch.compile, block by block: quick to compile, and no break at a block's borders. Attention sequence by sequence stays
+    outside, or it would be compiled anew for every set of lengths."""
+    global attend_each
+    attend_each = torch.compiler.disable(attend_each)                # not at import: this imports the compiler
+    for block in blocks:
+        block.compile(dynamic=True, **options)
 
 
 def attend_by_products(q, k, v):

@@ -84,9 +84,10 @@ class MLLM(nn.Module):
 
     @classmethod
     def assemble(cls, vision, llm, connector_config, template=None, image_size=None, image_mode="pad", tokenizer=None,
-                 dtype=torch.float32, device="cpu"):
+                 dtype=torch.float32, device="cpu", llm_dtype=None):
         """Public checkpoints, each named by folder or id, and a new connector -> MLLM. `vision`: a list. template None: the
-        one that the LLM's checkpoint names, else vicuna_v1. image_size None: the first tower's. Raises InputError."""
+        one that the LLM's checkpoint names, else vicuna_v1. image_size None: the first tower's. llm_dtype None: dtype.
+        Raises InputError."""
         folders = [locate(name) for name in vision]
         kinds = [read_config(folder).get("model_type", "timm_wrapper") for folder in folders]    # timm's own files name none
         towers = [tower_class(kind, folder)[0].from_pretrained(folder, dtype, device) for kind, folder in zip(kinds, folders)]
@@ -101,7 +102,8 @@ class MLLM(nn.Module):
             spec = ImageSpec(size, image_mode, spec.mean, spec.std, spec.resample)
         else:
             spec = ImageSpec(size, image_mode)
-        return cls(towers, kind.from_pretrained(llm_folder, dtype, device), connector_config, words, template, spec).to(device)
+        llm = kind.from_pretrained(llm_folder, llm_dtype or dtype, device)
+        return cls(towers, llm, connector_config, words, template, spec).to(device)
 
     # --- forward -----------------------------------------------------------------------------------------------------
 

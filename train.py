@@ -30,6 +30,7 @@ from connector import ConnectorConfig
 from data import LlavaData, Loader, ShikraData
 from hub import InputError
 from launch import Log, Ranks, run_folder, say
+from llama import compile_blocks
 from llava import load_connector
 from mllm import MLLM
 from world import World
@@ -64,18 +65,18 @@ class Config:
     image_dir: str = ""                  # folder of the pictures; empty: beside each data file
     template1: str = "plain"             # template of stage 1
     max_length: int = 2048               # tokens a dialogue, pictures included, or the LLM's context if shorter; the turns over it are cut
-    batch1: int = 32                     # samples an optimizer step, over all ranks and micro-batches
+    batch1: int = 16                     # samples an optimizer step, over all ranks and micro-batches
     batch2: int = 16                     # the same for stage 2
     micro_batch: int = 32                # samples a forward on one rank; a step takes as many forwards as it needs
-    steps1: int = 40                     # optimizer steps of stage 1; 0: epochs1 says
-    steps2: int = 1000                   # optimizer steps of stage 2; 0: epochs2 says
+    steps1: int = 150                    # optimizer steps of stage 1; 0: epochs1 says
+    steps2: int = 1500                   # optimizer steps of stage 2; 0: epochs2 says
     epochs1: float = 1                   # passes over the data, where steps1 is 0
     epochs2: float = 1                   # the same for stage 2
     lora_rank: int = 0                   # the LLM learns through adapters of this rank (lora.py); 0: all of it learns
     lora_alpha: int = 0                  # what they add counts alpha / rank times; 0: twice the rank, as in the paper's recipe
     # optimisation
-    lr1: float = 2e-3                    # peak learning rate of stage 1
-    lr2: float = 6e-4                    # peak learning rate of stage 2, of the LLM and the towers
+    lr1: float = 3e-3                    # peak learning rate of stage 1
+    lr2: float = 2e-3                    # peak learning rate of stage 2, of the LLM and the towers
     connector_lr2: float = 3e-3          # of the connector in stage 2; 0: lr2
     lora_lr2: float = 0.0                # of the LLM's adapters in stage 2; 0: lr2
     warmup: float = 0.03                 # share of the steps in which the learning rate rises; then a cosine to zero
@@ -87,7 +88,7 @@ class Config:
     out: str = ""                        # folder of the run; empty: out/<connector>, with a number where that is taken
     resume: bool = False                 # go on from the newest checkpoint of --out (or of the newest such run)
     save_every: int = 500                # steps between checkpoints; SIGINT and SIGTERM save as well
-    log_every: int = 10                  # steps between lines
+    log_every: int = 50                  # steps between lines
     log: list[str] = field(default_factory=lambda: [])  # tensorboard and/or wandb, beside log.jsonl
     evaluate: bool = True                # print the scores at the end, where the data is the embedded world
     device: str = "auto"                 # cuda, mps, cpu
@@ -102,23 +103,36 @@ class Config:
 
 # --- what a stage needs -----------------------------------------------------------------------------------------------
 
+def uses_bf16(config, device):
+    return torch.device(device).type == "cuda" if config.bf16 is None else config.bf16
+
+
 def settings(config, stage):
     """The fields of one stage, without the 1 or 2 at their end."""
     return {key[:-1]: value for key, value in asdict(config).items() if key.endswith(str(stage))}
 
 
-def build_model(config, device):
+def llm_dtype(config, stage, device):
+    """float32 for an LLM whose own weights learn. On CUDA under autocast another one needs no such master copy: it goes from
+    its bf16 file to the card as it is."""
+    learns = "llm" in settings(config, stage)["train"] and not config.lora_rank
+    small = torch.device(device).type == "cuda" and uses_bf16(config, device) and not learns
+    return torch.bfloat16 if small else torch.float32
+
+
+def build_model(config, device, stage=2):
     tiny = [HERE / "weights" / name for name in (("clip", "dinov2") if config.connector == "comm" else ("clip",))]
     shape = ConnectorConfig(config.connector, config.groups, config.merge, config.dino_depth, config.dino_expansion)
     torch.manual_seed(config.seed)                                   # the connector's start
     return MLLM.assemble(config.vision or tiny, config.llm or HERE / "weights" / "llama", shape, config.template or None,
-                         config.image_size or None, config.image_mode, config.tokenizer or None, device=device)
+                         config.image_size or None, config.image_mode, config.tokenizer or None, device=device,
+                         llm_dtype=llm_dtype(config, stage, device))
 
 
 def build_stage(config, stage, run, device, main=True):
     """The model that a stage starts from: the weights that were named, adapters if the LLM has learnt through them by then, and
     what the stage before it has learnt."""
-    model = build_model(config, device)                              # anew for stage 2: from the very weights that were named
+    model = build_model(config, device, stage)                       # anew for stage 2: from the very weights that were named
     if config.lora_rank and any("llm" in settings(config, past)["train"] for past in (1, 2)[:stage]):
         lora.adapt(model.llm, config.lora_rank, config.lora_alpha)
     if stage == 2 and config.init != "new":
@@ -161,7 +175,7 @@ def build_data(config, stage):
     return parts[0] if len(parts) == 1 else ConcatDataset(parts)
 
 
-def choose_trained(model, parts, keep_frozen_small):
+def choose_trained(model, parts):
     """Set requires_grad: `parts` learn, the others are frozen; of an LLM with adapters only they learn, and are a part of their
     own, "lora". Returns {part: its trained parameters}."""
     adapters = list(lora.adapters(model.llm).values())
@@ -169,9 +183,6 @@ def choose_trained(model, parts, keep_frozen_small):
         getattr(model, part).requires_grad_(part in parts and not (part == "llm" and adapters))
     for adapter in adapters:
         adapter.requires_grad_("llm" in parts)
-    for parameter in model.llm.parameters() if keep_frozen_small else ():
-        if not parameter.requires_grad:                              # what is frozen needs no float32 master copy
-            parameter.data = parameter.data.to(torch.bfloat16)
     for tower, layers in zip(model.vision, model.layers):            # nothing beyond the deepest layer read can learn
         for name, parameter in tower.named_parameters():
             depth = int(name.split(".")[1]) if name.startswith("blocks.") else 0
@@ -192,8 +203,8 @@ def learning_rate(step, steps, warmup):
 def train_stage(config, stage, model, dataset, run, ranks):
     """One stage on this rank. `run`: its folder. Returns False if it was asked to stop before the end."""
     own, main = settings(config, stage), ranks.rank == 0
-    use_bf16 = ranks.device.type == "cuda" if config.bf16 is None else config.bf16
-    trained = choose_trained(model, own["train"], keep_frozen_small=use_bf16 and ranks.device.type == "cuda")
+    use_bf16 = uses_bf16(config, ranks.device)
+    trained = choose_trained(model, own["train"])
     steps = own["steps"] or math.ceil(own["epochs"] * len(dataset) / own["batch"])
     rates = {part: own.get(f"{part}_lr") or own["lr"] for part in trained}     # connector_lr2, lora_lr2
     optimizer = torch.optim.AdamW([{"params": trained[part], "peak": rates[part]} for part in trained], lr=own["lr"],
@@ -317,8 +328,7 @@ def main(arguments):
         model = build_stage(config, stage, run, ranks.device, ranks.rank == 0)
         if ranks.device.type == "cuda" if config.compile is None else config.compile:
             for blocks in [model.llm.layers, *(tower.blocks for tower in model.vision)]:
-                for block in blocks:                                 # block by block: quick to compile, no break at its borders
-                    block.compile(dynamic=True)
+                compile_blocks(blocks)
         run.mkdir(parents=True, exist_ok=True)
         finished = train_stage(config, stage, model, datasets[stage], run, ranks)
         ranks.barrier()                                              # stage 2 reads what rank 0 saved

@@ -47,8 +47,8 @@ class Object:
         return [value / SIDE for value in (self.x, self.y, self.x + self.side, self.y + self.side)]
 
     @property
-    def box_text(self):
-        return "[" + ",".join(f"{value:.2f}" for value in self.box) + "]"
+    def box_text(self):                                              # in steps of 0.05: 21 numbers to learn, not 101
+        return "[" + ",".join(f"{round(value * 20) / 20:.2f}" for value in self.box) + "]"
 
 
 def generator(split, index, purpose):
@@ -56,12 +56,13 @@ def generator(split, index, purpose):
     return np.random.default_rng([("train", "test").index(split), index, purpose])
 
 
-def scene(split, index):
-    """Scene `index` of "train" or "test": its objects, no two of the same colour and shape, no two overlapping."""
+def scene(split, index, most=5):
+    """Scene `index` of "train" or "test": its objects, no two of the same colour and shape, no two overlapping. `most`: of
+    them at most so many (pretrain.py begins with few)."""
     rng = generator(split, index, 0)
     kinds = len(SHAPES) * len(COLOURS)                               # kind k: shape k // 8, colour k % 8
     while True:
-        count = rng.choice([1, 2, 3, 4, 5], p=[0.15, 0.2, 0.2, 0.2, 0.25])
+        count = min(most, rng.choice([1, 2, 3, 4, 5], p=[0.15, 0.2, 0.2, 0.2, 0.25]))
         chosen = rng.choice(kinds, size=count, replace=False)
         if count > 1 and rng.random() < 0.7:                         # else nearly every count of a colour or shape is 0 or 1
             shared = rng.choice(chosen)
@@ -120,9 +121,13 @@ def draw(objects, split, index):
     return np.clip(picture + rng.normal(0, 6, picture.shape), 0, 255).astype(np.uint8)
 
 
+def left_to_right(objects):
+    return sorted(objects, key=lambda o: o.x + o.side / 2)
+
+
 def caption(objects):
     """All objects from left to right."""
-    names = [f"a {o.name}" for o in sorted(objects, key=lambda o: o.x + o.side / 2)]
+    names = [f"a {o.name}" for o in left_to_right(objects)]
     return names[0] + "." if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1] + "."
 
 
@@ -181,18 +186,17 @@ def dialogue(objects, rng):
     away teaches to read, not to look. So a caption or a list, which gives all away, is a dialogue of its own."""
     draw = rng.random()
     if draw < 0.25:
-        return [question("caption", objects, rng) if draw < 0.1 else ("List the shapes.", listing(objects, rng))]
+        return [question("caption", objects, rng) if draw < 0.1 else ("List the shapes.", listing(left_to_right(objects)))]
     turns = [question("count", objects, rng, about=int(rng.integers(len(objects))))]
     for i in range(len(objects)):
-        task = ("rec", "rec", "reg", "reg", "presence", "presence", "attribute", "relation")[rng.integers(8)]
+        task = ("rec", "rec", "reg", "reg", "presence", "presence", "presence", "attribute", "relation")[rng.integers(9)]
         turns.append(question(task, objects, rng, about=i))
     return [turns[i] for i in rng.permutation(len(turns)) if turns[i]]
 
 
-def listing(objects, rng):
-    """All that is there, with boxes and in any order: "small red circle [..]; large blue cross [..]". A caption with boxes; and
-    the scene as a language model without eyes is told it."""
-    return "; ".join(f"{objects[i].name} {objects[i].box_text}" for i in rng.permutation(len(objects)))
+def listing(objects):
+    """All that is there, with boxes: "small red circle [..]; large blue cross [..]"."""
+    return "; ".join(f"{o.name} {o.box_text}" for o in objects)
 
 
 class World:
@@ -211,7 +215,7 @@ class World:
     def turns(self, index, objects):
         rng = generator(self.split, index, 2)
         if self.style == "caption":
-            return [("", caption(objects) if rng.random() < 0.5 else listing(objects, rng))]
+            return [("", caption(objects) if rng.random() < 0.5 else listing(left_to_right(objects)))]
         if self.style == "dialogue":
             return dialogue(objects, rng)
         turn = any_question(self.style, objects, rng)

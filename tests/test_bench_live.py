@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "llava"
     heads = dict(hidden_size=32, num_attention_heads=4, intermediate_size=64)
     bench.write_llava(folder, CLIPVisionConfig(num_hidden_layers=3, image_size=64, patch_size=16, **heads),
-                      LlamaConfig(vocab_size=700, num_hidden_layers=2, **heads))
+                      LlamaConfig(vocab_size=3000, num_hidden_layers=2, **heads))
     return folder
 
 

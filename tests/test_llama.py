@@ -159,7 +159,7 @@ def test_the_one_kernel_gets_what_it_documents(window, monkeypatch):
         return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
     on_no_device = (x.bfloat16().to("meta") for x in (q, k, v))
     accepted = attend_in_one_kernel(*on_no_device, packed._replace(starts=packed.starts.to("meta")), True)
-    monkeypatch.setattr(llama, "varlen_attn", plain)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain)
     one, each = attend_in_one_kernel(q, k, v, packed, True), attend_each(q, k, v, packed, True)
     assert accepted.shape == one.shape == each.shape == (1, 25, 32) and relative_error(one, each) < 1e-6
 
@@ -172,8 +172,7 @@ def test_rows_of_any_lengths_share_the_graphs_of_the_first_row():
     plain, compiled = small(), small()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for block in compiled.layers:
-        block.compile(dynamic=True, backend="aot_eager")
+    llama.compile_blocks(compiled.layers, backend="aot_eager")
     for number, lengths in enumerate(([9, 4], [3, 30, 2, 8, 1], [25], [6, 6, 6], [1, 2])):
         row, gradients = prompts(1, sum(lengths)), []
         for model in (plain, compiled):

@@ -232,7 +232,7 @@ def test_two_processes_give_the_losses_of_one(run, tmp_path):
 def test_stage_1_may_train_adapters_and_stage_2_goes_on_with_them_or_leaves_them(run, capsys):
     arguments, _ = run
     train.main([*arguments, "--out=run", "--stage=1", "--train1=connector,llm", "--lr1=1e-2"])
-    assert "connector 0.00M trained, llm 0.06M frozen, lora 0.00M trained" in capsys.readouterr().out
+    assert "connector 0.00M trained, llm 0.20M frozen, lora 0.00M trained" in capsys.readouterr().out
     first = weights()
     start, both = "--init=run/checkpoints/stage1-0000002", "--train1=connector,llm"
     for out, own in (("goes_on", ["--lora_lr2=1e-30", "--connector_lr2=1e-30"]),
@@ -248,15 +248,16 @@ def test_stage_1_may_train_adapters_and_stage_2_goes_on_with_them_or_leaves_them
         train.main([*without, "--out=other", "--stage=2", start])
 
 
-def test_the_frozen_base_is_bfloat16_and_what_learns_float32(tiny_folders):
+def test_the_frozen_base_is_bfloat16_and_what_learns_float32(tiny_folders, monkeypatch):
     """As on CUDA, here on the CPU: a forward under autocast, whose gradients are float32 and near those of float32."""
     arguments = [f"--vision={tiny_folders['clip']}", f"--llm={tiny_folders['llama']}", "--connector=mlp", "--lora_rank=4",
                  "--init=new"]
     tokens, gradients = torch.tensor([[2, *[IMAGE] * 16, 5, 6, 7, 8]]), {}
     for small in (False, True):
+        monkeypatch.setattr(train, "llm_dtype", lambda *_: torch.bfloat16 if small else torch.float32)
         model = train.build_stage(cli.parse(train.Config, arguments), 2, None, "cpu")
         random_B(model.llm)
-        trained = train.choose_trained(model, ["connector", "llm"], small)
+        trained = train.choose_trained(model, ["connector", "llm"])
         assert set(trained) == {"connector", "lora"} and {p.dtype for part in trained.values() for p in part} == {torch.float32}
         frozen = {p.dtype for p in model.llm.parameters() if not p.requires_grad}
         assert frozen == {torch.bfloat16 if small else torch.float32} and model.llm.rope_frequencies.dtype == torch.float32
@@ -266,6 +267,15 @@ def test_the_frozen_base_is_bfloat16_and_what_learns_float32(tiny_folders):
         assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     assert gradients[True].dtype == torch.float32
     assert 0 < relative_error(gradients[True], gradients[False]) < 0.05      # bf16 has 8 bits
+
+
+def test_only_an_llm_that_does_not_learn_itself_is_loaded_in_bfloat16():
+    """So a frozen 13 GB LLM, or one under LoRA, takes 13 GB of a card and not 26; a CPU and float32 training stay float32."""
+    def dtype(stage, device, *flags):
+        return train.llm_dtype(cli.parse(train.Config, [*flags]), stage, torch.device(device))
+    assert dtype(1, "cuda") == dtype(2, "cuda", "--lora_rank=4") == dtype(2, "cuda", "--train2=connector") == torch.bfloat16
+    assert dtype(2, "cuda") == dtype(1, "cuda", "--train1=connector,llm") == torch.float32
+    assert dtype(1, "cuda", "--bf16=false") == dtype(1, "cpu") == dtype(1, "cpu", "--bf16=true") == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")                # torch's own

@@ -255,7 +255,7 @@ def test_whatever_is_said_to_be_trained_gets_a_gradient(tower, world_tokenizer):
     from test_mllm import HEADS, MAKE
     llm = Llama(LlamaConfig(vocab_size=world_tokenizer.get_vocab_size(), intermediate_size=64, num_hidden_layers=1, **HEADS))
     model = MLLM([MAKE[tower]()], llm, ConnectorConfig("dense"), world_tokenizer, "tiny", ImageSpec(64))
-    trained = train.choose_trained(model, ["vision", "connector", "llm"], False)
+    trained = train.choose_trained(model, ["vision", "connector", "llm"])
     tokens = torch.tensor([[2, *[-200] * model.tokens_per_image, 5, 6]])
     model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), tokens, tokens.clamp(min=0))[0].backward()
     assert all(p.grad is not None for part in trained.values() for p in part)
@@ -612,7 +612,7 @@ def test_towers_whose_grids_differ_are_an_error_under_comm(flags, tiny_folders):
     assert "swap the two towers" in refused(flags(connector="comm", vision=f"{tiny_folders['dinov2']},{tiny_folders['clip']}"))
 
 
-@pytest.mark.parametrize("option, shown", [("lr2=1e-5", "--lr2=0.0006, not 1e-05"), ("connector=mlp", "--connector=dense, not mlp"),
+@pytest.mark.parametrize("option, shown", [("lr2=1e-5", "--lr2=0.002, not 1e-05"), ("connector=mlp", "--connector=dense, not mlp"),
                                            ("batch2=2", "--batch2=4, not 2"), ("seed=1", "--seed=0, not 1"),
                                            ("train2=llm", "--train2=['connector', 'llm'], not ['llm']")])
 def test_a_run_is_not_resumed_with_other_options(option, shown, flags, uninterrupted):
@@ -687,8 +687,8 @@ def test_a_run_says_what_it_trains_how_it_goes_and_what_to_do_next(flags, capsys
     train.main(flags(steps1=3, steps2=3, log_every=2))
     out = capsys.readouterr().out
     assert "dense connector, run folder run" in out
-    assert "stage 1: vision 0.08M frozen, connector 0.00M trained, llm 0.06M frozen" in out
-    assert "stage 2: vision 0.08M frozen, connector 0.00M trained, llm 0.06M trained" in out
+    assert "stage 1: vision 0.08M frozen, connector 0.00M trained, llm 0.20M frozen" in out
+    assert "stage 2: vision 0.08M frozen, connector 0.00M trained, llm 0.20M trained" in out
     assert "12 samples, 3 steps of 4, 16 visual tokens a picture, peak learning rate 0.002, float32 on 1 x cpu" in out
     steps = [line for line in out.splitlines() if "tokens/s" in line]
     assert [line.split()[3] for line in steps] == ["0/3", "2/3"] * 2     # every second, and always the last
