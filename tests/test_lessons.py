@@ -27,7 +27,7 @@ from conftest import ROOT
 LESSONS = sorted((ROOT / "docs" / "lessons").glob("[0-9]*.md"))
 MODULES = [path.stem for path in ROOT.glob("*.py")]
 COMMANDS = ("train", "sample", "look", "eval")
-BLOCK = re.compile(r"^(?:<!-- (short|fails): (.+) -->\n)?```(python|sh|diff)\n(.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"^(?:<!-- (short|fails): ([^\n]+) -->\n)?```(python|sh|diff)\n(.*?)^```$", re.M | re.S)
 
 
 class Block(NamedTuple):
@@ -134,6 +134,14 @@ def test_a_lesson_has_two_or_three_exercises_that_show_something(lesson):
     assert 2 <= len(exercises) <= 3
     for heading, blocks in exercises:
         assert {"python", "sh"} & {block.kind for block in blocks}, heading
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
+def test_no_block_and_no_note_is_overlooked(lesson):
+    text, blocks = lesson.read_text(encoding="utf-8"), [block for _, blocks in read(lesson) for block in blocks]
+    assert len(blocks) == len(re.findall(r"^```\w", text, re.M)) and text.count("```") == 2 * len(blocks)
+    assert len([block for block in blocks if block.note[0]]) == text.count("<!--")
+    assert max(map(len, "\n".join(block.text for block in blocks).splitlines())) <= 130
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
