@@ -99,33 +99,52 @@ def run_blocks(blocks, namespace, lesson):
             exec(compile("\n" * block.line + text, lesson, "exec"), namespace)       # errors name the lesson's own line
 
 
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
-def test_a_lesson_runs_as_it_is_written(lesson, tmp_path, monkeypatch):
-    (desk := tmp_path / "desk").mkdir()
-    (desk / "weights").symlink_to(ROOT / "weights")
-    monkeypatch.chdir(desk)
+def at_change(blocks):
+    """An exercise's blocks -> those before its change, the change (perhaps in several parts), those that show what it does."""
+    first = next((place for place, block in enumerate(blocks) if block.kind == "diff"), len(blocks))
+    return blocks[:first], [block for block in blocks if block.kind == "diff"], [b for b in blocks[first:] if b.kind != "diff"]
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """The working directory of a lesson: empty but for weights/. Ctrl-C, which a training run takes for itself, is given back."""
+    (tmp_path / "desk").mkdir()
+    (tmp_path / "desk" / "weights").symlink_to(ROOT / "weights")
+    monkeypatch.chdir(tmp_path / "desk")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
+def test_a_lesson_runs_as_it_is_written(lesson, desk):
     (_, walk), *exercises = read(lesson)
     namespace = {"__name__": "lesson"}
-    try:
-        run_blocks(walk, namespace, str(lesson))
-        for i, (_, blocks) in enumerate(exercises):
-            changes = [block.text for block in blocks if block.kind == "diff"]
-            first = next((place for place, block in enumerate(blocks) if block.kind == "diff"), len(blocks))
-            run_blocks(blocks[:first], namespace, str(lesson))
-            if not changes:
-                continue
-            (copy := tmp_path / f"exercise{i + 1}").mkdir()
+    run_blocks(walk, namespace, str(lesson))
+    for i, (_, blocks) in enumerate(exercises):
+        before, changes, after = at_change(blocks)
+        run_blocks(before, namespace, str(lesson))
+        if changes:
+            (copy := desk / f"exercise{i + 1}").mkdir()
             for path in ROOT.glob("*.py"):
                 shutil.copy(path, copy)
             (copy / "weights").symlink_to(ROOT / "weights")
             for change in changes:
-                apply_change(change, copy)
+                apply_change(change.text, copy)
             with modules_of(copy):
-                run_blocks(blocks[first:], {"__name__": "exercise"}, str(lesson))
-    finally:
-        for number, handler in handlers.items():                     # a training run takes Ctrl-C for itself
-            signal.signal(number, handler)
+                run_blocks(after, {"__name__": "exercise"}, str(lesson))
+
+
+CHANGES = [pytest.param(lesson, blocks, id=f"{lesson.stem}-{heading[4:14]}") for lesson in LESSONS
+           for heading, blocks in read(lesson) if at_change(blocks)[1]]
+
+
+@pytest.mark.parametrize("lesson, blocks", CHANGES)
+def test_what_an_exercise_shows_comes_from_its_change(lesson, blocks, desk):
+    """Without the change its assertion fails, so it is the change that has the effect."""
+    with pytest.raises(AssertionError):
+        run_blocks(at_change(blocks)[2], {"__name__": "exercise"}, str(lesson))
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
