@@ -48,8 +48,8 @@ from mllm import LOGITS, MLLM, llm_class, tower_class
 from train import HERE, PARTS, Config, build_data, check, choose_trained, settings
 
 ROOM = 0.9                                                           # the share of a card's memory that may be planned for
-IN_NODE, NODE = 450e9, 8                                             # bytes/s each way of a card in its node (NVLink), of 8
-BETWEEN_NODES = 50e9                                                 # bytes/s each way of a card to other nodes (400 Gbit/s)
+NODE, IN_NODE = 8, 450e9                                             # cards of a node; bytes/s each way of one in it (NVLink)
+BETWEEN_NODES = 50e9                                                 # bytes/s each way of a card out of its node (400 Gbit/s)
 
 llama = lambda V, C, F, L, H, G, **others: dict(model_type="llama", vocab_size=V, hidden_size=C, intermediate_size=F,
                                                 num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=G, **others)
@@ -336,28 +336,30 @@ def plan_stage(config, stage):
 
     print(f"\nstage {stage}: " + ", ".join(f"{part} {size(getattr(model, part)) / 1e6:,.2f}M "
                                            f"{'trained' if part in trained else 'frozen'}" for part in PARTS))
-    print(f"  {f'{samples:,} samples, ' if samples else ''}{steps:,} steps of {own['batch']}, {mean.tokens * own['batch']:,.0f} tokens "
-          f"each; {mean.tokens:,.0f} tokens a dialogue, {mean.supervised:,.0f} supervised ({source})")
+    print(f"  {f'{samples:,} samples, ' if samples else ''}{steps:,} steps of {own['batch']}, {mean.tokens * own['batch']:,.0f} "
+          f"tokens each; {mean.tokens:,.0f} tokens a dialogue, {mean.supervised:,.0f} supervised ({source})")
     print(f"  a card: {mine} samples a step, {held} a forward, {run.load.tokens:,.0f} tokens (the longest dialogues: "
           f"{held * min(config.max_length, model.llm.config.context):,}), {'bf16' if run.bf16 else 'float32'}"
           f"{', activation checkpointing' * config.activation_checkpointing}")
     whole = flops(run._replace(load=mean.times(own["batch"])), forms[0])
     shares = ", ".join(f"{part} {value / sum(whole.values()):.0%}" for part, value in whole.items() if value)
-    print(f"  {sum(whole.values()) / 1e12:,.4g} TFLOP a step ({shares}), done at {config.utilisation:.0%} of "
+    tera = sum(whole.values()) / 1e12
+    print(f"  {tera:,.{0 if tera > 10 else 4}f} TFLOP a step ({shares}), done at {config.utilisation:.0%} of "
           f"{config.gpu_flops:g} TFLOP/s a card")
-    link = IN_NODE if config.gpus <= NODE else BETWEEN_NODES
+    # As NCCL lays its rings: as many as a node has cards, each leaves the node over another card's link, so these add up
+    link = IN_NODE if config.gpus <= NODE else min(IN_NODE, NODE * BETWEEN_NODES)
     unit, name = (1e9, "GB") if size(model) > 1e8 else (1e6, "MB")
-    print(f"  {name} a card       weights gradients optimizer activations logits   peak  room for tokens   sends  its s"
-          "  step s   hours")
+    print(f"  {name} a card       weights gradients optimizer activations logits   peak  room for tokens   sends  takes s"
+          "  products s   hours")
     for form in forms:
         parts, tokens, bytes_sent = memory(run, form), room(run, form), sent(run, form)
         sums = sum(flops(run._replace(load=mean.times(mine)), form).values()) / (config.gpu_flops * 1e12 * config.utilisation)
-        seconds = max(sums, bytes_sent / link)                       # at best one hides behind the other
+        hours = steps * max(sums, bytes_sent / link) / 3600          # at best one hides behind the other
         numbers = [parts[key] / unit for key in ("weights", "gradients", "optimizer", "activations", "logits", "peak")]
         verdict = f"{tokens:,}" if tokens >= run.load.tokens else f"{tokens:,}: too few" if tokens else "does not fit"
         print("  {:<15} {:7.2f} {:9.2f} {:9.2f} {:11.2f} {:6.2f} {:6.1f}".format(
             (f"{form.name} {form.rank}" if form.rank and form.shards == 1 else form.name).strip(), *numbers)
-            + f"  {verdict:>15} {bytes_sent / unit:7.2f} {bytes_sent / link:6.3f} {seconds:7.3f} {steps * seconds / 3600:7.2f}")
+            + f"  {verdict:>15} {bytes_sent / unit:7.2f} {bytes_sent / link:8.3f} {sums:11.3f} {hours:7.2f}")
 
 
 def main(arguments):

@@ -24,7 +24,8 @@ def tiny_run(stage, bf16, recompute, connector="dense", samples=8):
     learning = [p for part in trained.values() for p in part]
     optimizer = torch.optim.AdamW(learning, fused=True)
     template = own["template"] if stage == 1 else model.template
-    batch = Batches(train.build_data(config, stage), model.tokenizer, template, model.spec, model.tokens_per_image, 512)[range(samples)]
+    dataset = train.build_data(config, stage)
+    batch = Batches(dataset, model.tokenizer, template, model.spec, model.tokens_per_image, 512)[range(samples)]
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -120,7 +121,7 @@ def test_public_sizes(capsys):
     P = 6738.4e6 + 29.4e6
     assert float(found["DDP"][2]) == pytest.approx(8 * P / 1e9, abs=0.01)                      # AdamW's moments
     assert float(found["FSDP"][2]) == pytest.approx(P / 1e9, abs=0.01)                         # an eighth of them
-    assert float(found["DDP"][7]) == pytest.approx(2 * 7 / 8 * 4 * P / 1e9, abs=0.01)          # a ring's all-reduce of gradients
+    assert float(found["DDP"][7]) == pytest.approx(2 * 7 / 8 * 4 * P / 1e9, abs=0.01)          # gradients, in a ring
 
 
 def test_room_for_tokens_is_what_fills_the_card():
