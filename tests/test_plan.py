@@ -1,4 +1,7 @@
 """plan.py against what a step of the tiny model really takes: every allocation of it, and every matrix product."""
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,6 +14,7 @@ import train
 from conftest import ROOT
 from data import Batches
 from hub import InputError
+from llama import Llama
 
 
 def tiny_run(stage, bf16, recompute, connector="dense", samples=8):
@@ -70,6 +74,60 @@ def test_memory_is_within_15_percent_of_what_the_allocator_gives_out(stage, bf16
     added = allocated(step)
     assert found["peak"] == pytest.approx(weights + moments + added, rel=0.15)
     assert found["peak"] - weights - moments == pytest.approx(added, rel=0.15)
+
+
+def added(planned):
+    """What the plan adds to weights and moments."""
+    found = plan.memory(planned, plan.Form("one card"))
+    return found["peak"] - found["weights"] - found["optimizer"]
+
+
+@pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize("stage", (1, 2))
+def test_a_second_forward_begins_with_the_gradients_of_the_first(stage, recompute, monkeypatch):
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda self, set_to_none: None)          # they stay
+    planned, model, _, step = tiny_run(stage, False, recompute)
+    step()
+    gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
+    assert added(planned._replace(forwards=2)) == pytest.approx(gradients + allocated(step), rel=0.15)
+
+
+@pytest.mark.parametrize("recompute", (False, True))
+def test_a_frozen_llm_in_bf16_as_on_cuda(recompute, monkeypatch):
+    """Its weights and what its blocks keep; only attention is the CPU's, which keeps scores, so the plan is told of that."""
+    planned, model, _, step = tiny_run(1, True, recompute)
+    model.llm.to(torch.bfloat16)
+    block_bytes = plan.block_bytes
+    monkeypatch.setattr(plan, "block_bytes", lambda *arguments: block_bytes(*arguments[:-1], False))
+    planned = planned._replace(on_cuda=True)
+    step()
+    assert plan.memory(planned, plan.Form("one card"))["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert added(planned) == pytest.approx(allocated(step), rel=0.15)
+
+
+@pytest.mark.parametrize("bf16", (False, True))
+def test_fewer_heads_for_keys_and_values(bf16, monkeypatch):
+    def grouped(build):
+        def built(*arguments):
+            model = build(*arguments)
+            with torch.device(model.llm.embed_tokens.weight.device):
+                model.llm = Llama(replace(model.llm.config, num_key_value_heads=1))
+            return model
+        return built
+    monkeypatch.setattr(train, "build_model", grouped(train.build_model))
+    monkeypatch.setattr(plan, "build", grouped(plan.build))
+    planned, _, _, step = tiny_run(2, bf16, False)
+    step()
+    assert added(planned) == pytest.approx(allocated(step), rel=0.15)
+
+
+def test_data_at_hand_is_counted(tmp_path, capsys):
+    """Forty dialogues of words and no picture: one epoch in batches of 16 is three steps, and the words are tokenised."""
+    turns = [{"from": "human", "value": "Is there a red circle?"}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns}] * 40))
+    plan.main(["--stage=2", f"--data2={tmp_path / 'data.json'}", "--steps2=0"])
+    told = capsys.readouterr().out
+    assert "40 samples, 3 steps of 16" in told and "(of the data at hand)" in told
 
 
 @pytest.mark.parametrize("connector", ("dense", "comm", "sti", "efficient", "linear"))
