@@ -6,7 +6,8 @@ The model is built on the meta device (shapes, no storage), of its config.json a
 checkpoints of config/*.toml not even that (SHAPES). What is counted is what train.py does: packed rows without padding, float32
 weights of all that learns, AdamW's two moments in float32, bf16 autocast, a frozen LLM in bf16 on CUDA, logits at supervised
 positions only. In bytes on one card, for a micro-batch of T tokens of which n are supervised and I pictures of N patches, where
-b is 2 under autocast, else 4, and e, of the residual stream, is 2 for an LLM in bf16, else 4:
+b is 2 under autocast, else 4, and e, of the residual stream, is 2 for an LLM in bf16, else 4 (C width of the LLM, F inside its MLP,
+H heads of queries, W wide together, those of keys K, V vocabulary, L blocks, D width of a tower):
 
     weights      4 a parameter, 2 in a frozen LLM; gradients 4 and optimizer 8 a parameter that learns; DDP's buckets 4 more
     a block      T·(8C [both norms in float32] + b(2W + 2K) [queries, values out; keys, values] + 3bF [gate, its SiLU, up])
@@ -25,8 +26,8 @@ FLOPs are those of matrix products, 2 a weight and token: forward; again for wha
 attention 2W·Tᵢ² forward (causal) and twice that back; checkpointing repeats a block's forward but for its last map.
 
 What it does not know: the context, the communication library and fragmentation (a form fits if its peak is at most ROOM of the
-memory), torch.compile, which keeps less than this, and the spread of lengths: the loader puts dialogues of like length
-together, so some micro-batches are far longer than the mean; the plan says how many tokens there is room for. On a CPU it is held
+memory), torch.compile, which should keep less than this, and the spread of lengths: the loader puts dialogues of like length
+together, so some micro-batches are far longer than the mean; the plan says for how many tokens there is room. On a CPU it is held
 against the allocator and PyTorch's FLOP counter (tests/test_plan.py); nothing of CUDA, FSDP and LoRA has been measured.
 """
 import math
