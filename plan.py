@@ -6,7 +6,7 @@ The model is built on the meta device (shapes, no storage), of its config.json a
 checkpoints of config/*.toml not even that (SHAPES). What is counted is what train.py does: packed rows without padding, float32
 weights of all that learns, AdamW's two moments in float32, bf16 autocast, a frozen LLM in bf16 on CUDA, logits at supervised
 positions only. In bytes on one card, for a micro-batch of T tokens of which n are supervised and I pictures of N patches, where
-b is 2 under autocast, else 4, and e, of the residual stream, is 2 for an LLM in bf16, else 4 (C width of the LLM, F inside its MLP,
+b is 2 under autocast, else 4, and e, of the residual stream, is 2 for an LLM in bf16, else 4 (C width of the LLM, F of its MLP,
 H heads of queries, W wide together, those of keys K, V vocabulary, L blocks, D width of a tower):
 
     weights      4 a parameter, 2 in a frozen LLM; gradients 4 and optimizer 8 a parameter that learns; DDP's buckets 4 more
