@@ -7,6 +7,7 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...    on two nodes
     python train.py config/dense_7b.toml --lora_rank=128 ...               the LLM by adapters (lora.py)
     python train.py --resume                                               go on after a stop, bit for bit
+    python train.py config/dense_7b.toml --plan --gpus=8 --gpu_memory=80   what it would take: memory, FLOPs, hours
 
 Stage 1 teaches the connector to speak the LLM's language, on captions; stage 2 trains connector and LLM, on dialogues. What a
 run writes, under --out: log.jsonl, checkpoints/ (only what is trained, with the optimizer: for --resume and for the next
@@ -316,6 +317,9 @@ def check(config):
 
 
 def main(arguments):
+    if "--plan" in arguments:                                        # say what the run would take, and train nothing
+        import plan
+        return plan.main(arguments)
     config = cli.parse(Config, arguments, __doc__)
     check(config)
     stages = [config.stage] if config.stage else [1, 2]
