@@ -102,8 +102,8 @@ def llava(model):
     kind = "dci" if kind == "dense" else kind
     refuse_other_layer(model)
     if kind in SIDES:
-        raise InputError(f"connector {kind} has no place in LLaVA's layout, which has one tower and no merging: --format=llama and --format=tower "
-                         "write its parts, and its own folder holds the whole")
+        raise InputError(f"connector {kind} has no place in LLaVA's layout, which has one tower and no merging: --format=llama "
+                         "and --format=tower write its parts, and its own folder holds the whole")
     if not isinstance(tower, CLIPVision):
         raise InputError(f"a {tower.config.model_type} tower has no place in LLaVA's layout: its code reads CLIP and SigLIP")
     if kind in ("dci", "efficient") and model.connector_config.groups != 2:

@@ -220,7 +220,8 @@ def connector_bytes(model, I, b):
     """What the connector keeps for its backward pass."""
     kind, C, N = model.connector_config, model.llm.config.hidden_size, tokens_joined(model)
     if kind.kind in SIDES:
-        D, merged, depth = model.vision[-1].config.hidden_size, sum(map(len, model.layers)), kind.dino_depth * (kind.kind != "comm_clip")
+        D, merged = model.vision[-1].config.hidden_size, sum(map(len, model.layers))
+        depth = kind.dino_depth if "dino" in SIDES[kind.kind] else 0
         return I * N * (merged * (4 + 2 * b) * D + depth * b * D * (1 + 2 * kind.dino_expansion) + len(model.vision) * b * D)
     projector = maps(model.connector)
     return I * N * b * (projector[0].shape[1] + (len(projector) - 1) * 2 * C)

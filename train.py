@@ -44,7 +44,7 @@ TINY = {"comm": ("clip", "dinov2"), "comm_dino": ("dinov2",)}          # towers 
 @dataclass
 class Config:
     # the model
-    connector: str = "dense"             # linear, mlp, sti, sci, dci (= dense), efficient, comm, or one side of it: comm_clip, comm_dino
+    connector: str = "dense"             # linear, mlp, sti, sci, dci (= dense), efficient, comm; its sides: comm_clip, comm_dino
     vision: list[str] = field(default_factory=lambda: [])  # towers, folders or hub ids; none: the tiny CLIP (comm: and DINOv2)
     llm: str = ""                        # LLaMA folder or hub id; empty: the tiny one
     tokenizer: str = ""                  # folder with a tokenizer.json; empty: the LLM's own
@@ -55,7 +55,7 @@ class Config:
     merge: str = "lln"                   # comm: lln, layerscale, mean_half, mean_all
     dino_depth: int = 2                  # comm: MLPs after DINOv2's merge
     dino_expansion: int = 4              # comm: their width inside, as a multiple of DINOv2's
-    layer: int | None = None             # linear, mlp: the hidden state that is read, 0 to the tower's depth; none: second to last
+    layer: int | None = None             # linear, mlp: the hidden state that they read, 0 .. depth; none: the second to last
     # what is trained on what: a key that ends in 1 is stage 1's, in 2 stage 2's
     stage: int = 0                       # 1, 2, or 0: both in a row
     init: str = ""                       # start stage 2 from this checkpoint or connector; empty: this run's stage 1; "new": from nothing
