@@ -196,7 +196,7 @@ def run_all(config):
         left = (time.time() - began) / i * (len(open_runs) - i)
         print(f"{arm}-{seed}: " + ", ".join(f"{TASKS[task]} {value:.1%}" for task, value in result["scores"].items())
               + f"   {left / 60:.0f} minutes left", flush=True)
-    print(f"\nnext: python findings.py --report{' --quick' if config.quick else ''}")
+    print(f"\nnext: python findings.py --report --out={config.out}")
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
