@@ -15,13 +15,15 @@ Both stand beside the two plain connectors that they are compared with, those of
     image ──► tower ──► hidden[0] ... hidden[L], each (B, N, D) ──► gather ──► project ──► (B, N_out, C) ──► LLM
 
   kind         towers  hidden states read, at 24 blocks  channels into the projector  tokens N_out   of N = 576
-  linear       1       23                                D                            N              576
-  mlp          1       23                                D                            N              576
+  linear       1       23, or what `layer` names         D                            N              576
+  mlp          1       23, or what `layer` names         D                            N              576
   sti          1       7, 15, 23                         D                            N + 2·(N // 8) 720
   sci          1       7, 15, 23                         3D                           N              576
   dci (dense)  1       0 .. 23                           D + groups·D = 3D            N              576
   efficient    1       0 .. 23                           3D                           N / 4          144
   comm         2       CLIP 1 .. 24, DINOv2 19 .. 24     D_clip + D_dino              N              576
+  comm_clip    1       1 .. 24                           D                            N              576
+  comm_dino    1       19 .. 24                          D                            N              576
 
 hidden[i] is the output of block i, hidden[0] what enters the first block. Connectors see patch tokens only: class token
 and registers are dropped before. Letters: B batch, N patches, D width of a tower, C width of the LLM, L blocks.
@@ -41,17 +43,19 @@ import torch.nn.functional as F
 
 from hub import InputError
 
-KINDS = ("linear", "mlp", "sti", "sci", "dci", "dense", "efficient", "comm")     # dense is another name of dci
+KINDS = ("linear", "mlp", "sti", "sci", "dci", "dense", "efficient", "comm", "comm_clip", "comm_dino")  # dense is dci
+SIDES = {"comm": ("clip", "dino"), "comm_clip": ("clip",), "comm_dino": ("dino",)}    # comm's ablation: one side alone
 MERGES = ("lln", "layerscale", "mean_half", "mean_all")
 
 
 @dataclass
 class ConnectorConfig:
-    kind: str = "dense"      # linear | mlp | sti | sci | dci (alias dense) | efficient | comm
+    kind: str = "dense"      # linear | mlp | sti | sci | dci (alias dense) | efficient | comm | comm_clip | comm_dino
     groups: int = 2          # dci, efficient: dense groups that the layers are cut into; 2 is the paper's choice
     merge: str = "lln"       # comm: lln (each layer its LayerNorm, Linear, weight) | layerscale | mean_half | mean_all
     dino_depth: int = 2      # comm: MLPs in a row on DINOv2's side; 2 is the ablation's best, 0 leaves the Linear alone
     dino_expansion: int = 4  # comm: the hidden width of these MLPs, in widths of DINOv2
+    layer: int | None = None  # linear, mlp: the hidden state that is read, 0 .. L; none: LLaVA's, the second to last
 
     def __post_init__(self):
         for name, value, choices in (("kind", self.kind, KINDS), ("merge", self.merge, MERGES)):
@@ -61,6 +65,8 @@ class ConnectorConfig:
         for name, least in (("groups", 1), ("dino_depth", 0), ("dino_expansion", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"connector {name} is {getattr(self, name)}, the least is {least}")
+        if self.layer is not None and self.kind not in ("linear", "mlp"):
+            raise InputError(f"connector layer is {self.layer}, but only linear and mlp read a single layer, not {self.kind}")
 
 
 class TowerShape(NamedTuple):
@@ -75,6 +81,15 @@ class TowerShape(NamedTuple):
 def final_layer(L):
     """LLaVA's second to last layer; CLIP's loss never reached the patch tokens of the last. 24 -> 23, 27 -> 26."""
     return L - 1
+
+
+def single_layer(config, L):
+    """The one layer that linear and mlp read: `layer`, else LLaVA's."""
+    if config.layer is None:
+        return final_layer(L)
+    if not 0 <= config.layer <= L:
+        raise InputError(f"connector layer is {config.layer}, a tower of {L} blocks has hidden[0] to hidden[{L}]")
+    return config.layer
 
 
 def usable_layers(L):
@@ -122,7 +137,10 @@ def layers_needed(config, depths):
         raise InputError(f"connector {config.kind} reads one tower, it was given {len(depths)} (comm reads two)")
     (L,) = depths
     if config.kind in ("linear", "mlp"):
-        return [[final_layer(L)]]
+        return [[single_layer(config, L)]]
+    if config.kind in SIDES:
+        clip, dino = merged_layers(config.merge, L, L)
+        return [list(clip if config.kind == "comm_clip" else dino)]
     if config.kind in ("sti", "sci"):
         return [[*sparse_layers(L), final_layer(L)]]
     return [sorted({final_layer(L)}.union(*dense_groups(L, config.groups)))]
@@ -214,7 +232,7 @@ def mlp(width_in, width, width_out):
 
 class OneTower(nn.Module):
     """Gather the layers of one tower, then project them; only the projector learns. sti, sci, dci and efficient gather
-    as told above; linear (LLaVA: one Linear) and mlp (LLaVA-1.5) take the final layer as it is, N tokens.
+    as told above; linear (LLaVA: one Linear) and mlp (LLaVA-1.5) take one layer as it is, N tokens.
     [[(B, N, D) for each layer of layers_needed]] -> (B, visual_tokens(config, N), C)"""
 
     def __init__(self, config, tower, llm_width):
@@ -230,7 +248,7 @@ class OneTower(nn.Module):
     def forward(self, hidden):
         hidden = dict(zip(self.layers, hidden[0], strict=True))          # {hidden index: (B, N, D)}
         if self.config.kind in ("linear", "mlp"):
-            features = hidden[final_layer(self.L)]
+            (features,) = hidden.values()
         elif self.config.kind == "sti":
             features = sparse_tokens(hidden, self.L)
         elif self.config.kind == "sci":
@@ -274,31 +292,36 @@ class COMM(nn.Module):
 
     CLIP needs no MLP, it was trained against text; DINOv2 was not, and a Linear alone serves it badly (63.5 average REC
     in the ablation, 74.9 with two MLPs; four or more break it). The MLPs stand in plain sequence: the paper mentions no
-    residuals and nothing between them, so there is none.
+    residuals and nothing between them, so there is none. The ablation's comm_clip is Linear(v1), comm_dino Linear(MLP(v2)).
     [CLIP's layers (B, N, D_clip), DINOv2's layers (B, N, D_dino)] -> (B, N, C); N tokens, patch i of one tower beside
-    patch i of the other, so both must cut the image into the same grid."""
+    patch i of the other, so both must cut the image into the same grid. With one side: [its layers (B, N, D)]."""
 
-    def __init__(self, config, clip, dino, llm_width):
+    def __init__(self, config, towers, llm_width):
         super().__init__()
-        if clip.num_patches != dino.num_patches:
+        if len({tower.num_patches for tower in towers}) > 1:
+            clip, dino = towers
             raise InputError(f"connector comm joins the towers patch by patch, but their grids differ: CLIP gives "
                              f"{grid(clip.num_patches)}, DINOv2 {grid(dino.num_patches)}; take equal patch sizes")
-        clip_layers, dino_layers = layers_needed(config, [clip.num_hidden_layers, dino.num_hidden_layers])
-        D = dino.hidden_size
-        self.clip_merge = LayerMerge(config.merge, len(clip_layers), clip.hidden_size)
-        self.dino_merge = LayerMerge(config.merge, len(dino_layers), D)
-        self.dino_mlp = nn.Sequential(*(mlp(D, config.dino_expansion * D, D) for _ in range(config.dino_depth)))
-        self.mm_projector = nn.Linear(clip.hidden_size + D, llm_width)
+        self.sides = SIDES[config.kind]
+        for side, tower, layers in zip(self.sides, towers, layers_needed(config, [t.num_hidden_layers for t in towers])):
+            self.add_module(f"{side}_merge", LayerMerge(config.merge, len(layers), tower.hidden_size))
+        if "dino" in self.sides:
+            D = towers[-1].hidden_size
+            self.dino_mlp = nn.Sequential(*(mlp(D, config.dino_expansion * D, D) for _ in range(config.dino_depth)))
+        self.mm_projector = nn.Linear(sum(tower.hidden_size for tower in towers), llm_width)
 
     def layer_weights(self):
-        """alpha and beta: the share of each merged layer of CLIP and of DINOv2, in the order of layers_needed."""
-        return self.clip_merge.weights(), self.dino_merge.weights()
+        """alpha and beta: the share of each merged layer of CLIP and of DINOv2 (or of the one side there is), in the order
+        of layers_needed."""
+        return tuple(getattr(self, f"{side}_merge").weights() for side in self.sides)
 
     def forward(self, hidden):
-        clip, dino = hidden
-        v1 = self.clip_merge(clip)                                       # (B, N, D_clip)
-        v2 = self.dino_mlp(self.dino_merge(dino))                        # (B, N, D_dino)
-        return self.mm_projector(torch.cat([v1, v2], dim=-1))            # (B, N, C)
+        layers, merged = dict(zip(self.sides, hidden, strict=True)), []
+        if "clip" in layers:
+            merged.append(self.clip_merge(layers["clip"]))               # v1 (B, N, D_clip)
+        if "dino" in layers:
+            merged.append(self.dino_mlp(self.dino_merge(layers["dino"])))    # v2 (B, N, D_dino)
+        return self.mm_projector(torch.cat(merged, dim=-1))              # (B, N, C)
 
 
 def make_connector(config, towers, llm_width):
@@ -306,7 +329,7 @@ def make_connector(config, towers, llm_width):
     list of hidden states that layers_needed names, patch tokens only, and returns (B, visual_tokens(config, N), C)."""
     towers = [TowerShape(*tower) for tower in towers]
     layers_needed(config, [tower.num_hidden_layers for tower in towers])     # raises if the number of towers is wrong
-    if config.kind == "comm":
-        return COMM(config, *towers, llm_width)
+    if config.kind in SIDES:
+        return COMM(config, towers, llm_width)
     visual_tokens(config, towers[0].num_patches)                             # raises if efficient cannot halve the grid
     return OneTower(config, towers[0], llm_width)

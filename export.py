@@ -22,6 +22,7 @@ import checkpoint
 import cli
 import lora
 import train
+from connector import SIDES, final_layer
 from clip import CLIPVision, SigLIPVision
 from dialogue import MARK, named
 from hub import InputError, locate, newest_model, open_safetensors, read_json, save_checkpoint, tensor_files
@@ -43,13 +44,20 @@ class Config:
 
 # --- the four formats: model -> {file name: content}, tensors, config.json's object -----------------------------------
 
+def refuse_other_layer(model):
+    layer, usual = model.connector_config.layer, final_layer(model.vision[0].config.num_hidden_layers)
+    if layer not in (None, usual):
+        raise InputError(f"a connector that reads hidden[{layer}] is not written: what is read back is LLaVA's, hidden[{usual}]")
+
+
 def llava_hf(model):
     """LlavaForConditionalGeneration's folder, tensors named as in llava-hf/llava-1.5-*. A picture stands in the text as <image>,
     which is a token there: if the tokenizer lacks it, it gets one, and the embedding a row (nobody reads it)."""
     kind, tower = model.connector_config.kind, model.vision[0]
     if kind not in ("linear", "mlp"):
-        other = ", which --format=llava has room for" if kind != "comm" else ""
+        other = ", which --format=llava has room for" if kind not in SIDES else ""
         raise InputError(f"connector {kind} has no place in the llava-hf layout, whose projector sees one layer only{other}")
+    refuse_other_layer(model)
     if tower.num_prefix_tokens > 1 or tower.config.model_type == "vit_mae":
         raise InputError(f"a {tower.config.model_type} tower has no place in the llava-hf layout: transformers' LLaVA "
                          "drops one token or none in front of the patches, and shows a tower all of them")
@@ -92,9 +100,10 @@ def llava(model):
     """The folder of liuhaotian/llava-v1.5-* and HuanjinYao/DenseConnector-v1.5-*, the tower in the file."""
     kind, tower = model.connector_config.kind, model.vision[0]
     kind = "dci" if kind == "dense" else kind
-    if kind == "comm":
-        raise InputError("connector comm has no place in LLaVA's layout, which has one tower: --format=llama and --format=tower "
-                         "write its parts, and its own folder holds the whole")
+    refuse_other_layer(model)
+    if kind in SIDES:
+        raise InputError(f"connector {kind} has no place in LLaVA's layout, which has one tower and no merging: --format=llama "
+                         "and --format=tower write its parts, and its own folder holds the whole")
     if not isinstance(tower, CLIPVision):
         raise InputError(f"a {tower.config.model_type} tower has no place in LLaVA's layout: its code reads CLIP and SigLIP")
     if kind in ("dci", "efficient") and model.connector_config.groups != 2:

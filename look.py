@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import cli
+from connector import SIDES
 from dialogue import IMAGE, end_ids
 from hub import InputError, locate, newest_model, read_config
 from images import ImageSpec, parse_box, to_pixels
@@ -304,7 +305,7 @@ def make_sheet(picture, title, asked, model=None, towers=(), max_new_tokens=64):
         lines[4:4] = ["Under a question: the LLM's attention while it writes the box, mean over heads and over the box's tokens;",
                       "%: what falls on the picture, the rest falls on words."]
         lines += ["Blue: layers that the connector reads."]
-        if model.connector_config.kind == "comm" and model.connector.clip_merge.scale is not None:       # else plain means
+        if model.connector_config.kind in SIDES and model.connector_config.merge in ("lln", "layerscale"):      # else plain means
             half, weights = (WIDTH - 2 * MARGIN - GAP) // 2, model.connector.layer_weights()
             panels = [(bars(layers, share.detach().float().cpu(), half), f"hidden[i] of {name_of(tower)}", FAINT)
                       for tower, layers, share in zip(towers, model.layers, weights)]

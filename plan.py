@@ -39,14 +39,14 @@ from typing import NamedTuple
 import torch.nn as nn
 
 import cli
-from connector import ConnectorConfig
+from connector import SIDES, ConnectorConfig
 from data import lengths_of
 from dialogue import IGNORE, IMAGE, cut_to_length, encode, find_template, load_tokenizer
 from hub import InputError, fields_of, on_meta, read_config, read_json
 from images import ImageSpec
 from llama import LlamaConfig
 from mllm import LOGITS, MLLM, llm_class, tower_class
-from train import HERE, PARTS, Config, build_data, check, choose_trained, settings
+from train import HERE, PARTS, TINY, Config, build_data, check, choose_trained, settings
 
 ROOM = 0.9                                                           # the share of a card's memory that may be planned for
 NODE, IN_NODE = 8, 450e9                                             # cards of a node; bytes/s each way of one in it (NVLink)
@@ -105,8 +105,8 @@ def config_of(name):
 
 def build(config):
     """The run's model on the meta device: shapes alone. The towers' statistics and the tokenizer do not matter here."""
-    tiny = [HERE / "weights" / name for name in (("clip", "dinov2") if config.connector == "comm" else ("clip",))]
-    shape = ConnectorConfig(config.connector, config.groups, config.merge, config.dino_depth, config.dino_expansion)
+    tiny = [HERE / "weights" / name for name in TINY.get(config.connector, ("clip",))]
+    shape = ConnectorConfig(config.connector, config.groups, config.merge, config.dino_depth, config.dino_expansion, config.layer)
     with on_meta():
         towers = []
         for name in config.vision or tiny:
@@ -219,9 +219,10 @@ def tokens_joined(model):
 def connector_bytes(model, I, b):
     """What the connector keeps for its backward pass."""
     kind, C, N = model.connector_config, model.llm.config.hidden_size, tokens_joined(model)
-    if kind.kind == "comm":
-        D, merged = model.vision[1].config.hidden_size, sum(map(len, model.layers))
-        return I * N * (merged * (4 + 2 * b) * D + kind.dino_depth * b * D * (1 + 2 * kind.dino_expansion) + 2 * b * D)
+    if kind.kind in SIDES:
+        D, merged = model.vision[-1].config.hidden_size, sum(map(len, model.layers))
+        depth = kind.dino_depth if "dino" in SIDES[kind.kind] else 0
+        return I * N * (merged * (4 + 2 * b) * D + depth * b * D * (1 + 2 * kind.dino_expansion) + len(model.vision) * b * D)
     projector = maps(model.connector)
     return I * N * b * (projector[0].shape[1] + (len(projector) - 1) * 2 * C)
 
@@ -282,7 +283,7 @@ def flops(run, form):
         S = N + tower.num_prefix_tokens
         seen += 2 * N * 3 * P ** 2 * D + 2 * S * numbers(maps(blocks)) + 4 * S ** 2 * D * len(blocks)
     projected, block = numbers(maps(model.connector)), numbers(maps(model.llm.layers))
-    entry = 0 if kind == "comm" else maps(model.connector)[0].numel()                    # no gradient flows into the towers
+    entry = 0 if kind in SIDES else maps(model.connector)[0].numel()                    # no gradient flows into the towers
     joined = 3 * projected - entry if "connector" in run.trained else projected
     attention = c.num_hidden_layers * 2 * c.num_attention_heads * c.head_dim * load.squares
     last = numbers(layer.mlp.down_proj.weight for layer in model.llm.layers)

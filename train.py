@@ -38,12 +38,13 @@ from world import World
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("vision", "connector", "llm")
+TINY = {"comm": ("clip", "dinov2"), "comm_dino": ("dinov2",)}          # towers where none are named; the others: CLIP
 
 
 @dataclass
 class Config:
     # the model
-    connector: str = "dense"             # linear, mlp, sti, sci, dci (= dense), efficient, comm
+    connector: str = "dense"             # linear, mlp, sti, sci, dci (= dense), efficient, comm; its sides: comm_clip, comm_dino
     vision: list[str] = field(default_factory=lambda: [])  # towers, folders or hub ids; none: the tiny CLIP (comm: and DINOv2)
     llm: str = ""                        # LLaMA folder or hub id; empty: the tiny one
     tokenizer: str = ""                  # folder with a tokenizer.json; empty: the LLM's own
@@ -54,6 +55,7 @@ class Config:
     merge: str = "lln"                   # comm: lln, layerscale, mean_half, mean_all
     dino_depth: int = 2                  # comm: MLPs after DINOv2's merge
     dino_expansion: int = 4              # comm: their width inside, as a multiple of DINOv2's
+    layer: int | None = None             # linear, mlp: the hidden state that they read, 0 .. depth; none: the second to last
     # what is trained on what: a key that ends in 1 is stage 1's, in 2 stage 2's
     stage: int = 0                       # 1, 2, or 0: both in a row
     init: str = ""                       # start stage 2 from this checkpoint or connector; empty: this run's stage 1; "new": from nothing
@@ -122,8 +124,8 @@ def llm_dtype(config, stage, device):
 
 
 def build_model(config, device, stage=2):
-    tiny = [HERE / "weights" / name for name in (("clip", "dinov2") if config.connector == "comm" else ("clip",))]
-    shape = ConnectorConfig(config.connector, config.groups, config.merge, config.dino_depth, config.dino_expansion)
+    tiny = [HERE / "weights" / name for name in TINY.get(config.connector, ("clip",))]
+    shape = ConnectorConfig(config.connector, config.groups, config.merge, config.dino_depth, config.dino_expansion, config.layer)
     torch.manual_seed(config.seed)                                   # the connector's start
     return MLLM.assemble(config.vision or tiny, config.llm or HERE / "weights" / "llama", shape, config.template or None,
                          config.image_size or None, config.image_mode, config.tokenizer or None, device=device,

@@ -135,6 +135,20 @@ class TestOneTower:
         assert relative_error(out, per_image(tokens)) < EXACT
 
 
+@pytest.mark.parametrize("kind", ("linear", "mlp"))
+@pytest.mark.parametrize("layer", range(7))
+def test_linear_and_mlp_read_the_layer_that_is_named_and_nothing_else(kind, layer):
+    hidden = [random(B, N, D, seed=100 + i) for i in range(7)]
+    config = ConnectorConfig(kind=kind, layer=layer)
+    assert layers_needed(config, [6]) == [[layer]]
+    module = built(kind, [(6, D, N)], layer=layer)
+    state, project = module.state_dict(), {"linear": linear, "mlp": two_linears}[kind]
+    expected = per_image(lambda b: [project(state, "mm_projector", hidden[layer][b, n]) for n in range(N)])
+    assert relative_error(run(module, config, [hidden]), expected) < EXACT
+    if layer == 5:                                                   # the second to last, named: the very default
+        assert torch.equal(run(module, config, [hidden]), run(built(kind, [(6, D, N)]), ConnectorConfig(kind=kind), [hidden]))
+
+
 def test_three_dense_groups_make_four_parts_of_channels():
     hidden = [random(B, N, D, seed=100 + i) for i in range(25)]
     config = ConnectorConfig(kind="dci", groups=3)
@@ -183,6 +197,32 @@ def test_comm_is_the_weighted_sum_of_the_layers_of_two_towers(merge, dino_depth)
 
     expected = per_image(lambda b: [token(b, n) for n in range(N)])
     assert relative_error(run(module, ConnectorConfig(kind="comm", **options), [clip, dino]), expected) < EXACT
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_one_side_of_comm_is_its_merge_then_its_mlp_then_a_linear(merge):
+    hidden = [random(B, N, D, seed=300 + i) for i in range(DINO_DEPTH + 1)]
+    layers = {"comm_clip": {"mean_half": range(7, 13)}.get(merge, range(1, 13)), "comm_dino": COMM_LAYERS[merge][1]}
+    for kind, depth in (("comm_clip", 0), ("comm_dino", 0), ("comm_dino", 2)):
+        options, side = dict(merge=merge, dino_depth=depth), kind.removeprefix("comm_")
+        module = built(kind, [(DINO_DEPTH, D, N)], **options)
+        state = module.state_dict()
+
+        def token(b, n):
+            shares, total = module.layer_weights()[0].double(), 0
+            for k, layer in enumerate(layers[kind]):
+                x = hidden[layer][b, n]
+                if merge == "lln":
+                    x = linear(state, f"{side}_merge.linears.{k}", layer_norm(state, f"{side}_merge.norms.{k}", x))
+                total = total + shares[k] * x
+            for k in range(depth):
+                total = two_linears(state, f"dino_mlp.{k}", total)
+            return linear(state, "mm_projector", total)
+
+        expected = per_image(lambda b: [token(b, n) for n in range(N)])
+        tolerance = EXACT if merge in ("lln", "layerscale") else 1e-6    # the means' weights are float32
+        assert relative_error(run(module, ConnectorConfig(kind=kind, **options), [hidden]), expected) < tolerance
+        assert layers_needed(ConnectorConfig(kind=kind, **options), [DINO_DEPTH]) == [list(layers[kind])]
 
 
 # ---- layers and tokens -----------------------------------------------------------------------------------------------
@@ -272,7 +312,7 @@ def test_comms_layer_weights_sum_to_one_and_start_uniform(merge):
         assert (weights > 0).all()
 
 
-@pytest.mark.parametrize("options", [{"kind": kind} for kind in (*ONE_TOWER, "comm")]
+@pytest.mark.parametrize("options", [{"kind": kind} for kind in (*ONE_TOWER, "comm", "comm_clip", "comm_dino")]
                          + [{"kind": "comm", "merge": merge} for merge in MERGES] + [{"kind": "comm", "dino_depth": 0}])
 def test_gradients_reach_every_parameter_and_every_layer_that_was_asked_for(options):
     config, towers = ConnectorConfig(**options), towers_for(options["kind"])
@@ -346,6 +386,15 @@ def test_an_unknown_kind_or_merge_is_an_error_that_names_the_nearest():
         ConnectorConfig(kind="com")
     with pytest.raises(InputError, match="merge 'layer_scale' is unknown, nearest 'layerscale'"):
         ConnectorConfig(kind="comm", merge="layer_scale")
+
+
+def test_a_layer_that_is_not_there_or_that_the_kind_does_not_read_is_one_line():
+    for layer in (-1, 7):
+        with pytest.raises(InputError, match=rf"^connector layer is {layer}, a tower of 6 blocks has hidden\[0\] to hidden\[6\]$"):
+            make_connector(ConnectorConfig(kind="mlp", layer=layer), [(6, D, N)], C)
+    for kind in ("dense", "sti", "comm", "comm_dino"):
+        with pytest.raises(InputError, match=f"^connector layer is 3, but only linear and mlp read a single layer, not {kind}$"):
+            ConnectorConfig(kind=kind, layer=3)
 
 
 def test_towers_too_shallow_and_counts_below_the_least_are_errors():

@@ -59,7 +59,7 @@ def allocated(step):
     return most
 
 
-@pytest.mark.parametrize("connector", ("dense", "comm"))
+@pytest.mark.parametrize("connector", ("dense", "comm", "comm_dino"))
 @pytest.mark.parametrize("recompute", (False, True))
 @pytest.mark.parametrize("bf16", (False, True))
 @pytest.mark.parametrize("stage", (1, 2))
@@ -130,7 +130,7 @@ def test_data_at_hand_is_counted(tmp_path, capsys):
     assert "40 samples, 3 steps of 16" in told and "(of the data at hand)" in told
 
 
-@pytest.mark.parametrize("connector", ("dense", "comm", "sti", "efficient", "linear"))
+@pytest.mark.parametrize("connector", ("dense", "comm", "comm_clip", "comm_dino", "sti", "efficient", "linear"))
 @pytest.mark.parametrize("stage, recompute", ((1, False), (2, False), (2, True)))
 def test_flops_are_those_that_pytorch_counts(stage, recompute, connector):
     """Exactly, once attention is written as products (the counter does not know the CPU's kernel), which computes the half of the

@@ -553,6 +553,8 @@ def refused(arguments):
 
 @pytest.mark.parametrize("options, message", {
     "unknown connector": (dict(connector="dens"), "connector kind 'dens' is unknown, nearest 'dense'"),
+    "layer of a dense connector": (dict(layer=3), "connector layer is 3, but only linear and mlp read a single layer, not dense"),
+    "no such layer": (dict(connector="mlp", layer=7), "connector layer is 7, a tower of 6 blocks has hidden[0] to hidden[6]"),
     "unknown merge": (dict(connector="comm", merge="all"), "connector merge 'all' is unknown, nearest 'lln'"),
     "unknown template": (dict(template="vicuna"), "no template 'vicuna': there are plain, vicuna_v1"),
     "unknown template of stage 1": (dict(template1="plane"), "no template 'plane'"),
@@ -673,7 +675,23 @@ def test_compiled_blocks_give_the_same_losses_and_are_compiled_once(flags, tmp_p
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("connector", ("linear", "mlp", "sti", "sci", "efficient", "comm"))
+def test_a_model_keeps_the_layer_that_it_was_trained_on(flags):
+    """The folder says it, a folder from before there was the option means the second to last, and blocks beyond do not run."""
+    train.main(flags(connector="linear", layer=2, steps2=2))
+    model = MLLM.from_pretrained("run/model")
+    assert model.connector_config == ConnectorConfig("linear", layer=2) and model.layers == [[2]]
+    train.main(flags(connector="linear", steps2=2, out="default"))
+    train.main(flags(connector="linear", steps2=2, out="named", layer=5))
+    assert model_bytes("default") == model_bytes("named") != model_bytes()
+    config = json.loads(Path("default/model/config.json").read_text())
+    del config["connector"]["layer"]
+    Path("default/model/config.json").write_text(json.dumps(config))
+    assert MLLM.from_pretrained("default/model").layers == [[5]]
+    with pytest.raises(InputError, match="was trained with --layer=2, not 3"):
+        train.main([*flags(connector="linear", layer=3, steps2=2), "--resume"])
+
+
+@pytest.mark.parametrize("connector", ("linear", "mlp", "sti", "sci", "efficient", "comm", "comm_clip", "comm_dino"))
 def test_every_connector_trains_and_its_loss_falls(connector, flags, tmp_path):
     train.main(flags(connector=connector, data1=(data := ragged(tmp_path, 4)), data2=data, steps1=3, steps2=12, lr2=1e-2))
     found = losses()

@@ -1,0 +1,136 @@
+"""findings.py: two arms end to end with a budget of one step, going on after a stop, refusals, and the page's numbers."""
+import json
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+import cli
+import findings
+from conftest import ROOT
+from connector import ConnectorConfig
+from hub import InputError
+from train import Config as Flags
+
+BUDGET = ["--seeds=1", "--steps1=1", "--steps2=1", "--count=2"]
+
+
+@pytest.fixture
+def two_arms(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(findings, "ARMS", [("clip-layer2", "--connector=linear --layer=2"),
+                                           ("dinov2-merged-mlp1", "--connector=comm_dino --dino_depth=1")])
+    shutil.copy(ROOT / "docs" / "findings.md", "page.md")
+
+
+def invented(arm, seed, rec, folder="out/findings", **changes):
+    """A finished run that never ran: REC is `rec`, everything else 0.5."""
+    budget = {"steps1": 1, "steps2": 1, "count": 2, "weights": "0"}
+    flags = dict(findings.ARMS)[arm]
+    result = {"arm": arm, "seed": seed, "command": findings.command_of(flags, budget, seed), "flags": flags, "budget": budget,
+              "scores": {"rec": rec, "reg": 0.5, "presence": 0.5, "count": 0.5}, "tokens": 64, "flops": 2e8,
+              "seconds_per_step": 0.1} | changes
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / f"{arm}-{seed}.json").write_text(json.dumps(result))
+
+
+def row(label, page="page.md"):
+    """The cells of a table's row."""
+    line, = (line for line in Path(page).read_text().splitlines() if line.startswith(f"| {label} |"))
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def test_two_arms_end_to_end_go_on_after_a_stop_and_refuse_other_flags(two_arms, monkeypatch, capsys):
+    findings.main(BUDGET)
+    files = sorted(Path("out/findings").iterdir())
+    assert [file.name for file in files] == ["clip-layer2-0.json", "dinov2-merged-mlp1-0.json"]       # and no model is left
+    first, second = (json.loads(file.read_text()) for file in files)
+    assert first["command"] == ("python train.py --connector=linear --layer=2 --steps1=1 --steps2=1 --evaluate=false --seed=0")
+    assert set(first["scores"]) == set(findings.TASKS) and all(0 <= value <= 1 for value in first["scores"].values())
+    assert first["tokens"] == 64 and first["seconds_per_step"] >= 0 and second["flops"] > first["flops"] > 0      # 6 blocks, 2
+
+    before = files[0].stat().st_mtime_ns                             # one finished, one torn: one is run, the other left alone
+    files[1].write_text(files[1].read_text()[:100])
+    ran = []
+    monkeypatch.setattr(findings, "run_arm", lambda arm, *rest: ran.append(arm) or second)
+    findings.main(BUDGET)
+    assert ran == ["dinov2-merged-mlp1"] and files[0].stat().st_mtime_ns == before
+    assert "2 runs of 2 arms, 1 of them finished before" in capsys.readouterr().out
+
+    with pytest.raises(InputError, match="clip-layer2-0.json: holds a run of .*'steps2': 1.* now .*'steps2': 7.* another --out"):
+        findings.main([*BUDGET, "--steps2=7"])
+    monkeypatch.setattr(findings, "ARMS", [("clip-layer2", "--connector=linear --layer=3")])
+    with pytest.raises(InputError, match="holds a run of --connector=linear --layer=2 with"):
+        findings.main(BUDGET)
+
+
+def test_the_reports_numbers_are_the_mean_and_spread_of_the_files(two_arms):
+    values = [0.25, 0.5, 0.9]
+    for seed, value in enumerate(values):
+        invented("clip-layer2", seed, value)
+    invented("dinov2-merged-mlp1", 0, 0.125)
+    Path("out/findings/clip-layer2-9.json").write_text('{"arm": "clip-la')        # torn: left out
+    findings.main(["--report", "--page=page.md"])
+    rec, reg, presence, count, tokens, flops, seconds, seeds, paper = row("CLIP hidden[2]")
+    assert rec == f"{100 * sum(values) / 3:.1f} ± {100 * statistics.stdev(values):.1f}" == "55.0 ± 32.8"
+    assert (reg, tokens, flops, seconds, seeds, paper) == ("50.0 ± 0.0", "64", "200", "0.100", "0, 1, 2", "–")
+    cells = row("DINOv2, merged, one MLP")
+    assert (cells[0], cells[-1]) == ("12.5", "73.1, –")              # one seed has no spread
+    assert row("CLIP hidden[3]")[0] == row("MAE, one layer")[0] == "not run"
+    text = Path("page.md").read_text()
+    assert "python train.py --connector=comm_dino --dino_depth=1 --steps1=1 --steps2=1 --evaluate=false --seed=0" in text
+    assert "this table is empty until `python findings.py --table=dense`" in text
+    findings.main(["--report", "--page=page.md"])
+    assert Path("page.md").read_text() == text                       # once more changes nothing
+
+
+def test_without_matplotlib_there_are_tables_and_a_line_that_says_so(two_arms, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    invented("clip-layer2", 0, 0.5)
+    findings.main(["--report", "--page=page.md"])
+    assert "No figure: matplotlib is not installed" in Path("page.md").read_text() and not list(Path(".").glob("*.png"))
+    assert row("CLIP hidden[2]")[0] == "50.0"
+
+
+def test_figures_are_drawn_of_every_table_that_has_runs(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "docs" / "findings.md", "page.md")
+    for i, (arm, _) in enumerate(findings.ARMS):
+        for seed in range(2):
+            invented(arm, seed, (i + seed) / 50)
+    findings.main(["--report", "--page=page.md"])
+    assert sorted(path.name for path in Path(".").glob("*.png")) == sorted(f"findings-{name}.png" for name in findings.TABLES)
+    assert "Not run" not in Path("page.md").read_text().partition("## 1.")[2].partition("## 5.")[0]
+
+
+def test_runs_that_differ_are_not_put_into_one_table(two_arms):
+    invented("clip-layer2", 0, 0.5)
+    invented("clip-layer2", 1, 0.5, budget={"steps1": 2})
+    with pytest.raises(InputError, match="clip-layer2-1.json: was run with .* runs that differ are not compared"):
+        findings.main(["--report", "--page=page.md"])
+
+
+def test_every_arm_of_every_table_is_a_command_that_train_takes():
+    arms = dict(findings.ARMS)
+    assert len(arms) == len(findings.ARMS) and set(findings.QUICK) <= set(arms)
+    assert {arm for _, rows in findings.TABLES.values() for _, arm, _ in rows} - {None} == set(arms)
+    for flags in arms.values():
+        told = cli.parse(Flags, flags.split())
+        ConnectorConfig(told.connector, told.groups, told.merge, told.dino_depth, told.dino_expansion, told.layer)
+    assert len(set(arms.values())) == len(arms)                      # no arm is run twice under two names
+
+
+def test_a_wrong_option_and_a_failed_run_are_one_line(two_arms, monkeypatch):
+    for flag, message in (("--table=layer", "there are layers, towers"), ("--seeds=-1", "--seeds=-1: should be 1 or more")):
+        with pytest.raises(InputError, match=message):
+            findings.main([flag])
+    monkeypatch.setattr(findings, "ARMS", [("comm", "--connector=com")])
+    with pytest.raises(InputError, match="ended with status 2, and said: error: connector kind 'com' is unknown"):
+        findings.main(BUDGET)
+    assert not list(Path("out/findings").glob("*.json"))
+    Path("page.md").write_text("no marks")
+    with pytest.raises(InputError, match="page.md: should have the lines <!-- layers: findings.py --report -->"):
+        findings.main(["--report", "--page=page.md"])
