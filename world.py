@@ -200,8 +200,8 @@ def listing(objects):
 
 
 class World:
-    """The world as a dataset. style "caption": stage 1, a picture and its caption, half of them with boxes; "dialogue": stage 2, several questions;
-    a task's name: that one question. `length` is for grouping by length."""
+    """The world as a dataset. style "caption": stage 1, a picture and its caption, half of them with boxes; "dialogue": stage 2,
+    several questions; a task's name: that one question. `length` is for grouping by length."""
 
     def __init__(self, split, size, style="dialogue"):
         self.split, self.size, self.style = split, size, style
