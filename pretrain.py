@@ -58,8 +58,7 @@ class Config:
 
 def train(model, loss_of, config, adamw=0.5, weight_decay=0.05):
     """Warm-up and cosine on loss_of(step, progress) -> (loss, text to print), progress from 0 to 1. The matrices learn by Muon,
-    the rest by AdamW, whose rate is `adamw` times Muon's. In a trial of 600 steps LLaMA came to 9.0 nats for a box; with AdamW
-    alone to 11.7."""
+    the rest by AdamW, whose rate is `adamw` times Muon's; in a short trial on LLaMA that was clearly ahead of AdamW alone."""
     learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for name, p in learns.items() if p.dim() == 2 and "embed" not in name and "prototypes" not in name]
     others = [p for p in learns.values() if not any(p is q for q in matrices)]
