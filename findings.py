@@ -9,19 +9,23 @@ An arm is a name and the flags of `train.py` that make it what it is. Every run 
 budget that all arms share, and a seed, in a process of its own; the model is then asked about held-out scenes, and what it
 scored lies in out/findings/ARM-SEED.json beside the command:
 
-    {arm, seed, command, flags, budget, scores: {task: value}, tokens a picture, FLOPs, seconds a step}
+    {arm, seed, command, flags, budget, weights, scores: {task: value}, tokens a picture, FLOPs, seconds a step}
 
 A run that has such a file is not run again, so the same command goes on after a stop. A file that holds something else (other
-flags, another budget, other checkpoints) is an error: tables compare only what was trained alike.
+flags, another budget, other checkpoints) is an error: tables compare only what was trained alike. Several runs go on side by
+side, each on its own share of the CPU cores: models this small do not fill two.
 """
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +34,7 @@ from hub import InputError
 
 HERE = Path(__file__).resolve().parent
 TASKS = {"rec": "REC", "reg": "REG", "presence": "presence", "count": "count"}     # of eval.py, with a column's heading
+ASKING = threading.Lock()                                            # train.py runs side by side, questions one after the other
 DEPTH = 6                                                            # blocks of each tiny tower
 DINO = " --vision=weights/dinov2"                                    # else train.py takes weights/clip
 
@@ -94,11 +99,12 @@ class Config:
     steps1: int = 0                      # of every arm's stage 1; 0: 100, with --quick 60
     steps2: int = 0                      # of every arm's stage 2; 0: 400, with --quick 200
     count: int = 0                       # questions a task; 0: 200, with --quick 100
+    jobs: int = 0                        # runs side by side; 0: one a CPU core, up to 8
     out: str = ""                        # folder of the results; empty: out/findings, with --quick out/findings-quick
     page: str = ""                       # what --report writes into, figures beside it; empty: docs/findings.md
 
     def __post_init__(self):
-        for key in ("seeds", "steps1", "steps2", "count"):
+        for key in ("seeds", "steps1", "steps2", "count", "jobs"):
             if getattr(self, key) < 0:
                 raise InputError(f"--{key}={getattr(self, key)}: should be 1 or more")
         for name in self.table:
@@ -108,6 +114,7 @@ class Config:
         self.steps1 = self.steps1 or (60 if self.quick else 100)
         self.steps2 = self.steps2 or (200 if self.quick else 400)
         self.count = self.count or (100 if self.quick else 200)
+        self.jobs = self.jobs or min(8, os.cpu_count())
         self.out = self.out or f"out/findings{'-quick' if self.quick else ''}"
         self.page = self.page or str(HERE / "docs" / "findings.md")
 
@@ -115,22 +122,29 @@ class Config:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 def budget_of(config):
-    """What all arms share; "weights" is a checksum of the tiny checkpoints, which someone may train anew in between."""
-    weights = 0
-    for name in ("clip", "dinov2", "llama"):
-        weights = zlib.crc32((HERE / "weights" / name / "model.safetensors").read_bytes(), weights)
-    return {"steps1": config.steps1, "steps2": config.steps2, "count": config.count, "weights": f"{weights:08x}"}
+    """What all arms share."""
+    return {"steps1": config.steps1, "steps2": config.steps2, "count": config.count}
+
+
+def weights_of(flags):
+    """{folder of weights/ that an arm starts from: its checksum}: someone may train one anew in between."""
+    from train import TINY                                           # imported here, as torch is: --help and --report are quick
+    kind = re.search(r"--connector=(\w+)", flags)[1]
+    towers = re.findall(r"--vision=weights/(\w+)", flags) or TINY.get(kind, ("clip",))
+    files = {name: HERE / "weights" / name / "model.safetensors" for name in (*towers, "llama")}
+    return {name: f"{zlib.crc32(file.read_bytes()):08x}" for name, file in files.items()}
 
 
 def command_of(flags, budget, seed):
-    return f"python train.py {flags} --steps1={budget['steps1']} --steps2={budget['steps2']} --evaluate=false --seed={seed}"
+    return (f"python train.py {flags} --steps1={budget['steps1']} --steps2={budget['steps2']} --bf16=true --evaluate=false "
+            f"--seed={seed}")
 
 
 def read_result(path):
     """A finished run, or None: no file, or a torn one, which is then as good as none."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        return result if {"flags", "budget", "scores", "command", "seed"} <= set(result) else None
+        return result if {"flags", "budget", "weights", "scores", "command", "seed"} <= set(result) else None
     except (FileNotFoundError, ValueError, TypeError):
         return None
 
@@ -145,8 +159,10 @@ def run_arm(arm, flags, seed, budget, out):
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
         raise InputError(f"{command}: ended with status {done.returncode}, and said: {said}")
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-    result = {"arm": arm, "seed": seed, "command": command, "flags": flags, "budget": budget,
-              "seconds_per_step": last["seconds"] / (last["step"] + 1), **ask(folder / "model", budget["count"])}
+    with ASKING:
+        found = ask(folder / "model", budget["count"])
+    result = {"arm": arm, "seed": seed, "command": command, "flags": flags, "budget": budget, "weights": weights_of(flags),
+              "seconds_per_step": last["seconds"] / (last["step"] + 1), **found}
     partial = out / f"{arm}-{seed}.json.partial"
     partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, out / f"{arm}-{seed}.json")
@@ -185,17 +201,23 @@ def run_all(config):
         former = read_result(path)
         if former is None:
             open_runs.append((arm, flags, seed))
-        elif (former["flags"], former["budget"]) != (flags, budget):
-            raise InputError(f"{path}: holds a run of {former['flags']} with {former['budget']}, now it is {flags} with "
-                             f"{budget}: name another --out, or remove that file")
+        elif (former["flags"], former["budget"], former["weights"]) != (flags, budget, weights_of(flags)):
+            raise InputError(f"{path}: holds a run of {former['flags']} with {former['budget']} from {former['weights']}, now "
+                             f"it is {flags} with {budget} from {weights_of(flags)}: name another --out, or remove that file")
     print(f"{len(runs)} runs of {len(arms)} arms, {len(runs) - len(open_runs)} of them finished before", flush=True)
     began = time.time()
-    for i, run in enumerate(open_runs, 1):
-        arm, flags, seed = run
-        result = run_arm(*run, budget, out)
-        left = (time.time() - began) / i * (len(open_runs) - i)
-        print(f"{arm}-{seed}: " + ", ".join(f"{TASKS[task]} {value:.1%}" for task, value in result["scores"].items())
-              + f"   {left / 60:.0f} minutes left", flush=True)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // config.jobs))           # of each train.py below
+    with ThreadPoolExecutor(config.jobs) as pool:                    # a thread waits for one train.py after the other
+        try:
+            done = [pool.submit(run_arm, *run, budget, out) for run in open_runs]
+            for i, run in enumerate(as_completed(done), 1):
+                result = run.result()
+                left = (time.time() - began) / i * (len(open_runs) - i)
+                scores = ", ".join(f"{TASKS[task]} {value:.1%}" for task, value in result["scores"].items())
+                print(f"{result['arm']}-{result['seed']}: {scores}   {left / 60:.0f} minutes left", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)           # else it would first run all that are left
+            raise
     print(f"\nnext: python findings.py --report --out={config.out}")
 
 
@@ -203,16 +225,19 @@ def run_all(config):
 
 def read_results(out):
     """-> {arm: its runs in the order of their seeds}. All of them must have had the same budget."""
-    flags, found = dict(ARMS), {}
+    flags, found, first = dict(ARMS), {}, {}
     for path in sorted(Path(out).glob("*.json")):
         result = read_result(path)
         if result is None or result["arm"] not in flags:
             print(f"{path}: not a finished run of an arm, left out", file=sys.stderr)
             continue
-        first = next(iter(found.values()), [result])[0]
-        if (result["flags"], result["budget"]) != (flags[result["arm"]], first["budget"]):
-            raise InputError(f"{path}: was run with {result['flags']} and {result['budget']}; the arm has "
-                             f"{flags[result['arm']]}, other runs {first['budget']}: runs that differ are not compared")
+        own = {"flags": result["flags"], "budget": result["budget"], **result["weights"]}
+        first = {"budget": result["budget"]} | first | {"flags": flags[result["arm"]]}       # a checkpoint's: of its first run
+        first = result["weights"] | first
+        for key, value in own.items():
+            if value != first[key]:
+                raise InputError(f"{path}: was run with {key} {value}; {'the arm has' if key == 'flags' else 'other runs had'} "
+                                 f"{first[key]}: runs that differ are not compared")
         found.setdefault(result["arm"], []).append(result)
     return {arm: sorted(runs, key=lambda run: run["seed"]) for arm, runs in found.items()}
 
@@ -234,9 +259,12 @@ def section(name, results):
     if not runs:
         return (f"*Not run: this table is empty until `python findings.py --table={name}` and then "
                 "`python findings.py --report` have been run.*")
-    budget = runs[0]["budget"]
+    budget, weights = runs[0]["budget"], {}
+    for run in runs:
+        weights |= run["weights"]
+    checksums = ", ".join(f"{name} {weights[name]}" for name in sorted(weights))
     lines = [f"Percent, mean ± sample standard deviation over the seeds; {budget['steps1']} + {budget['steps2']} steps, "
-             f"{budget['count']} questions a task, checkpoints {budget['weights']}.", "",
+             f"{budget['count']} questions a task; checkpoints {checksums}.", "",
              f"| | {' | '.join(TASKS.values())} | tokens | MFLOPs | s a step | seeds | {heading} |",
              "|" + "---|" * (len(TASKS) + 6)]
     for label, arm, paper in rows:

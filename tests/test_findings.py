@@ -27,10 +27,11 @@ def two_arms(monkeypatch, tmp_path):
 
 def invented(arm, seed, rec, folder="out/findings", **changes):
     """A finished run that never ran: REC is `rec`, everything else 0.5."""
-    budget = {"steps1": 1, "steps2": 1, "count": 2, "weights": "0"}
+    budget = {"steps1": 1, "steps2": 1, "count": 2}
     flags = dict(findings.ARMS)[arm]
     result = {"arm": arm, "seed": seed, "command": findings.command_of(flags, budget, seed), "flags": flags, "budget": budget,
-              "scores": {"rec": rec, "reg": 0.5, "presence": 0.5, "count": 0.5}, "tokens": 64, "flops": 2e8,
+              "weights": findings.weights_of(flags), "tokens": 64, "flops": 2e8,
+              "scores": {"rec": rec, "reg": 0.5, "presence": 0.5, "count": 0.5},
               "seconds_per_step": 0.1} | changes
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / f"{arm}-{seed}.json").write_text(json.dumps(result))
@@ -47,7 +48,8 @@ def test_two_arms_end_to_end_go_on_after_a_stop_and_refuse_other_flags(two_arms,
     files = sorted(Path("out/findings").iterdir())
     assert [file.name for file in files] == ["clip-layer2-0.json", "dinov2-merged-mlp1-0.json"]       # and no model is left
     first, second = (json.loads(file.read_text()) for file in files)
-    assert first["command"] == ("python train.py --connector=linear --layer=2 --steps1=1 --steps2=1 --evaluate=false --seed=0")
+    assert first["command"] == ("python train.py --connector=linear --layer=2 --steps1=1 --steps2=1 --bf16=true --evaluate=false "
+                                "--seed=0")
     assert set(first["scores"]) == set(findings.TASKS) and all(0 <= value <= 1 for value in first["scores"].values())
     assert first["tokens"] == 64 and first["seconds_per_step"] >= 0 and second["flops"] > first["flops"] > 0      # 6 blocks, 2
 
@@ -80,7 +82,7 @@ def test_the_reports_numbers_are_the_mean_and_spread_of_the_files(two_arms):
     assert (cells[0], cells[-1]) == ("12.5", "73.1, –")              # one seed has no spread
     assert row("CLIP hidden[3]")[0] == row("MAE, one layer")[0] == "not run"
     text = Path("page.md").read_text()
-    assert "python train.py --connector=comm_dino --dino_depth=1 --steps1=1 --steps2=1 --evaluate=false --seed=0" in text
+    assert "python train.py --connector=comm_dino --dino_depth=1 --steps1=1 --steps2=1 --bf16=true --evaluate" in text
     assert "this table is empty until `python findings.py --table=dense`" in text
     findings.main(["--report", "--page=page.md"])
     assert Path("page.md").read_text() == text                       # once more changes nothing
@@ -109,8 +111,19 @@ def test_figures_are_drawn_of_every_table_that_has_runs(monkeypatch, tmp_path):
 def test_runs_that_differ_are_not_put_into_one_table(two_arms):
     invented("clip-layer2", 0, 0.5)
     invented("clip-layer2", 1, 0.5, budget={"steps1": 2})
-    with pytest.raises(InputError, match="clip-layer2-1.json: was run with .* runs that differ are not compared"):
+    with pytest.raises(InputError, match="clip-layer2-1.json: was run with budget .* runs that differ are not compared"):
         findings.main(["--report", "--page=page.md"])
+    invented("clip-layer2", 1, 0.5, weights={"clip": "0", "llama": "1"})
+    with pytest.raises(InputError, match="clip-layer2-1.json: was run with clip 0; other runs had .* are not compared"):
+        findings.main(["--report", "--page=page.md"])
+
+
+def test_an_arm_depends_on_the_checkpoints_that_it_starts_from_and_on_no_other():
+    flags = dict(findings.ARMS)
+    assert set(findings.weights_of(flags["clip-dci"])) == {"clip", "llama"}
+    for arm in ("dinov2-dci", "dinov2-merged-mlp2"):
+        assert set(findings.weights_of(flags[arm])) == {"dinov2", "llama"}
+    assert set(findings.weights_of(flags["comm"])) == {"clip", "dinov2", "llama"}
 
 
 def test_every_arm_of_every_table_is_a_command_that_train_takes():
