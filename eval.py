@@ -43,7 +43,7 @@ import world
 from answers import append_answers, merge, read_answers, submission
 from connector import half_side, halve_grid
 from dialogue import MARK
-from hub import InputError, locate, newest_model
+from hub import InputError, dtype_to_answer, locate, newest_model
 from images import parse_box
 from mllm import MLLM
 from questions import pictures, read_object
@@ -59,6 +59,7 @@ class Config:
     batch: int = 50                      # questions answered at once
     json: bool = False                   # print one JSON object as the last line
     device: str = "auto"                 # auto, cpu, cuda, cuda:1, mps
+    bf16: bool | None = None             # bfloat16; none: on CUDA, and where the checkpoint has 16 bits a number itself
 
     # on the embedded world
     blind: bool = True                   # score with exchanged pictures, too (as much time again)
@@ -251,7 +252,7 @@ def benchmark(config, rank, size):
         device = cli.pick_device(config.device)
         if device.type == "cuda" and size > 1:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        model = MLLM.from_pretrained(name, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+        model = MLLM.from_pretrained(name, dtype_to_answer(name, device, config.bf16), device)
         if config.pool:
             pool(model, config.pool)
     for i in range(0, len(mine), config.batch):
@@ -345,7 +346,7 @@ def main(arguments):
         return
     device = cli.pick_device(config.device)
     folder = config.model or newest_model()
-    model = MLLM.from_pretrained(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    model = MLLM.from_pretrained(folder, dtype_to_answer(folder, device, config.bf16), device)
     start = time.time()
     results = evaluate(model, config.count, config.batch, config.blind, config.seed)
     print(f"{folder}: {config.count} questions a task on held-out scenes, {time.time() - start:.0f} s\n\n{table(results)}")

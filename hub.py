@@ -13,6 +13,7 @@ half-initialised: a tensor that the module needs and the file lacks, one left ov
 """
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -72,7 +73,7 @@ def locate(folder_or_id):
         if constants.HF_HUB_OFFLINE:
             raise InputError(f"{name}: no such folder, not (or not whole) in the local cache {constants.HF_HUB_CACHE}, and "
                              "HF_HUB_OFFLINE forbids downloading: unset it, or name a folder") from None
-        reason = f"status {status_of(error)}" if status_of(error) else " ".join(f"{type(error).__name__}: {error}".split())
+        reason = f"status {status_of(error)}" if status_of(error) else root_of(error)
         raise InputError(f"{name}: no such folder, not in the local cache, and downloading it failed ({reason}); "
                          "try again (finished files are kept), or name a folder") from None
 
@@ -139,6 +140,13 @@ def status_of(error):
     while error is not None and getattr(error, "response", None) is None:
         error = error.__cause__
     return error and error.response.status_code
+
+
+def root_of(error):
+    """What an exception goes back to, in a few words: the client wraps "no route to host" in a paragraph of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())[:120]
 
 
 def newest_model(root="out"):
@@ -320,6 +328,22 @@ def renamer(pairs, skip=()):
             name = name.replace(theirs, ours)
         return name
     return rename
+
+
+def dtype_to_answer(folder_or_id, device, bf16=None):
+    """In what a model that learns nothing is loaded -> torch.bfloat16 on CUDA, and where the checkpoint's largest tensor takes 16
+    bits a number on the disk: 13 GB would be 26 in float32. Else torch.float32. `bf16` true or false decides it."""
+    if bf16 is not None or torch.device(device).type == "cuda":
+        return torch.float32 if bf16 is False else torch.bfloat16
+    largest, dtype = 0, torch.float32
+    for path in dict.fromkeys(tensor_files(locate(folder_or_id)).values()):
+        with open_safetensors(path) as file:
+            for name in file.keys():
+                header = file.get_slice(name)
+                if math.prod(header.get_shape()) > largest:
+                    largest = math.prod(header.get_shape())
+                    dtype = torch.bfloat16 if header.get_dtype() in ("BF16", "F16") else torch.float32
+    return dtype
 
 
 def save_checkpoint(folder, tensors, config):

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import cli
 from connector import SIDES
 from dialogue import IMAGE, end_ids
-from hub import InputError, locate, newest_model, read_config
+from hub import InputError, dtype_to_answer, locate, newest_model, read_config
 from images import ImageSpec, parse_box, to_pixels
 from llama import rotate, visible
 from mllm import MLLM, tower_class
@@ -328,7 +328,6 @@ def main(arguments):
     if config.prompt:
         asked = [(read_text(lambda: config.prompt), None)]
     device = cli.pick_device(config.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name, vision = config.model, config.vision
     if not name and not vision:
         try:
@@ -336,10 +335,10 @@ def main(arguments):
         except InputError as error:
             vision = ["weights/clip", "weights/dinov2"]
             print(f"({error}; until then these are the towers of weights/)", file=sys.stderr)
-    model, towers = None if vision else MLLM.from_pretrained(name, dtype, device), []
+    model, towers = None if vision else MLLM.from_pretrained(name, dtype_to_answer(name, device), device), []
     for folder in map(locate, vision):
         kind = read_config(folder).get("model_type", "timm_wrapper")     # timm's own files name none
-        towers.append(tower_class(kind, folder)[0].from_pretrained(folder, dtype, device))
+        towers.append(tower_class(kind, folder)[0].from_pretrained(folder, dtype_to_answer(folder, device), device))
     who, what = name or ", ".join(vision), Path(config.image).name or f"test scene {config.scene}"
     sheet = make_sheet(picture, f"{who}: {what}", asked[:MOST_QUESTIONS], model, towers, config.max_new_tokens)
     save_picture([sheet], config.out)

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 import cli
 import world
 from eval import iou, normalise
-from hub import InputError, newest_model
+from hub import InputError, dtype_to_answer, newest_model
 from images import BadImage, open_image, parse_box, unpad_box
 from mllm import MLLM
 
@@ -41,6 +41,7 @@ class Config:
     top_p: float | None = None           # draw from the likeliest tokens that make up this probability
     seed: int = 0                        # of the drawing of tokens, and which test scenes
     device: str = "auto"                 # auto, cpu, cuda, cuda:1, mps
+    bf16: bool | None = None             # bfloat16; none: on CUDA, and where the checkpoint has 16 bits a number itself
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -206,7 +207,8 @@ def main(arguments):
         raise InputError(f"--count={config.count} --seed={config.seed}: count should be 1 or more, seed 0 or more")
     device = cli.pick_device(config.device)
     picture = read_picture(config.image) if config.image not in ("", "none") else None
-    model = MLLM.from_pretrained(config.model or newest_model(), torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    name = config.model or newest_model()
+    model = MLLM.from_pretrained(name, dtype_to_answer(name, device, config.bf16), device)
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
                     generator=torch.Generator().manual_seed(config.seed))
     if not (config.image or config.prompt or config.chat):

@@ -116,11 +116,10 @@ def settings(config, stage):
 
 
 def llm_dtype(config, stage, device):
-    """float32 for an LLM whose own weights learn. On CUDA under autocast another one needs no such master copy: it goes from
-    its bf16 file to the card as it is."""
+    """float32 for an LLM whose own weights learn. Under autocast another one needs no such master copy: it goes from its bf16
+    file to the card as it is, and on a CPU (--bf16=true) is not even copied: all processes of a node read the mapped file."""
     learns = "llm" in settings(config, stage)["train"] and not config.lora_rank
-    small = torch.device(device).type == "cuda" and uses_bf16(config, device) and not learns
-    return torch.bfloat16 if small else torch.float32
+    return torch.bfloat16 if uses_bf16(config, device) and not learns else torch.float32
 
 
 def build_model(config, device, stage=2):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hub import InputError, load_weights, locate, read_config, save_checkpoint
+from hub import InputError, dtype_to_answer, load_weights, locate, read_config, save_checkpoint
 from llama import Llama, LlamaConfig
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llama_multi_head"
@@ -272,3 +272,13 @@ def test_a_model_is_built_without_the_compiler():
             "print('torch._dynamo' in sys.modules)")
     child = subprocess.run([sys.executable, "-c", code], cwd=FIXTURE.parents[2], capture_output=True, text=True)
     assert child.stdout == "False\n", child.stderr
+
+
+@pytest.mark.parametrize("stored, wanted", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.bfloat16),
+                                            (torch.float32, torch.float32)])
+def test_a_model_that_only_answers_takes_what_its_file_takes(stored, wanted, tmp_path):
+    """The largest tensor decides: a norm is float32 in many a 16-bit file."""
+    save_checkpoint(tmp_path, {"norm": torch.ones(4), "weight": torch.ones(8, 8, dtype=stored)}, {})
+    assert dtype_to_answer(tmp_path, "cpu") == wanted
+    assert dtype_to_answer(tmp_path, "cuda") == dtype_to_answer(tmp_path, "cpu", bf16=True) == torch.bfloat16
+    assert dtype_to_answer(tmp_path, "cpu", bf16=False) == torch.float32

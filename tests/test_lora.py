@@ -5,6 +5,7 @@ times that. Losses "the same" are compared bit for bit where the arithmetic is t
 """
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import cli
 import export
 import lora
 import train
+from bench import anonymous_memory
 from dialogue import IMAGE
 from hub import InputError
 from llama import Llama, LlamaConfig
@@ -270,12 +272,31 @@ def test_the_frozen_base_is_bfloat16_and_what_learns_float32(tiny_folders, monke
 
 
 def test_only_an_llm_that_does_not_learn_itself_is_loaded_in_bfloat16():
-    """So a frozen 13 GB LLM, or one under LoRA, takes 13 GB of a card and not 26; a CPU and float32 training stay float32."""
+    """So a frozen 13 GB LLM, or one under LoRA, takes 13 GB and not 26; training in float32 stays float32."""
     def dtype(stage, device, *flags):
         return train.llm_dtype(cli.parse(train.Config, [*flags]), stage, torch.device(device))
     assert dtype(1, "cuda") == dtype(2, "cuda", "--lora_rank=4") == dtype(2, "cuda", "--train2=connector") == torch.bfloat16
     assert dtype(2, "cuda") == dtype(1, "cuda", "--train1=connector,llm") == torch.float32
-    assert dtype(1, "cuda", "--bf16=false") == dtype(1, "cpu") == dtype(1, "cpu", "--bf16=true") == torch.float32
+    assert dtype(1, "cpu", "--bf16=true") == torch.bfloat16
+    assert dtype(1, "cuda", "--bf16=false") == dtype(1, "cpu") == dtype(2, "cpu", "--bf16=true") == torch.float32
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's own memory")
+def test_a_frozen_llm_on_a_cpu_is_read_where_it_lies_and_takes_no_memory_of_the_processs_own(tmp_path):
+    """13 GB are not 26 so, and several processes of a node share them."""
+    llm = Llama(LlamaConfig(vocab_size=20_000, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8))
+    llm.to(torch.bfloat16).save_pretrained(tmp_path / "llm")
+    shutil.copy(ROOT / "weights" / "llama" / "tokenizer.json", tmp_path / "llm")
+    size, grown = sum(2 * p.numel() for p in llm.parameters()), {}
+    del llm
+    for bf16 in ("true", "false"):
+        before = anonymous_memory()
+        model = train.build_model(cli.parse(train.Config, [f"--llm={tmp_path / 'llm'}", f"--bf16={bf16}"]), "cpu", 1)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16 == "true"):
+            model.llm(torch.ones(1, 4, dtype=torch.long))
+        grown[bf16] = anonymous_memory() - before
+        del model
+    assert grown["true"] < 0.5 * size < 1.5 * size < grown["false"]  # the connector and the towers (float32) are in both
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")                # torch's own
