@@ -96,8 +96,8 @@ class Config:
     quick: bool = False                  # one seed, fewer arms, a smaller budget
     report: bool = False                 # train nothing, write the page from what has been run
     seeds: int = 0                       # runs of each arm, seeds 0, 1, ...; 0: 3, with --quick 1
-    steps1: int = 0                      # of every arm's stage 1; 0: 100, with --quick 60
-    steps2: int = 0                      # of every arm's stage 2; 0: 400, with --quick 200
+    steps1: int = 0                      # of every arm's stage 1; 0: 60
+    steps2: int = 0                      # of every arm's stage 2; 0: 240, with --quick 200
     count: int = 0                       # questions a task; 0: 200, with --quick 100
     jobs: int = 0                        # runs side by side; 0: one a CPU core, up to 8
     out: str = ""                        # folder of the results; empty: out/findings, with --quick out/findings-quick
@@ -111,8 +111,8 @@ class Config:
             if name not in TABLES:
                 raise InputError(f"--table={name}: there are {', '.join(TABLES)}")
         self.seeds = self.seeds or (1 if self.quick else 3)
-        self.steps1 = self.steps1 or (60 if self.quick else 100)
-        self.steps2 = self.steps2 or (200 if self.quick else 400)
+        self.steps1 = self.steps1 or 60
+        self.steps2 = self.steps2 or (200 if self.quick else 240)
         self.count = self.count or (100 if self.quick else 200)
         self.jobs = self.jobs or min(8, os.cpu_count())
         self.out = self.out or f"out/findings{'-quick' if self.quick else ''}"
