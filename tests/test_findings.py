@@ -32,6 +32,9 @@ def invented(arm, seed, rec, folder="out/findings", **changes):
     result = {"arm": arm, "seed": seed, "command": findings.command_of(flags, budget, seed), "flags": flags, "budget": budget,
               "scores": {"rec": rec, "reg": 0.5, "presence": 0.5, "count": 0.5}, "tokens": 64, "flops": 2e8,
               "seconds_per_step": 0.1} | changes
+    if arm.startswith("video-"):
+        result["scores"] = {f"{task}, {key}": 0.25 for tasks, shown in findings.VIDEO for task in tasks for key in shown}
+        result["scores"]["count, eight frames"] = rec
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / f"{arm}-{seed}.json").write_text(json.dumps(result))
 
@@ -102,8 +105,29 @@ def test_figures_are_drawn_of_every_table_that_has_runs(monkeypatch, tmp_path):
         for seed in range(2):
             invented(arm, seed, (i + seed) / 50)
     findings.main(["--report", "--page=page.md"])
-    assert sorted(path.name for path in Path(".").glob("*.png")) == sorted(f"findings-{name}.png" for name in findings.TABLES)
-    assert "Not run" not in Path("page.md").read_text().partition("## 1.")[2].partition("## 5.")[0]
+    assert sorted(path.name for path in Path(".").glob("*.png")) == sorted(
+        f"findings-{name}.png" for name in [*findings.TABLES, "video-frames"])
+    assert "Not run" not in Path("page.md").read_text().partition("## 1.")[2]
+
+
+def test_the_video_table_has_a_row_a_question_and_arm_and_is_reported_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    shutil.copy(ROOT / "docs" / "findings.md", "page.md")
+    before = Path("page.md").read_text().partition("## 5.")[0]
+    for seed, value in enumerate((0.25, 0.75)):
+        invented("video-dci", seed, value)
+    invented("video-efficient", 0, 0.625)
+    del (result := json.loads(Path("out/findings/video-efficient-0.json").read_text()))["scores"]["count, eight frames, unpooled"]
+    Path("out/findings/video-efficient-0.json").write_text(json.dumps(result))     # it has no more tokens to show
+    findings.main(["--report", "--table=video", "--page=page.md"])
+    assert Path("page.md").read_text().partition("## 5.")[0] == before       # the other tables stay as they were
+    shown = findings.VIDEO[0][1]
+    cells = row("count, DCI")
+    assert cells[shown.index("eight frames")] == "50.0 ± 35.4" and cells[0] == "25.0 ± 0.0" and cells[-1] == "0, 1"
+    cells = row("count, Efficient")
+    assert (cells[shown.index("eight frames")], cells[shown.index("eight frames, unpooled")]) == ("62.5", "–")
+    assert row("direction, DCI")[0] == "25.0 ± 0.0" and row("presence, MLP")[0] == "not run"
 
 
 def test_runs_that_differ_are_not_put_into_one_table(two_arms):
@@ -120,7 +144,8 @@ def test_every_arm_of_every_table_is_a_command_that_train_takes():
     for flags in arms.values():
         told = cli.parse(Flags, flags.split())
         ConnectorConfig(told.connector, told.groups, told.merge, told.dino_depth, told.dino_expansion, told.layer)
-    assert len(set(arms.values())) == len(arms)                      # no arm is run twice under two names
+    own = [flags for arm, flags in arms.items() if not arm.startswith("video-")]       # those are asked other questions
+    assert len(set(own)) == len(own)                                 # no arm is run twice under two names
 
 
 def test_a_wrong_option_and_a_failed_run_are_one_line(two_arms, monkeypatch):
