@@ -30,8 +30,10 @@ from hub import InputError
 
 HERE = Path(__file__).resolve().parent
 TASKS = {"rec": "REC", "reg": "REG", "presence": "presence", "count": "count"}     # of eval.py, with a column's heading
-VIDEO = [(("presence", "count"), ("best guess", "another clip", "one frame", "eight frames", "that eight times", "one picture",
-                                  "eight frames, unpooled", "that eight times, unpooled", "one picture, unpooled")),
+VIDEO = [(("presence", "count"), ("best guess", "another clip", "one frame", "eight frames", "one picture", "that eight times",
+                                  "with seven empty")),               # of video.py: what is asked, and how a clip is shown
+         (("presence", "count"), ("eight frames, unpooled", "one picture, unpooled", "that eight times, unpooled",
+                                  "with seven empty, unpooled")),
          (("direction",), ("another clip", "eight frames", "eight frames, unpooled", "same answer backwards", "from two boxes"))]
 DEPTH = 6                                                            # blocks of each tiny tower
 DINO = " --vision=weights/dinov2"                                    # else train.py takes weights/clip

@@ -1,13 +1,14 @@
 """Zero-shot video: a model that was trained on single pictures is asked about clips of the embedded world.
 
-The Dense Connector does so (arXiv 2405.13800): eight frames, the visual tokens of one after those of the other, and the question
-behind them. Its benchmarks made small, on held-out scenes, asked in the words of single pictures, for the tiny LLaMA knows no others:
+The Dense Connector does so (arXiv 2405.13800): eight frames, the visual tokens of one after those of the other, and the
+question behind them. Its benchmarks made small, in the words of single pictures, for the tiny LLaMA knows no others:
 
-    passing    one object after the other comes and goes, no frame shows two    "Is there a red circle?", "How many crosses are there?"
+    passing    one object after the other comes and goes, no frame shows two    "Is there a red circle?"
+                                                                                "How many crosses are there?"
     moving     one object goes left, right, up or down, the others stand still  "Is the red circle left or right of the red circle?"
 
-A clip is eight lists of objects, `frames`, a function of (split, index) alone, as scenes are. The set of its objects is a held-out
-scene's. A moving object takes 0.05 of the picture's side a frame, the step in which the world's boxes are written.
+A clip is eight lists of objects, `frames`, a function of (split, index) alone, as scenes are; all its objects together are those
+of a held-out scene. What moves takes 0.05 of the picture's side a frame, the step in which the world's boxes are written.
 
 `python findings.py --table=video` trains the models and asks them.
 """
@@ -126,6 +127,7 @@ def evaluate(model, number):
     moves = [moving("test", index) for index in range(number)]
     films, ways = [draw(frames, "test", index) for index, (frames, _) in enumerate(moves)], [way for _, way in moves]
     which = [way_question(frames[0][0], way) for frames, way in moves]
+    empties = [world.draw([], "test", OWN * index) for index in range(number)]
     others = evaluation.exchange(number, seed=0)
 
     def score(key, task, clips):
@@ -137,6 +139,7 @@ def evaluate(model, number):
             score("one picture" + suffix, task, [[whole] for whole in wholes])
             score("that eight times" + suffix, task, [[whole] * FRAMES for whole in wholes])
             score("eight frames" + suffix, task, clips)
+            score("with seven empty" + suffix, task, [[whole] + [empty] * (FRAMES - 1) for whole, empty in zip(wholes, empties)])
         forth = ask(model, films, which, 4)
         scores["direction, eight frames" + suffix] = evaluation.exact_match(forth, ways)
         return forth
