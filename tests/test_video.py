@@ -8,6 +8,7 @@ from PIL import Image
 
 import video
 import world
+from dialogue import encode
 from hub import InputError
 from video import FRAMES, STEP, WAYS, draw, everything, moving, passing, touch, way_question, went
 from world import COLOURS, SIDE, Object
@@ -188,6 +189,16 @@ def test_a_real_model_reads_eight_pictures_and_needs_the_longer_context(tiny_mod
     scores = video.evaluate(model, 2)
     assert model.llm.config.max_position_embeddings == 8 * 16 + 64 < longest
     assert all(0 <= value <= 1 for value in scores.values()) and scores == video.evaluate(model, 2)
+
+
+def test_eight_pooled_frames_are_no_longer_than_what_is_trained_on_and_eight_whole_ones_are(world_tokenizer):
+    """64 tokens of a picture and its dialogue: what docs/findings.md calls about 160 positions."""
+    def length(text):
+        return len(encode(world_tokenizer, text, "tiny")[0])
+    longest = max(63 + length([("<image>\n" + first, answer), *rest]) for (first, answer), *rest in (
+        world.dialogue(world.scene("train", index), world.generator("train", index, 2)) for index in range(400)))
+    asked = max(length([(video.MARK + "\n" + text, None)]) for text in video.questions("count", 40)[2])
+    assert 140 < longest < 180 and FRAMES * 16 - 1 + asked <= longest < FRAMES * 64 / 2
 
 
 def test_the_strip_shows_eight_frames_of_two_clips_in_a_small_file(tmp_path):
