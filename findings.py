@@ -313,15 +313,15 @@ def draw(name, results, path):
         import video
         video.strip(path.with_name("findings-video-frames.png"))
         rows = [(label, arm) for label, arm, _ in TABLES[name][1] if arm in results]
-        figure, panels = plt.subplots(1, 3, figsize=(9, 0.9 + 0.6 * len(rows)), sharey=True)
+        figure, panels = plt.subplots(1, 3, figsize=(9, 1.6 + 0.5 * len(rows)), sharey=True)
         shown = "another clip", "one frame", "eight frames", "one picture"
         bars = {"presence": shown, "count": shown, "direction": ("another clip", "eight frames", "from two boxes")}
         for panel, task in zip(panels, bars):
             for k, key in enumerate(bars[task]):
                 means, spreads = zip(*(point(arm, f"{task}, {key}") for _, arm in rows))
                 panel.barh([i + 0.2 * k for i in range(len(rows))], means, 0.19, xerr=spreads, label=key)
-            panel.set(title=task, xlabel="%", xlim=(0, 100))
-            panel.legend(fontsize=7)
+            panel.set(xlabel="%", xlim=(0, 100))
+            panel.legend(title=task, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
         panels[0].set_yticks([i + 0.3 for i in range(len(rows))], [label for label, _ in rows])
         panels[0].invert_yaxis()
     else:
