@@ -122,7 +122,7 @@ def test_the_video_table_has_a_row_a_question_and_arm_and_is_reported_alone(tmp_
     Path("out/findings/video-efficient-0.json").write_text(json.dumps(result))     # it has no more tokens to show
     findings.main(["--report", "--table=video", "--page=page.md"])
     assert Path("page.md").read_text().partition("## 5.")[0] == before       # the other tables stay as they were
-    lines = Path("page.md").read_text().partition("## 5.")[2].splitlines()
+    lines = Path("page.md").read_text().partition("<!-- video: findings.py --report -->")[2].splitlines()
     tables = [line.split(" | ")[1:-1] for line in lines if line.startswith("| | ")]
     assert tables == [list(shown) for _, shown in findings.VIDEO]
     dci, efficient = ([line.strip("| ").split(" | ")[1:] for line in lines if line.startswith(f"| count, {arm} |")]
