@@ -2,7 +2,7 @@
 
     python findings.py                      every arm of every table, three seeds each: at most three hours on two CPU cores
     python findings.py --quick              one seed, fewer arms, fewer steps: at most twenty minutes
-    python findings.py --table=towers       one table's arms (layers, towers, merging, dense)
+    python findings.py --table=towers       one table's arms (layers, towers, merging, dense, video)
     python findings.py --report             what has been run -> the tables and figures of docs/findings.md
 
 An arm is a name and the flags of `train.py` that make it what it is. Every run of an arm is `train.py` with these flags, the
@@ -35,6 +35,11 @@ from hub import InputError
 HERE = Path(__file__).resolve().parent
 TASKS = {"rec": "REC", "reg": "REG", "presence": "presence", "count": "count"}     # of eval.py, with a column's heading
 ASKING = threading.Lock()                                            # train.py runs side by side, questions one after the other
+VIDEO = [(("presence", "count"), ("best guess", "another clip", "one frame", "eight frames", "one picture", "that eight times",
+                                  "with seven empty")),               # of video.py: what is asked, and how a clip is shown
+         (("presence", "count"), ("eight frames, unpooled", "one picture, unpooled", "that eight times, unpooled",
+                                  "with seven empty, unpooled")),
+         (("direction",), ("another clip", "eight frames", "eight frames, unpooled", "same answer backwards", "from two boxes"))]
 DEPTH = 6                                                            # blocks of each tiny tower
 DINO = " --vision=weights/dinov2"                                    # else train.py takes weights/clip
 
@@ -49,10 +54,11 @@ ARMS += [(f"comm-{merge}", f"--connector=comm --merge={merge}") for merge in ("m
 for tower, vision in (("clip", ""), ("dinov2", DINO)):
     ARMS += [(f"{tower}-{kind}", f"--connector={kind}" + vision) for kind in ("mlp", "sti", "sci", "dci", "efficient")]
     ARMS += [(f"{tower}-dci3", "--connector=dci --groups=3" + vision)]
+ARMS += [(f"video-{kind}", f"--connector={kind}") for kind in ("mlp", "dci", "efficient", "comm")]      # other questions
 
 QUICK = ["clip-layer1", "clip-layer3", "clip-layer5", "dinov2-layer1", "dinov2-layer3", "dinov2-layer5", "clip-merged",
          "dinov2-merged-mlp0", "dinov2-merged-mlp2", "comm", "comm-mean_all", "clip-mlp", "clip-sci", "clip-dci",
-         "clip-efficient"]
+         "clip-efficient", "video-dci"]
 
 # A table: what the paper's column holds, then rows of (what the reader sees, arm, the paper's numbers). The arm None was not run.
 TABLES = {
@@ -87,14 +93,19 @@ TABLES = {
         ("DINOv2, SCI", "dinov2-sci", "–"),
         ("DINOv2, DCI, 2 groups", "dinov2-dci", "–"),
         ("DINOv2, DCI, 3 groups", "dinov2-dci3", "–"),
-        ("DINOv2, Efficient", "dinov2-efficient", "–")])}
+        ("DINOv2, Efficient", "dinov2-efficient", "–")]),
+    "video": ("", [
+        ("MLP", "video-mlp", ""),
+        ("DCI", "video-dci", ""),
+        ("Efficient", "video-efficient", ""),
+        ("COMM", "video-comm", "")])}
 
 
 @dataclass
 class Config:
-    table: list[str] = field(default_factory=lambda: [])  # layers, towers, merging, dense; empty: all of them
+    table: list[str] = field(default_factory=lambda: [])  # layers, towers, merging, dense, video; empty: all of them
     quick: bool = False                  # one seed, fewer arms, a smaller budget
-    report: bool = False                 # train nothing, write the page from what has been run
+    report: bool = False                 # train nothing, write the page (or its --table) from what has been run
     seeds: int = 0                       # runs of each arm, seeds 0, 1, ...; 0: 3, with --quick 1
     steps1: int = 0                      # of every arm's stage 1; 0: 60
     steps2: int = 0                      # of every arm's stage 2; 0: 240, with --quick 200
@@ -160,7 +171,7 @@ def run_arm(arm, flags, seed, budget, out):
         raise InputError(f"{command}: ended with status {done.returncode}, and said: {said}")
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     with ASKING:
-        found = ask(folder / "model", budget["count"])
+        found = ask(folder / "model", budget["count"], arm)
     result = {"arm": arm, "seed": seed, "command": command, "flags": flags, "budget": budget, "weights": weights_of(flags),
               "seconds_per_step": last["seconds"] / (last["step"] + 1), **found}
     partial = out / f"{arm}-{seed}.json.partial"
@@ -170,15 +181,18 @@ def run_arm(arm, flags, seed, budget, out):
     return result
 
 
-def ask(folder, count):
-    """Every task's first score on `count` held-out questions, and what one picture costs: its tokens, and the FLOPs of reading
-    it with a question once."""
+def ask(folder, count, arm):
+    """Every task's first score on `count` held-out questions, of a video arm video.py's scores, and what one picture costs: its
+    tokens, and the FLOPs of reading it with a question once."""
     from torch.nn.attention import SDPBackend, sdpa_kernel           # imported here: --help and --report do not wait for torch
     from torch.utils.flop_counter import FlopCounterMode
 
     import eval as evaluation
+    import video
     from mllm import MLLM
     model, scores = MLLM.from_pretrained(folder, device=cli.pick_device("auto")), {}
+    if arm.startswith("video-"):
+        return {"scores": video.evaluate(model, max(1, count // 2)), "tokens": model.tokens_per_image}
     for task in TASKS:
         pictures, texts, truths = evaluation.questions(task, count)
         said = evaluation.answer(model, pictures, texts, evaluation.MAX_NEW_TOKENS[task], 50)
@@ -213,7 +227,7 @@ def run_all(config):
             for i, run in enumerate(as_completed(done), 1):
                 result = run.result()
                 left = (time.time() - began) / i * (len(open_runs) - i)
-                scores = ", ".join(f"{TASKS[task]} {value:.1%}" for task, value in result["scores"].items())
+                scores = ", ".join(f"{TASKS.get(task, task)} {value:.1%}" for task, value in result["scores"].items())
                 print(f"{result['arm']}-{result['seed']}: {scores}   {left / 60:.0f} minutes left", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)           # else it would first run all that are left
@@ -263,9 +277,17 @@ def section(name, results):
     for run in runs:
         weights |= run["weights"]
     checksums = ", ".join(f"{name} {weights[name]}" for name in sorted(weights))
+    table = video_rows(rows, results) if name == "video" else task_rows(rows, results, heading)
     lines = [f"Percent, mean ± sample standard deviation over the seeds; {budget['steps1']} + {budget['steps2']} steps, "
-             f"{budget['count']} questions a task; checkpoints {checksums}.", "",
-             f"| | {' | '.join(TASKS.values())} | tokens | MFLOPs | s a step | seeds | {heading} |",
+             f"{budget['count']} questions a task; checkpoints {checksums}.", "", *table]
+    commands = {arm: results[arm] for _, arm, _ in rows if arm in results}
+    lines += ["", "Commands (then with the other seeds):", "", "```sh", *(own[0]["command"] for own in commands.values()), "```"]
+    return "\n".join(lines)
+
+
+def task_rows(rows, results, heading):
+    """Markdown lines, an arm a row: what it scored in TASKS, what a picture costs, the paper's numbers."""
+    lines = [f"| | {' | '.join(TASKS.values())} | tokens | MFLOPs | s a step | seeds | {heading} |",
              "|" + "---|" * (len(TASKS) + 6)]
     for label, arm, paper in rows:
         cells = ["not run"] + [""] * (len(TASKS) + 3)
@@ -275,9 +297,24 @@ def section(name, results):
             cells += [f"{own[0]['tokens']}", f"{own[0]['flops'] / 1e6:.0f}", f"{seconds:.3f}"]
             cells += [", ".join(str(run["seed"]) for run in own)]
         lines.append(f"| {label} | {' | '.join(cells)} | {paper} |")
-    commands = {arm: results[arm] for _, arm, _ in rows if arm in results}
-    lines += ["", "Commands (then with the other seeds):", "", "```sh", *(own[0]["command"] for own in commands.values()), "```"]
-    return "\n".join(lines)
+    return lines
+
+
+def video_rows(rows, results):
+    """Markdown lines, two tables: an arm a row for each question, a way of showing the clip a column."""
+    lines = []
+    for tasks, shown in VIDEO:
+        lines += [f"| | {' | '.join(shown)} | seeds |", "|" + "---|" * (len(shown) + 2)]
+        for task in tasks:
+            for label, arm, _ in rows:
+                cells = ["not run"] + [""] * len(shown)
+                if own := results.get(arm):
+                    keys = [f"{task}, {key}" for key in shown]
+                    cells = [percent([run["scores"][key] for run in own]) if key in own[0]["scores"] else "–" for key in keys]
+                    cells += [", ".join(str(run["seed"]) for run in own)]
+                lines.append(f"| {task}, {label} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines[:-1]
 
 
 def draw(name, results, path):
@@ -300,6 +337,21 @@ def draw(name, results, path):
             panel.set(xlim=(-0.3, DEPTH + 0.3), ylim=(0, 100))
         panels[0].set_ylabel("%")
         panels[0].legend()
+    elif name == "video":
+        import video
+        video.strip(path.with_name("findings-video-frames.png"))
+        rows = [(label, arm) for label, arm, _ in TABLES[name][1] if arm in results]
+        figure, panels = plt.subplots(1, 3, figsize=(9, 1.6 + 0.5 * len(rows)), sharey=True)
+        shown = "another clip", "one frame", "eight frames", "one picture"
+        bars = {"presence": shown, "count": shown, "direction": ("another clip", "eight frames", "from two boxes")}
+        for panel, task in zip(panels, bars):
+            for k, key in enumerate(bars[task]):
+                means, spreads = zip(*(point(arm, f"{task}, {key}") for _, arm in rows))
+                panel.barh([i + 0.2 * k for i in range(len(rows))], means, 0.19, xerr=spreads, label=key)
+            panel.set(xlabel="%", xlim=(0, 100))
+            panel.legend(title=task, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+        panels[0].set_yticks([i + 0.3 for i in range(len(rows))], [label for label, _ in rows])
+        panels[0].invert_yaxis()
     else:
         rows = [(label, arm) for label, arm, _ in TABLES[name][1] if arm in results]
         figure, panel = plt.subplots(figsize=(8, 0.6 + 0.45 * len(rows)))
@@ -319,7 +371,7 @@ def report(config):
     """Put every table between its two marks in the page: all else there is written by hand."""
     results, page = read_results(config.out), Path(config.page)
     text = page.read_text(encoding="utf-8")
-    for name in TABLES:
+    for name in config.table or TABLES:
         body, start, end = section(name, results), f"<!-- {name}: findings.py --report -->\n", f"\n<!-- {name}: end -->"
         if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
             raise InputError(f"{page}: should have the lines {start.strip()} and {end.strip()}, once each, where the table goes")

@@ -7,6 +7,7 @@
 #   python findings.py --table=towers        CLIP or DINO
 #   python findings.py --table=merging       how to merge
 #   python findings.py --table=dense         the Dense Connector's table
+#   python findings.py --table=video         models of single pictures asked about clips
 set -euo pipefail
 
 python findings.py "$@"

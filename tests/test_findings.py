@@ -33,6 +33,9 @@ def invented(arm, seed, rec, folder="out/findings", **changes):
               "weights": findings.weights_of(flags), "tokens": 64, "flops": 2e8,
               "scores": {"rec": rec, "reg": 0.5, "presence": 0.5, "count": 0.5},
               "seconds_per_step": 0.1} | changes
+    if arm.startswith("video-"):
+        result["scores"] = {f"{task}, {key}": 0.25 for tasks, shown in findings.VIDEO for task in tasks for key in shown}
+        result["scores"]["count, eight frames"] = rec
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / f"{arm}-{seed}.json").write_text(json.dumps(result))
 
@@ -104,8 +107,32 @@ def test_figures_are_drawn_of_every_table_that_has_runs(monkeypatch, tmp_path):
         for seed in range(2):
             invented(arm, seed, (i + seed) / 50)
     findings.main(["--report", "--page=page.md"])
-    assert sorted(path.name for path in Path(".").glob("*.png")) == sorted(f"findings-{name}.png" for name in findings.TABLES)
-    assert "Not run" not in Path("page.md").read_text().partition("## 1.")[2].partition("## 5.")[0]
+    assert sorted(path.name for path in Path(".").glob("*.png")) == sorted(
+        f"findings-{name}.png" for name in [*findings.TABLES, "video-frames"])
+    assert "Not run" not in Path("page.md").read_text().partition("## 1.")[2]
+
+
+def test_the_video_table_has_a_row_a_question_and_arm_and_is_reported_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    shutil.copy(ROOT / "docs" / "findings.md", "page.md")
+    before = Path("page.md").read_text().partition("## 5.")[0]
+    for seed, value in enumerate((0.25, 0.75)):
+        invented("video-dci", seed, value)
+    invented("video-efficient", 0, 0.625)
+    del (result := json.loads(Path("out/findings/video-efficient-0.json").read_text()))["scores"]["count, eight frames, unpooled"]
+    Path("out/findings/video-efficient-0.json").write_text(json.dumps(result))     # it has no more tokens to show
+    findings.main(["--report", "--table=video", "--page=page.md"])
+    assert Path("page.md").read_text().partition("## 5.")[0] == before       # the other tables stay as they were
+    lines = Path("page.md").read_text().partition("<!-- video: findings.py --report -->")[2].splitlines()
+    tables = [line.split(" | ")[1:-1] for line in lines if line.startswith("| | ")]
+    assert tables == [list(shown) for _, shown in findings.VIDEO]
+    dci, efficient = ([line.strip("| ").split(" | ")[1:] for line in lines if line.startswith(f"| count, {arm} |")]
+                      for arm in ("DCI", "Efficient"))                # a row in each of two tables
+    at = tables[0].index("eight frames")
+    assert dci[0][at] == "50.0 ± 35.4" and dci[0][0] == "25.0 ± 0.0" and dci[0][-1] == "0, 1"
+    assert efficient[0][at] == "62.5" and efficient[1] == ["–", "25.0", "25.0", "25.0", "0"]
+    assert row("direction, DCI")[0] == "25.0 ± 0.0" and row("direction, MLP")[0] == "not run"
 
 
 def test_runs_that_differ_are_not_put_into_one_table(two_arms):
@@ -133,7 +160,8 @@ def test_every_arm_of_every_table_is_a_command_that_train_takes():
     for flags in arms.values():
         told = cli.parse(Flags, flags.split())
         ConnectorConfig(told.connector, told.groups, told.merge, told.dino_depth, told.dino_expansion, told.layer)
-    assert len(set(arms.values())) == len(arms)                      # no arm is run twice under two names
+    own = [flags for arm, flags in arms.items() if not arm.startswith("video-")]       # those are asked other questions
+    assert len(set(own)) == len(own)                                 # no arm is run twice under two names
 
 
 def test_a_wrong_option_and_a_failed_run_are_one_line(two_arms, monkeypatch):
