@@ -5,7 +5,7 @@ question behind them. Its benchmarks made small, in the words of single pictures
 
     passing    one object after the other comes and goes, no frame shows two    "Is there a red circle?"
                                                                                 "How many crosses are there?"
-    moving     one object goes left, right, up or down, the others stand still "Is the red circle left or right of the red circle?"
+    moving    one object goes left, right, up or down, the others stand still "Is the red circle left or right of the red circle?"
 
 A clip is eight lists of objects, `frames`, a function of (split, index) alone, as scenes are; all its objects together are those
 of a held-out scene. What moves takes 0.05 of the picture's side a frame, the step in which the world's boxes are written.
