@@ -3,8 +3,8 @@
 The Dense Connector does so (arXiv 2405.13800): eight frames, the visual tokens of one after those of the other, and the
 question behind them. Its benchmarks made small, in the words of single pictures, for the tiny LLaMA knows no others:
 
-    passing    one object after the other comes and goes, no frame shows two    "Is there a red circle?"
-                                                                                "How many crosses are there?"
+    passing    one object after the other comes and goes, no frame shows two   "Is there a red circle?"
+                                                                               "How many crosses are there?"
     moving    one object goes left, right, up or down, the others stand still "Is the red circle left or right of the red circle?"
 
 A clip is eight lists of objects, `frames`, a function of (split, index) alone, as scenes are; all its objects together are those
