@@ -1,4 +1,4 @@
-"""Train the three tiny checkpoints of weights/ from scratch on the embedded world.
+"""Train the five tiny checkpoints of weights/ from scratch on the embedded world.
 
 The papers start from pretrained encoders and a pretrained LLM, so the embedded default does too. Each is trained the way
 its model at full size was, and written in Hugging Face layout:
@@ -6,7 +6,9 @@ its model at full size was, and written in Hugging Face layout:
     python pretrain.py clip       contrastive: which of 128 captions belongs to which of 128 pictures (arXiv 2103.00020)
                                   and not one with a wrong word (arXiv 2210.01936)
     python pretrain.py dinov2     self-distillation without text: class-token and masked-patch losses, a teacher that is the
-                                  student's running mean, global and local crops (arXiv 2304.07193)
+                                  student's running mean, two crops of every picture (arXiv 2304.07193)
+    python pretrain.py mae        the pixels of patches that were hidden from it (arXiv 2111.06377)
+    python pretrain.py deit       which class of thing a picture shows, by labels (arXiv 2012.12877, without its teacher)
     python pretrain.py llama      next token on the world's language, without pictures: a scene in text, then questions about it
 
 `weights/README.md` has the commands, times and scores of the checkpoints that are in the repository.
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import cli
@@ -32,6 +35,7 @@ from dinov2 import DINOv2, DINOv2Config
 from eval import score
 from hub import InputError
 from llama import Llama, LlamaConfig
+from vit import Block, ViT, ViTConfig, run_blocks
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
 BOS, EOS = 2, 3
@@ -43,7 +47,7 @@ POSITION_STD = 0.3
 
 @dataclass
 class Config:
-    model: str = ""                      # clip, dinov2 or llama
+    model: str = ""                      # clip, dinov2, mae, deit or llama
     out: str = ""                        # folder to write; empty: weights/<model>
     steps: int = 0                       # optimizer steps; 0: what the committed checkpoints took
     batch: int = 0                       # pictures (or texts) a step; 0: likewise
@@ -54,7 +58,7 @@ class Config:
     threads: int = 0                     # CPU threads; 0: all cores
 
 
-# --- the loop that all three share ------------------------------------------------------------------------------------
+# --- the loop that all five share ------------------------------------------------------------------------------------
 
 def train(model, loss_of, config, adamw=0.5, weight_decay=0.05):
     """Warm-up and cosine on loss_of(step, progress) -> (loss, text to print), progress from 0 to 1. The matrices learn by Muon,
@@ -70,7 +74,8 @@ def train(model, loss_of, config, adamw=0.5, weight_decay=0.05):
         progress = step / config.steps
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 100, (1 + math.cos(math.pi * progress)) / 2)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+        # Attention by plain matrix products: on a CPU the fused kernel's backward is slower than all the rest of a tower's step.
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16), sdpa_kernel(SDPBackend.MATH):
             loss, note = loss_of(step, progress)
         model.zero_grad()
         loss.backward()
@@ -98,8 +103,20 @@ def pictures(drawn, split="train"):
     return torch.from_numpy(np.stack([world.draw(objects, split, index) for index, objects in drawn])).permute(0, 3, 1, 2)
 
 
+def around_largest(drawn, side):
+    """A square part of every scene's picture around its largest object: uint8 (B, 3, side, side)."""
+    def start(middle):
+        return int(min(max(middle - side / 2, 0), world.SIDE - side))
+
+    parts = []
+    for picture, (_, (largest, *_)) in zip(pictures(drawn), drawn):
+        x, y = start(largest.x + largest.side / 2), start(largest.y + largest.side / 2)
+        parts.append(picture[:, y:y + side, x:x + side])
+    return torch.stack(parts)
+
+
 def write(model, folder, config, **extra):
-    """Save in Hugging Face layout, in half precision: 12 MB hold all three."""
+    """Save in Hugging Face layout, in half precision: 14 MB hold all five."""
     model.half().save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text()) | {"dtype": "float16"}
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
@@ -226,15 +243,18 @@ def clip_scores(folder, count=256):
 # --- DINOv2 -----------------------------------------------------------------------------------------------------------
 
 class Head(nn.Module):
-    """Features -> scores over prototypes: an MLP to a unit vector, compared with unit prototypes."""
+    """Features (M, D) -> scores (M, K) over prototypes: an MLP to a unit vector, compared with unit prototypes that stay as they
+    are drawn. A batch norm spreads the unit vectors out. Without it those of all pictures are nearly one vector at first, every
+    target nearly uniform (entropy 4.1 of ln 64 = 4.16), and there is nothing to learn from."""
 
     def __init__(self, width, prototypes, bottleneck=64):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, bottleneck))
-        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
+        self.mlp = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, bottleneck),
+                                 nn.BatchNorm1d(bottleneck, affine=False))
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(prototypes, bottleneck), dim=-1), requires_grad=False)
 
     def forward(self, x):
-        return F.normalize(self.mlp(x), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
+        return F.normalize(self.mlp(x).float(), dim=-1) @ self.prototypes.T
 
 
 def crops(pixels, size, scale, generator):
@@ -252,6 +272,22 @@ def crops(pixels, size, scale, generator):
     return (cropped * light).clamp(0, 255).byte()
 
 
+def recolour(pixels, generator):
+    """Another light on every picture, uint8 (B, 3, R, R) -> the same: channels exchanged at random, 70% grey, each channel's
+    contrast and brightness changed, a soft shadow. Where colours or the ground are enough to know a picture again, shapes are not
+    learnt (as in SimCLR, arXiv 2002.05709, figure 6)."""
+    def uniform(low, high):
+        return torch.empty(len(pixels), 3, 1, 1).uniform_(low, high, generator=generator)
+
+    order = torch.rand(len(pixels), 3, generator=generator).argsort(1)
+    x = pixels.float().gather(1, order[:, :, None, None].expand(pixels.shape))
+    x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.7, x.mean(1, keepdim=True).expand(x.shape), x)
+    mean = x.mean((2, 3), keepdim=True)
+    x = (x - mean) * uniform(0.4, 1.4) + mean * uniform(0.6, 1.4)
+    shadow = torch.randn(len(x), 1, 4, 4, generator=generator) * 15
+    return (x + F.interpolate(shadow, x.shape[2:], mode="bilinear")).clamp(0, 255).byte()
+
+
 @torch.no_grad()
 def sinkhorn(scores, temperature, rounds=3):
     """Teacher scores (M, K) -> targets whose rows sum to 1 and which use every prototype alike (no collapse)."""
@@ -263,6 +299,8 @@ def sinkhorn(scores, temperature, rounds=3):
 
 
 def pretrain_dinov2(config, folder):
+    """Portraits of one object first, in 32 x 32 pixels, where a step costs a quarter; then whole scenes in 64 x 64. (DINOv2's
+    pictures are chosen, too, and small but for the last part.)"""
     student = DINOv2(DINOv2Config(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, mlp_ratio=4,
                                   image_size=world.SIDE, patch_size=8, layerscale_value=1.0), MEAN, STD)
     nn.init.normal_(student.position_embeddings, std=POSITION_STD)
@@ -277,37 +315,116 @@ def pretrain_dinov2(config, folder):
         return last[:, 0], last[:, 1:]                               # class token (B, D), patches (B, N, D)
 
     def cross_entropy(targets, scores):
-        return -(targets * (scores.float() / 0.1).log_softmax(-1)).sum(-1).mean()
+        return -(targets * (scores / 0.1).log_softmax(-1)).sum(-1).mean()
 
     def loss_of(step, progress):
         with torch.no_grad():                                        # the teacher follows the student, ever more slowly
-            momentum = 1 - 0.02 * (1 + math.cos(math.pi * progress)) / 2
+            momentum = 1 - 0.04 * (1 + math.cos(math.pi * progress)) / 2
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-        pixels, B = pictures(scenes(config, step)), config.batch
-        views = torch.cat([crops(pixels, world.SIDE, (0.5, 1.0), generator) for _ in range(2)])        # two global views
-        small = torch.cat([crops(pixels, world.SIDE // 2, (0.25, 0.5), generator) for _ in range(2)])  # two local ones
-        heat = 0.04 + 0.03 * min(1.0, progress * 5)                  # the teacher's temperature warms up
+        if progress < 0.85:
+            pixels, size, scale = around_largest(scenes(config, step, most=1), 40), 32, (0.6, 1.0)
+        else:
+            pixels, size, scale = pictures(scenes(config, step)), world.SIDE, (0.5, 1.0)
+        B = config.batch
+        views = torch.cat([recolour(crops(pixels, size, scale, generator), generator) for _ in range(2)])
         with torch.no_grad():
             cls, patches = look(teacher, views)
-            target = sinkhorn(teacher["cls"](cls), heat)             # (2B, K)
-        share = torch.rand(2 * B, 1, generator=generator) * 0.4 + 0.1     # 10% to 50% masked, in half of the pictures
-        mask = (torch.rand(2 * B, patches.shape[1], generator=generator) < share) & (torch.rand(2 * B, 1, generator=generator) < 0.5)
-        mask[0, 0] = True
+            target = sinkhorn(teacher["cls"](cls), 0.03)             # (2B, K)
+        share = torch.rand(2 * B, 1, generator=generator) * 0.4 + 0.1
+        mask = torch.rand(2 * B, patches.shape[1], generator=generator) < share      # 10% to 50% masked,
+        mask &= torch.rand(2 * B, 1, generator=generator) < 0.3                      # in 30% of the pictures
+        mask[:2, 0] = True                                           # a batch norm needs two
         seen, seen_patches = look(student, views, mask)
-        local, _ = look(student, small)
-        scores, local_scores = student["cls"](seen), student["cls"](local)
-        swapped = target.roll(B, 0)                                  # a view learns from the other view
-        loss_cls = (cross_entropy(swapped, scores) + cross_entropy(target, local_scores) + cross_entropy(swapped, local_scores)) / 3
-        patch_target = sinkhorn(teacher["patch"](patches[mask]), heat)
+        loss_cls = cross_entropy(target.roll(B, 0), student["cls"](seen))      # a view learns from the other view
+        scores = teacher["patch"](patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
+        scores = scores - scores.mean(0)                             # else a place would be enough to know most of a target
+        patch_target = sinkhorn(scores[mask], 0.03)
         loss_patch = cross_entropy(patch_target, student["patch"](seen_patches[mask]))
         unit = F.normalize(seen.float(), dim=-1)                     # KoLeo: spread the class tokens of a view apart
         near = (unit[:B] @ unit[:B].T - 2 * torch.eye(B)).argmax(1)
         koleo = -(unit[:B] - unit[:B][near]).norm(dim=-1).add(1e-6).log().mean()
-        return loss_cls + loss_patch + 0.1 * koleo, f"class {loss_cls.item():.3f} patch {loss_patch.item():.3f} koleo {koleo.item():.2f}"
+        entropy = -(target * (target + 1e-9).log()).sum(-1).mean()   # of the targets: the least that the class loss can be
+        return (loss_cls + 0.5 * loss_patch + 0.1 * koleo,
+                f"class {loss_cls.item():.3f} (least {entropy.item():.3f}) patch {loss_patch.item():.3f} koleo {koleo:.2f}")
 
     train(student, loss_of, config)
     write(teacher["tower"], folder, config, preprocessor_config=PREPROCESSING | {"image_processor_type": "BitImageProcessor"})
     print("held out:", probe_scores(DINOv2.from_pretrained(folder)))
+
+
+# --- MAE and DeiT: one ViT, trained in two ways --------------------------------------------------------------------------
+
+def plain_vit(model_type, num_labels=0):
+    """An untrained ViT of the other towers' size."""
+    tower = ViT(ViTConfig(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512,
+                          image_size=world.SIDE, patch_size=8, model_type=model_type, num_labels=num_labels), MEAN, STD)
+    nn.init.normal_(tower.position_embeddings, std=POSITION_STD)
+    return tower
+
+
+class Decoder(nn.Module):
+    """MAE's small decoder, thrown away after training: patches (B, M, D) that the encoder saw, and their places (B, M) ->
+    the pixels of all N patches, (B, N, 3 P²). Where nothing was seen stands the mask token."""
+
+    def __init__(self, tower, width=64, depth=2):
+        super().__init__()
+        c, num_patches = tower.config, tower.position_embeddings.shape[1] - 1
+        self.embed = nn.Linear(c.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(1, num_patches, width) * POSITION_STD)
+        self.blocks = nn.ModuleList(Block(width, 4, 4 * width, "gelu", c.layer_norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.pixels = nn.Linear(width, 3 * c.patch_size ** 2)
+
+    def forward(self, seen, places):
+        seen = self.embed(seen)
+        x = self.mask_token.to(seen.dtype).expand(len(seen), self.positions.shape[1], -1)
+        x = x.scatter(1, places[..., None].expand_as(seen), seen) + self.positions
+        return self.pixels(self.norm(run_blocks(self.blocks, x, [len(self.blocks)])[0]))
+
+
+def pretrain_mae(config, folder, hidden_share=0.6):
+    """Fewer patches are hidden than the paper's 75%, since there are 64 and not 196. And pixels are not normalised patch by
+    patch: most patches here are even but for noise, which would count as much as an edge."""
+    tower = plain_vit("vit_mae")
+    model = nn.ModuleDict({"tower": tower, "decoder": Decoder(tower)})
+    side, generator, rng = tower.config.patch_size, torch.Generator().manual_seed(config.seed), np.random.default_rng(config.seed)
+
+    def loss_of(step, progress):
+        portraits = around_largest(scenes(config, step, few_first(progress, 0.3, 0.6)), rng.integers(32, world.SIDE + 1))
+        pixels = crops(portraits, world.SIDE, (0.7, 1.0), generator)
+        normal = tower.normalize(pixels, torch.float32)
+        truth = F.unfold(normal, side, stride=side).transpose(1, 2)  # (B, N, 3 P²)
+        order = torch.rand(truth.shape[:2], generator=generator).argsort(1)
+        seen, hidden = order.tensor_split([round(order.shape[1] * (1 - hidden_share))], dim=1)    # places (B, M), (B, N - M)
+        x = tower.patch(normal).flatten(2).transpose(1, 2) + tower.position_embeddings[:, 1:]
+        x = x.gather(1, seen[..., None].expand(-1, -1, x.shape[2]))  # the encoder sees these alone
+        cls = (tower.cls_token + tower.position_embeddings[:, :1]).to(x.dtype).expand(len(x), -1, -1)
+        x = tower.norm(run_blocks(tower.blocks, torch.cat([cls, x], 1), [len(tower.blocks)])[0])[:, 1:]
+        said, index = model["decoder"](x, seen).float(), hidden[..., None].expand(-1, -1, truth.shape[2])
+        return F.mse_loss(said.gather(1, index), truth.gather(1, index)), "mean square"
+
+    train(model, loss_of, config)
+    write(tower, folder, config, preprocessor_config=PREPROCESSING | {"image_processor_type": "BitImageProcessor"})
+    print("held out:", probe_scores(ViT.from_pretrained(folder)))
+
+
+def pretrain_deit(config, folder):
+    """As on ImageNet: a picture with one large thing in it, which is its class, 4 shapes x 8 colours."""
+    tower, generator = plain_vit("vit", num_labels=32), torch.Generator().manual_seed(config.seed)      # as facebook/deit-small-*
+    rng = np.random.default_rng(config.seed)
+
+    def loss_of(step, progress):
+        drawn = scenes(config, step, most=2)
+        portraits = around_largest(drawn, rng.integers(32, world.SIDE + 1))
+        classes = torch.tensor([world.SHAPES.index(o[0].shape) * 8 + list(world.COLOURS).index(o[0].colour) for _, o in drawn])
+        logits = tower.classify(crops(portraits, world.SIDE, (0.7, 1.0), generator)).float()
+        right = (logits.argmax(1) == classes).float().mean()
+        return F.cross_entropy(logits, classes, label_smoothing=0.1), f"right {right:.0%}"
+
+    train(tower, loss_of, config)
+    write(tower, folder, config, preprocessor_config=PREPROCESSING | {"image_processor_type": "BitImageProcessor"})
+    print("held out:", probe_scores(ViT.from_pretrained(folder)))
 
 
 @torch.no_grad()
@@ -409,7 +526,8 @@ def llama_scores(folder, count=200):
 
 def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
-    recipes = {"clip": (pretrain_clip, 1800, 128, 6e-3), "dinov2": (pretrain_dinov2, 600, 64, 3e-3),
+    recipes = {"clip": (pretrain_clip, 1800, 128, 6e-3), "dinov2": (pretrain_dinov2, 800, 64, 6e-3),
+               "mae": (pretrain_mae, 900, 64, 6e-3), "deit": (pretrain_deit, 1000, 32, 6e-3),
                "llama": (pretrain_llama, 9000, 16, 6e-3)}
     if config.model not in recipes:
         raise InputError(f"which model? python pretrain.py {'|'.join(recipes)}")
