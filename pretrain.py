@@ -6,7 +6,7 @@ its model at full size was, and written in Hugging Face layout:
     python pretrain.py clip       contrastive: which of 128 captions belongs to which of 128 pictures (arXiv 2103.00020)
                                   and not one with a wrong word (arXiv 2210.01936)
     python pretrain.py dinov2     self-distillation without text: class-token and masked-patch losses, a teacher that is the
-                                  student's running mean, two crops of every picture (arXiv 2304.07193)
+                                  student's running mean, global and local crops (arXiv 2304.07193)
     python pretrain.py mae        the pixels of patches that were hidden from it (arXiv 2111.06377)
     python pretrain.py deit       which class of thing a picture shows, by labels (arXiv 2012.12877, without its teacher)
     python pretrain.py llama      next token on the world's language, without pictures: a scene in text, then questions about it
@@ -243,18 +243,15 @@ def clip_scores(folder, count=256):
 # --- DINOv2 -----------------------------------------------------------------------------------------------------------
 
 class Head(nn.Module):
-    """Features (M, D) -> scores (M, K) over prototypes: an MLP to a unit vector, compared with unit prototypes that stay as they
-    are drawn. A batch norm spreads the unit vectors out. Without it those of all pictures are nearly one vector at first, every
-    target nearly uniform (entropy 4.1 of ln 64 = 4.16), and there is nothing to learn from."""
+    """Features -> scores over prototypes: an MLP to a unit vector, compared with unit prototypes."""
 
     def __init__(self, width, prototypes, bottleneck=64):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, bottleneck),
-                                 nn.BatchNorm1d(bottleneck, affine=False))
-        self.prototypes = nn.Parameter(F.normalize(torch.randn(prototypes, bottleneck), dim=-1), requires_grad=False)
+        self.mlp = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, bottleneck))
+        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
 
     def forward(self, x):
-        return F.normalize(self.mlp(x).float(), dim=-1) @ self.prototypes.T
+        return F.normalize(self.mlp(x), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
 
 
 def crops(pixels, size, scale, generator):
@@ -272,22 +269,6 @@ def crops(pixels, size, scale, generator):
     return (cropped * light).clamp(0, 255).byte()
 
 
-def recolour(pixels, generator):
-    """Another light on every picture, uint8 (B, 3, R, R) -> the same: channels exchanged at random, 70% grey, each channel's
-    contrast and brightness changed, a soft shadow. Where colours or the ground are enough to know a picture again, shapes are not
-    learnt (as in SimCLR, arXiv 2002.05709, figure 6)."""
-    def uniform(low, high):
-        return torch.empty(len(pixels), 3, 1, 1).uniform_(low, high, generator=generator)
-
-    order = torch.rand(len(pixels), 3, generator=generator).argsort(1)
-    x = pixels.float().gather(1, order[:, :, None, None].expand(pixels.shape))
-    x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.7, x.mean(1, keepdim=True).expand(x.shape), x)
-    mean = x.mean((2, 3), keepdim=True)
-    x = (x - mean) * uniform(0.4, 1.4) + mean * uniform(0.6, 1.4)
-    shadow = torch.randn(len(x), 1, 4, 4, generator=generator) * 15
-    return (x + F.interpolate(shadow, x.shape[2:], mode="bilinear")).clamp(0, 255).byte()
-
-
 @torch.no_grad()
 def sinkhorn(scores, temperature, rounds=3):
     """Teacher scores (M, K) -> targets whose rows sum to 1 and which use every prototype alike (no collapse)."""
@@ -299,8 +280,6 @@ def sinkhorn(scores, temperature, rounds=3):
 
 
 def pretrain_dinov2(config, folder):
-    """Portraits of one object first, in 32 x 32 pixels, where a step costs a quarter; then whole scenes in 64 x 64. (DINOv2's
-    pictures are chosen, too, and small but for the last part.)"""
     student = DINOv2(DINOv2Config(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, mlp_ratio=4,
                                   image_size=world.SIDE, patch_size=8, layerscale_value=1.0), MEAN, STD)
     nn.init.normal_(student.position_embeddings, std=POSITION_STD)
@@ -315,37 +294,33 @@ def pretrain_dinov2(config, folder):
         return last[:, 0], last[:, 1:]                               # class token (B, D), patches (B, N, D)
 
     def cross_entropy(targets, scores):
-        return -(targets * (scores / 0.1).log_softmax(-1)).sum(-1).mean()
+        return -(targets * (scores.float() / 0.1).log_softmax(-1)).sum(-1).mean()
 
     def loss_of(step, progress):
         with torch.no_grad():                                        # the teacher follows the student, ever more slowly
-            momentum = 1 - 0.04 * (1 + math.cos(math.pi * progress)) / 2
+            momentum = 1 - 0.02 * (1 + math.cos(math.pi * progress)) / 2
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-        if progress < 0.85:
-            pixels, size, scale = around_largest(scenes(config, step, most=1), 40), 32, (0.6, 1.0)
-        else:
-            pixels, size, scale = pictures(scenes(config, step)), world.SIDE, (0.5, 1.0)
-        B = config.batch
-        views = torch.cat([recolour(crops(pixels, size, scale, generator), generator) for _ in range(2)])
+        pixels, B = pictures(scenes(config, step)), config.batch
+        views = torch.cat([crops(pixels, world.SIDE, (0.5, 1.0), generator) for _ in range(2)])        # two global views
+        small = torch.cat([crops(pixels, world.SIDE // 2, (0.25, 0.5), generator) for _ in range(2)])  # two local ones
+        heat = 0.04 + 0.03 * min(1.0, progress * 5)                  # the teacher's temperature warms up
         with torch.no_grad():
             cls, patches = look(teacher, views)
-            target = sinkhorn(teacher["cls"](cls), 0.03)             # (2B, K)
-        share = torch.rand(2 * B, 1, generator=generator) * 0.4 + 0.1
-        mask = torch.rand(2 * B, patches.shape[1], generator=generator) < share      # 10% to 50% masked,
-        mask &= torch.rand(2 * B, 1, generator=generator) < 0.3                      # in 30% of the pictures
-        mask[:2, 0] = True                                           # a batch norm needs two
+            target = sinkhorn(teacher["cls"](cls), heat)             # (2B, K)
+        share = torch.rand(2 * B, 1, generator=generator) * 0.4 + 0.1     # 10% to 50% masked, in half of the pictures
+        mask = (torch.rand(2 * B, patches.shape[1], generator=generator) < share) & (torch.rand(2 * B, 1, generator=generator) < 0.5)
+        mask[0, 0] = True
         seen, seen_patches = look(student, views, mask)
-        loss_cls = cross_entropy(target.roll(B, 0), student["cls"](seen))      # a view learns from the other view
-        scores = teacher["patch"](patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
-        scores = scores - scores.mean(0)                             # else a place would be enough to know most of a target
-        patch_target = sinkhorn(scores[mask], 0.03)
+        local, _ = look(student, small)
+        scores, local_scores = student["cls"](seen), student["cls"](local)
+        swapped = target.roll(B, 0)                                  # a view learns from the other view
+        loss_cls = (cross_entropy(swapped, scores) + cross_entropy(target, local_scores) + cross_entropy(swapped, local_scores)) / 3
+        patch_target = sinkhorn(teacher["patch"](patches[mask]), heat)
         loss_patch = cross_entropy(patch_target, student["patch"](seen_patches[mask]))
         unit = F.normalize(seen.float(), dim=-1)                     # KoLeo: spread the class tokens of a view apart
         near = (unit[:B] @ unit[:B].T - 2 * torch.eye(B)).argmax(1)
         koleo = -(unit[:B] - unit[:B][near]).norm(dim=-1).add(1e-6).log().mean()
-        entropy = -(target * (target + 1e-9).log()).sum(-1).mean()   # of the targets: the least that the class loss can be
-        return (loss_cls + 0.5 * loss_patch + 0.1 * koleo,
-                f"class {loss_cls.item():.3f} (least {entropy.item():.3f}) patch {loss_patch.item():.3f} koleo {koleo:.2f}")
+        return loss_cls + loss_patch + 0.1 * koleo, f"class {loss_cls.item():.3f} patch {loss_patch.item():.3f} koleo {koleo.item():.2f}"
 
     train(student, loss_of, config)
     write(teacher["tower"], folder, config, preprocessor_config=PREPROCESSING | {"image_processor_type": "BitImageProcessor"})
@@ -526,7 +501,7 @@ def llama_scores(folder, count=200):
 
 def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
-    recipes = {"clip": (pretrain_clip, 1800, 128, 6e-3), "dinov2": (pretrain_dinov2, 800, 64, 6e-3),
+    recipes = {"clip": (pretrain_clip, 1800, 128, 6e-3), "dinov2": (pretrain_dinov2, 600, 64, 3e-3),
                "mae": (pretrain_mae, 900, 64, 6e-3), "deit": (pretrain_deit, 1000, 32, 6e-3),
                "llama": (pretrain_llama, 9000, 16, 6e-3)}
     if config.model not in recipes:
