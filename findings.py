@@ -55,12 +55,13 @@ for tower, vision in (("clip", ""), ("dinov2", DINO)):
     ARMS += [(f"{tower}-{kind}", f"--connector={kind}" + vision) for kind in ("mlp", "sti", "sci", "dci", "efficient")]
     ARMS += [(f"{tower}-dci3", "--connector=dci --groups=3" + vision)]
 ARMS += [(f"video-{kind}", f"--connector={kind}") for kind in ("mlp", "dci", "efficient", "comm")]      # other questions
+ARMS += [(f"{tower}-layer5", f"--connector=linear --layer=5 --vision=weights/{tower}") for tower in ("mae", "deit")]
 
-QUICK = ["clip-layer1", "clip-layer3", "clip-layer5", "dinov2-layer1", "dinov2-layer3", "dinov2-layer5", "clip-merged",
-         "dinov2-merged-mlp0", "dinov2-merged-mlp2", "comm", "comm-mean_all", "clip-mlp", "clip-sci", "clip-dci",
-         "clip-efficient", "video-dci"]
+QUICK = ["clip-layer1", "clip-layer3", "clip-layer5", "dinov2-layer1", "dinov2-layer3", "dinov2-layer5", "mae-layer5",
+         "deit-layer5", "clip-merged", "dinov2-merged-mlp0", "dinov2-merged-mlp2", "comm", "comm-mean_all", "clip-mlp",
+         "clip-sci", "clip-dci", "clip-efficient", "video-dci"]
 
-# A table: what the paper's column holds, then rows of (what the reader sees, arm, the paper's numbers). The arm None was not run.
+# A table: what the paper's column holds, then rows of (what the reader sees, arm, the paper's numbers).
 TABLES = {
     "layers": ("paper", [(f"CLIP hidden[{i}]", f"clip-layer{i}", "–") for i in range(DEPTH + 1)]
                + [(f"DINOv2 hidden[{i}]", f"dinov2-layer{i}", "–") for i in range(DEPTH + 1)]),
@@ -74,8 +75,8 @@ TABLES = {
         ("DINOv2, merged, one MLP", "dinov2-merged-mlp1", "73.1, –"),
         ("DINOv2, merged, four MLPs", "dinov2-merged-mlp4", "50.3, –"),
         ("DINOv2, merged, eight MLPs", "dinov2-merged-mlp8", "9.8, –"),
-        ("MAE, one layer", None, "65.7, –"),
-        ("DeiT, one layer", None, "24.8, –")]),
+        ("MAE, one layer", "mae-layer5", "65.7, –"),
+        ("DeiT, one layer", "deit-layer5", "24.8, –")]),
     "merging": ("paper: REC average, POPE", [
         ("mean over the second half", "comm-mean_half", "–"),
         ("mean over all", "comm-mean_all", "–"),

@@ -1,4 +1,4 @@
-"""Train the three tiny checkpoints of weights/ from scratch on the embedded world.
+"""Train the five tiny checkpoints of weights/ from scratch on the embedded world.
 
 The papers start from pretrained encoders and a pretrained LLM, so the embedded default does too. Each is trained the way
 its model at full size was, and written in Hugging Face layout:
@@ -7,6 +7,8 @@ its model at full size was, and written in Hugging Face layout:
                                   and not one with a wrong word (arXiv 2210.01936)
     python pretrain.py dinov2     self-distillation without text: class-token and masked-patch losses, a teacher that is the
                                   student's running mean, global and local crops (arXiv 2304.07193)
+    python pretrain.py mae        the pixels of patches that were hidden from it (arXiv 2111.06377)
+    python pretrain.py deit       which class of thing a picture shows, by labels (arXiv 2012.12877, without its teacher)
     python pretrain.py llama      next token on the world's language, without pictures: a scene in text, then questions about it
 
 `weights/README.md` has the commands, times and scores of the checkpoints that are in the repository.
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import cli
@@ -32,6 +35,7 @@ from dinov2 import DINOv2, DINOv2Config
 from eval import score
 from hub import InputError
 from llama import Llama, LlamaConfig
+from vit import Block, ViT, ViTConfig, run_blocks
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
 BOS, EOS = 2, 3
@@ -43,7 +47,7 @@ POSITION_STD = 0.3
 
 @dataclass
 class Config:
-    model: str = ""                      # clip, dinov2 or llama
+    model: str = ""                      # clip, dinov2, mae, deit or llama
     out: str = ""                        # folder to write; empty: weights/<model>
     steps: int = 0                       # optimizer steps; 0: what the committed checkpoints took
     batch: int = 0                       # pictures (or texts) a step; 0: likewise
@@ -54,7 +58,7 @@ class Config:
     threads: int = 0                     # CPU threads; 0: all cores
 
 
-# --- the loop that all three share ------------------------------------------------------------------------------------
+# --- the loop that all five share ------------------------------------------------------------------------------------
 
 def train(model, loss_of, config, adamw=0.5, weight_decay=0.05):
     """Warm-up and cosine on loss_of(step, progress) -> (loss, text to print), progress from 0 to 1. The matrices learn by Muon,
@@ -70,7 +74,8 @@ def train(model, loss_of, config, adamw=0.5, weight_decay=0.05):
         progress = step / config.steps
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 100, (1 + math.cos(math.pi * progress)) / 2)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+        # Attention by plain matrix products: on a CPU the fused kernel's backward is slower than all the rest of a tower's step.
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16), sdpa_kernel(SDPBackend.MATH):
             loss, note = loss_of(step, progress)
         model.zero_grad()
         loss.backward()
@@ -98,8 +103,20 @@ def pictures(drawn, split="train"):
     return torch.from_numpy(np.stack([world.draw(objects, split, index) for index, objects in drawn])).permute(0, 3, 1, 2)
 
 
+def around_largest(drawn, side):
+    """A square part of every scene's picture around its largest object: uint8 (B, 3, side, side)."""
+    def start(middle):
+        return int(min(max(middle - side / 2, 0), world.SIDE - side))
+
+    parts = []
+    for picture, (_, (largest, *_)) in zip(pictures(drawn), drawn):
+        x, y = start(largest.x + largest.side / 2), start(largest.y + largest.side / 2)
+        parts.append(picture[:, y:y + side, x:x + side])
+    return torch.stack(parts)
+
+
 def write(model, folder, config, **extra):
-    """Save in Hugging Face layout, in half precision: 12 MB hold all three."""
+    """Save in Hugging Face layout, in half precision: 14 MB hold all five."""
     model.half().save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text()) | {"dtype": "float16"}
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
@@ -310,6 +327,81 @@ def pretrain_dinov2(config, folder):
     print("held out:", probe_scores(DINOv2.from_pretrained(folder)))
 
 
+# --- MAE and DeiT: one ViT, trained in two ways --------------------------------------------------------------------------
+
+def plain_vit(model_type, num_labels=0):
+    """An untrained ViT of the other towers' size."""
+    tower = ViT(ViTConfig(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512,
+                          image_size=world.SIDE, patch_size=8, model_type=model_type, num_labels=num_labels), MEAN, STD)
+    nn.init.normal_(tower.position_embeddings, std=POSITION_STD)
+    return tower
+
+
+class Decoder(nn.Module):
+    """MAE's small decoder, thrown away after training: patches (B, M, D) that the encoder saw, and their places (B, M) ->
+    the pixels of all N patches, (B, N, 3 P²). Where nothing was seen stands the mask token."""
+
+    def __init__(self, tower, width=64, depth=2):
+        super().__init__()
+        c, num_patches = tower.config, tower.position_embeddings.shape[1] - 1
+        self.embed = nn.Linear(c.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(1, num_patches, width) * POSITION_STD)
+        self.blocks = nn.ModuleList(Block(width, 4, 4 * width, "gelu", c.layer_norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.pixels = nn.Linear(width, 3 * c.patch_size ** 2)
+
+    def forward(self, seen, places):
+        seen = self.embed(seen)
+        x = self.mask_token.to(seen.dtype).expand(len(seen), self.positions.shape[1], -1)
+        x = x.scatter(1, places[..., None].expand_as(seen), seen) + self.positions
+        return self.pixels(self.norm(run_blocks(self.blocks, x, [len(self.blocks)])[0]))
+
+
+def pretrain_mae(config, folder, hidden_share=0.6):
+    """Fewer patches are hidden than the paper's 75%, since there are 64 and not 196. And pixels are not normalised patch by
+    patch: most patches here are even but for noise, which would count as much as an edge."""
+    tower = plain_vit("vit_mae")
+    model = nn.ModuleDict({"tower": tower, "decoder": Decoder(tower)})
+    side, generator, rng = tower.config.patch_size, torch.Generator().manual_seed(config.seed), np.random.default_rng(config.seed)
+
+    def loss_of(step, progress):
+        portraits = around_largest(scenes(config, step, few_first(progress, 0.3, 0.6)), rng.integers(32, world.SIDE + 1))
+        pixels = crops(portraits, world.SIDE, (0.7, 1.0), generator)
+        normal = tower.normalize(pixels, torch.float32)
+        truth = F.unfold(normal, side, stride=side).transpose(1, 2)  # (B, N, 3 P²)
+        order = torch.rand(truth.shape[:2], generator=generator).argsort(1)
+        seen, hidden = order.tensor_split([round(order.shape[1] * (1 - hidden_share))], dim=1)    # places (B, M), (B, N - M)
+        x = tower.patch(normal).flatten(2).transpose(1, 2) + tower.position_embeddings[:, 1:]
+        x = x.gather(1, seen[..., None].expand(-1, -1, x.shape[2]))  # the encoder sees these alone
+        cls = (tower.cls_token + tower.position_embeddings[:, :1]).to(x.dtype).expand(len(x), -1, -1)
+        x = tower.norm(run_blocks(tower.blocks, torch.cat([cls, x], 1), [len(tower.blocks)])[0])[:, 1:]
+        said, index = model["decoder"](x, seen).float(), hidden[..., None].expand(-1, -1, truth.shape[2])
+        return F.mse_loss(said.gather(1, index), truth.gather(1, index)), "mean square"
+
+    train(model, loss_of, config)
+    write(tower, folder, config, preprocessor_config=PREPROCESSING | {"image_processor_type": "BitImageProcessor"})
+    print("held out:", probe_scores(ViT.from_pretrained(folder)))
+
+
+def pretrain_deit(config, folder):
+    """As on ImageNet: a picture with one large thing in it, which is its class, 4 shapes x 8 colours."""
+    tower, generator = plain_vit("vit", num_labels=32), torch.Generator().manual_seed(config.seed)      # as facebook/deit-small-*
+    rng = np.random.default_rng(config.seed)
+
+    def loss_of(step, progress):
+        drawn = scenes(config, step, most=2)
+        portraits = around_largest(drawn, rng.integers(32, world.SIDE + 1))
+        classes = torch.tensor([world.SHAPES.index(o[0].shape) * 8 + list(world.COLOURS).index(o[0].colour) for _, o in drawn])
+        logits = tower.classify(crops(portraits, world.SIDE, (0.7, 1.0), generator)).float()
+        right = (logits.argmax(1) == classes).float().mean()
+        return F.cross_entropy(logits, classes, label_smoothing=0.1), f"right {right:.0%}"
+
+    train(tower, loss_of, config)
+    write(tower, folder, config, preprocessor_config=PREPROCESSING | {"image_processor_type": "BitImageProcessor"})
+    print("held out:", probe_scores(ViT.from_pretrained(folder)))
+
+
 @torch.no_grad()
 def probe_scores(tower, count=1000):
     """Linear probes (ridge regression) on the patches of hidden[i]: which colour and which shape lies under the middle of the
@@ -410,6 +502,7 @@ def llama_scores(folder, count=200):
 def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
     recipes = {"clip": (pretrain_clip, 1800, 128, 6e-3), "dinov2": (pretrain_dinov2, 600, 64, 3e-3),
+               "mae": (pretrain_mae, 900, 64, 6e-3), "deit": (pretrain_deit, 1000, 32, 6e-3),
                "llama": (pretrain_llama, 9000, 16, 6e-3)}
     if config.model not in recipes:
         raise InputError(f"which model? python pretrain.py {'|'.join(recipes)}")

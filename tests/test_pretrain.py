@@ -16,8 +16,9 @@ from dinov2 import DINOv2
 from hub import InputError
 from images import ImageSpec
 from llama import Llama
+from vit import ViT
 
-NAMES = ("clip", "dinov2", "llama")
+NAMES = ("clip", "dinov2", "mae", "deit", "llama")
 
 
 @pytest.fixture(scope="session")
@@ -163,28 +164,59 @@ def test_crops_are_parts_of_the_picture():
     assert pretrain.crops(pixels, 32, (0.25, 0.5), torch.Generator().manual_seed(0)).shape == (8, 3, 32, 32)
 
 
+def test_portraits_show_the_largest_object_whole():
+    """Of every scene the part around its largest object, cut from the picture as it is; or the whole picture."""
+    drawn = [(index, world.scene("train", index)) for index in range(40)]
+    whole = pretrain.pictures(drawn)
+    assert torch.equal(pretrain.around_largest(drawn, world.SIDE), whole)
+    parts = pretrain.around_largest(drawn, 32)
+    assert parts.shape == (40, 3, 32, 32) and parts.dtype == torch.uint8
+    for part, picture, (_, objects) in zip(parts, whole, drawn):
+        (largest,) = [o for o in objects if o.side == max(other.side for other in objects)]
+        windows = picture.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)         # (33, 33, 3, 32, 32)
+        (y, x), = (windows == part).flatten(2).all(2).nonzero().tolist()
+        assert x <= largest.x and largest.x + largest.side <= x + 32 and y <= largest.y and largest.y + largest.side <= y + 32
+
+
+@torch.no_grad()
+def test_maes_decoder_puts_what_was_seen_into_its_place():
+    """Without blocks, a patch that was seen decides about its own pixels alone, and every other gets the mask token's."""
+    tower = pretrain.plain_vit("vit_mae")
+    decoder = pretrain.Decoder(tower, depth=0)
+    decoder.positions.zero_()
+    seen, places = torch.randn(2, 3, 128), torch.tensor([[5, 0, 63], [7, 8, 9]])
+    said = decoder(seen, places)
+    assert said.shape == (2, 64, 3 * 8 * 8)
+    expected = decoder.pixels(decoder.norm(decoder.mask_token)).repeat(2, 64, 1)
+    for row in range(2):
+        expected[row, places[row]] = decoder.pixels(decoder.norm(decoder.embed(seen[row])))
+    assert torch.allclose(said, expected, atol=1e-5)
+
+
 # --- what is written --------------------------------------------------------------------------------------------------------
 
 def test_checkpoints_load_and_say_how_they_want_their_input(folders):
     clip, tower = CLIP.from_pretrained(folders["clip"]), CLIPVision.from_pretrained(folders["clip"])
     dinov2, llama = DINOv2.from_pretrained(folders["dinov2"]), Llama.from_pretrained(folders["llama"])
+    mae, deit = ViT.from_pretrained(folders["mae"]), ViT.from_pretrained(folders["deit"])
+    assert (mae.config.model_type, deit.config.model_type) == ("vit_mae", "vit")
     pixels = pretrain.pictures([(0, world.scene("test", 0)), (1, world.scene("test", 1))], "test")
     with torch.no_grad():
-        for vision in (tower, dinov2):
+        for vision in (tower, dinov2, mae, deit):
             hidden = vision(pixels)
             assert len(hidden) == 7 and hidden[0].shape == (2, 65, 128) and all(state.isfinite().all() for state in hidden)
             assert vision.normalize.mean.flatten().tolist() == pytest.approx(pretrain.MEAN)
         assert all(torch.equal(a, b) for a, b in zip(tower(pixels), clip.vision(pixels)))
         assert clip.similarity(pixels, ["a red circle", "a blue cross"]).shape == (2, 2)
-    assert ImageSpec.from_folder(folders["clip"]).size == ImageSpec.from_folder(folders["dinov2"]).size == 64
+    assert {ImageSpec.from_folder(folders[name]).size for name in ("clip", "dinov2", "mae", "deit")} == {64}
     tokenizer = load_tokenizer(folders["llama"])
     assert tokenizer.get_vocab_size() == llama.config.vocab_size and llama.config.eos_token_id == tokenizer.token_to_id("</s>")
     assert find_template(folders["llama"]) == "tiny"
 
 
 def test_checkpoints_are_small(folders):
-    """Half precision: the repository's three together stay below 12 MB."""
-    assert sum(path.stat().st_size for folder in folders.values() for path in Path(folder).rglob("*")) < 12e6
+    """Half precision: the repository's five together stay below 15 MB."""
+    assert sum(path.stat().st_size for folder in folders.values() for path in Path(folder).rglob("*")) < 15e6
     for folder in folders.values():
         config = json.loads((folder / "config.json").read_text())
         assert config["dtype"] == "float16"
@@ -212,5 +244,5 @@ def test_the_repositorys_checkpoints_know_the_world():
 
 def test_an_unknown_model_is_one_line():
     for arguments in ([], ["vit"]):
-        with pytest.raises(InputError, match="which model. python pretrain.py clip|dinov2|llama"):
+        with pytest.raises(InputError, match=r"which model. python pretrain.py clip\|dinov2\|mae\|deit\|llama"):
             pretrain.main(arguments)

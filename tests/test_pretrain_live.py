@@ -15,6 +15,7 @@ import world
 from clip import CLIP
 from dinov2 import DINOv2
 from llama import Llama
+from vit import ViT
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -51,6 +52,21 @@ def test_transformers_computes_the_same_dinov2(folders, drawn):
     assert type(theirs).__name__ == "Dinov2Model"
     pixels = pretrain.pictures(drawn, "test")
     hidden = theirs(pixel_values(ours, pixels), output_hidden_states=True).hidden_states
+    assert all(relative_error(a, b) < TOLERANCE for a, b in zip(ours(pixels), hidden, strict=True))
+
+
+@pytest.mark.parametrize("name, kind, options", [("mae", "ViTMAEModel", {"mask_ratio": 0.0}), ("deit", "ViTModel", {})])
+@torch.no_grad()
+def test_transformers_computes_the_same_mae_and_deit(folders, drawn, name, kind, options):
+    """MAE with nothing hidden, and with the order of its patches kept, which it shuffles by noise."""
+    ours = ViT.from_pretrained(folders[name])
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    theirs, report = transformers.AutoModel.from_pretrained(folders[name], **options)
+    assert type(theirs).__name__ == kind
+    assert not report["unexpected_keys"] and all("pooler" in key for key in report["missing_keys"])
+    pixels = pretrain.pictures(drawn, "test")
+    noise = {"noise": torch.arange(64.0).expand(len(pixels), -1)} if name == "mae" else {}
+    hidden = theirs.eval()(pixel_values(ours, pixels), output_hidden_states=True, **noise).hidden_states
     assert all(relative_error(a, b) < TOLERANCE for a, b in zip(ours(pixels), hidden, strict=True))
 
 
