@@ -1,43 +1,56 @@
 """A model larger than one card: --fsdp spreads what is large over all ranks, and gathers it when it is needed.
 
-PyTorch's own fully_shard (FSDP2; ZeRO stage 3 of arXiv 1910.02054, torch.distributed.fsdp). Of every tensor (n, ...) rank r of N
-keeps the rows from r·ceil(n/N) to (r+1)·ceil(n/N), and so of its gradient and of AdamW's moments:
+PyTorch's own fully_shard (FSDP2; stage 3 of ZeRO, arXiv 1910.02054). Of every tensor (n, ...) rank r of N keeps the rows from
+r·ceil(n/N) to (r+1)·ceil(n/N), and so of its gradient and of AdamW's moments:
 
-    forward    a unit gathers its rows from all ranks, computes, and gives the others' rows back
-    backward   it gathers them once more, computes, and every rank gets the sum (mean) of the gradient's rows that it keeps
+    forward    a unit gathers its rows from all ranks, computes, and frees those of the others
+    backward   it gathers them once more, computes, and every rank gets the mean over ranks of the gradient's rows that it keeps
 
 A unit is a block of the LLM, a tower or a connector that learns; the rest of the LLM (embedding, final norm, lm_head) belongs to the
-whole model, whose forward gathers it, and which keeps it until its backward pass is over. What is frozen and small (towers,
-the connector) stays whole on every rank, as under DDP; a frozen LLM is spread as well.
+whole model, whose forward gathers it, and which keeps it until its backward pass is over. A frozen LLM is spread as well; frozen
+towers and a frozen connector are small and stay whole on every rank, as under DDP.
 
-No rank ever holds the whole: the LLM comes as it lies in its files, mapped into memory and not read (hub.py), and `spread` takes
-unit by unit. Checkpoints are written by all ranks, each its own rows (checkpoint.py); the finished model by rank 0, which is
-handed one whole tensor at a time (`gathered`).
+No rank ever holds the whole: the LLM comes as it lies in its files, mapped into memory and not read (hub.py), and every rank reads
+the rows that it keeps. Checkpoints are written by all ranks, each its own rows (checkpoint.py); the finished model by rank 0, which
+is handed one whole tensor at a time (`gathered`).
 """
 import warnings
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 
 from lora import LoRALinear
 
 
 def spread(model, device, llm_dtype, bf16):
-    """Spread an MLLM over all ranks, in place; requires_grad has been set, its LLM may lie on the CPU in any dtype. What learns
-    becomes float32, a frozen LLM llm_dtype. bf16: what is gathered, travels as bfloat16, gradients as float32."""
+    """Spread an MLLM over all ranks, in place; requires_grad has been set, and its LLM may lie on the CPU in any dtype. What learns
+    becomes float32, a frozen LLM llm_dtype. bf16: weights travel (and compute) as bfloat16, gradients as float32."""
     from torch.distributed.device_mesh import init_device_mesh       # imported here: a run without --fsdp need not wait for it
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")        # none is changed in place here
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32 if bf16 else None, cast_forward_inputs=False)
-    options = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),)), "mp_policy": policy}
-    learns = lambda module: any(p.requires_grad for p in module.parameters())
-    small = [*model.vision, model.connector]
-    whole = {p for module in small if not learns(module) for p in module.parameters()}         # stays so on every rank
-    for unit in [*model.llm.layers, *filter(learns, small), model]:
-        for p in unit.parameters():                                  # of the model: what no unit before it has taken
-            if p not in whole and not is_spread(p):
-                p.data = p.data.to(device, torch.float32 if p.requires_grad else llm_dtype)
-        fully_shard(unit, ignored_params=whole, **options)
+    learning = [part for part in (*model.vision, model.connector) if any(p.requires_grad for p in part.parameters())]
+    source = {}                                                      # {name: tensor}, while the model holds only its shape
+    large = {p for part in (model.llm, *learning) for p in part.parameters()}
+    for name, p in list(model.named_parameters()):
+        if p in large:
+            source[name] = p.detach()
+            place, _, leaf = name.rpartition(".")
+            shape = torch.empty(p.shape, device="meta", dtype=torch.float32 if p.requires_grad else llm_dtype)
+            setattr(model.get_submodule(place), leaf, nn.Parameter(shape, requires_grad=p.requires_grad))
+    kept_whole = {p for p in model.parameters() if not p.is_meta}
+    for unit in [*model.llm.layers, *learning, model]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=kept_whole)
+    rows = {}
+    for name, p in model.named_parameters():
+        if name in source:
+            _, start, stop = rows_of(p)
+            own = source.pop(name)[start:stop].to(device, p.dtype, copy=True)
+            rows[name] = DTensor.from_local(own, mesh, p.placements, shape=p.shape, stride=p.stride())
+    model.load_state_dict(rows, strict=False, assign=True)
 
 
 def is_spread(tensor):
