@@ -25,13 +25,15 @@ from lora import LoRALinear
 
 def spread(model, device, llm_dtype, bf16):
     """Spread an MLLM over all ranks, in place; requires_grad has been set, and its LLM may lie on the CPU in any dtype. What learns
-    becomes float32, a frozen LLM llm_dtype. bf16: weights travel (and compute) as bfloat16, gradients as float32."""
+    becomes float32, a frozen LLM llm_dtype. bf16: the LLM's weights travel (and compute) as bfloat16, its gradients as float32; what
+    is small travels as float32, for autocast, as under DDP."""
     from torch.distributed.device_mesh import init_device_mesh       # imported here: a run without --fsdp need not wait for it
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")        # none is changed in place here
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32 if bf16 else None, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)          # RoPE's tables are float32 and stay so
+    halved = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     learning = [part for part in (*model.vision, model.connector) if any(p.requires_grad for p in part.parameters())]
     source = {}                                                      # {name: tensor}, while the model holds only its shape
     large = {p for part in (model.llm, *learning) for p in part.parameters()}
@@ -43,7 +45,7 @@ def spread(model, device, llm_dtype, bf16):
             setattr(model.get_submodule(place), leaf, nn.Parameter(shape, requires_grad=p.requires_grad))
     kept_whole = {p for p in model.parameters() if not p.is_meta}
     for unit in [*model.llm.layers, *learning, model]:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=kept_whole)
+        fully_shard(unit, mesh=mesh, mp_policy=halved if bf16 and unit not in learning else exact, ignored_params=kept_whole)
     rows = {}
     for name, p in model.named_parameters():
         if name in source:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A training run under Slurm, one torchrun a node, eight GPUs each. From the project's folder:
 #   sbatch --nodes=2 runs/slurm.sh config/dense_7b.toml --data1=... --image_dir=...
+#   sbatch --nodes=8 runs/slurm.sh config/dense_7b.toml --fsdp ...       what is larger than one card (or a node's worth of DDP)
 #   sbatch --nodes=2 --requeue runs/slurm.sh config/dense_7b.toml --out=out/dense_7b --resume      goes on where it was
 # --out must be a folder that all nodes see. What the run will take: python train.py config/dense_7b.toml --plan --gpus=16
 #SBATCH --job-name=mllm
