@@ -31,8 +31,9 @@ MOVED = 2e-4                                                         # at a lear
 DRIVER = '''
 import json, os, signal, sys
 sys.path.insert(0, {root!r})
-import torch, torch.distributed as dist, cli, train
+import torch, torch.distributed as dist, cli, mllm, train
 from mllm import MLLM
+mllm.LOGITS = 2 ** 14                                                # five or so at once: the loss goes in chunks
 steps, forward, reduce, reduced, rank = train.Loader.__iter__, MLLM.forward, dist.reduce_scatter_single, [], os.environ.get("RANK", "0")
 asked = lambda what, loader, step: os.environ.get(what) == f"{{rank}} {{loader.seed}} {{step}}"
 spoiled = []
