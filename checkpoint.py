@@ -6,7 +6,7 @@ A checkpoint is a folder, run/checkpoints/stage2-0000500, that appears whole or 
     state.json              stage, step, and the configuration; the place in the data is step x batch
 
 With --fsdp there are N of the first two, trained-00001-of-00004.safetensors and so on: every rank writes the rows that it keeps
-of each tensor, and in their order they are the whole. So any number of ranks can read them, or one process, each the rows it needs.
+of each tensor, and in their order they are the whole. So any number of ranks can read them, each the rows it needs.
 """
 import json
 import re
@@ -53,7 +53,7 @@ def newest_last(folder, stage):
 
 
 class Rows:
-    """The tensors of trained.safetensors (or optimizer), or of trained-00001-of-0000N and so on; the rows of each, in their order."""
+    """The tensors of trained.safetensors (or optimizer), or of trained-00001-of-0000N and so on, whose rows stand in order."""
 
     def __init__(self, folder, name):
         found = sorted(folder.glob(f"{name}-*-of-*.safetensors")) or [folder / f"{name}.safetensors"]

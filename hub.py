@@ -281,8 +281,8 @@ def match(module, shapes, rename, folder, files={}):
 
 def load_weights(module, folder, rename, dtype=torch.float32, device="cpu"):
     """Assign a checkpoint's tensors to `module`, which was built under `on_meta()`, and return it. `rename`: see
-    match. dtype None: as stored. Buffers are not loaded: modules build theirs from the config, on a real device, and they move to `device` here.
-    Raises InputError naming the tensor that is missing, left over, or of another shape or kind."""
+    match. dtype None: as stored. Buffers are not loaded: modules build theirs from the config, on a real device, and they move to
+    `device` here. Raises InputError naming the tensor that is missing, left over, or of another shape or kind."""
     files, shapes = tensor_files(folder), {}
     for file in dict.fromkeys(files.values()):                       # headers alone: nothing is read that does not fit
         with open_safetensors(file) as opened:
@@ -333,7 +333,7 @@ def save_checkpoint(folder, tensors, config):
 
 def save_in_files(folder, named, config, limit=5e9):
     """As save_checkpoint, for a model that may not fit into memory: of `named`, pairs (name, tensor) that are made one by one, at
-    most `limit` bytes are held, then written to a file of their own. Several files come with an index; one is model.safetensors."""
+    most `limit` bytes are held, then written to a file of their own. Several come with an index; one is model.safetensors."""
     folder, held, files = Path(folder), {}, []
     folder.mkdir(parents=True, exist_ok=True)
     size = lambda tensors: sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -56,13 +56,13 @@ class Ranks:
 
     @contextmanager
     def in_contact(self, run):
-        """What happens in here ends in one line if another rank is lost: killed, out of memory, cut off. Whoever waits for it
+        """What happens in here ends in one line if another rank is lost: killed, or ended by an error. Whoever waits for it
         then gets an error from gloo or NCCL, in their words."""
         try:
             yield
         except RuntimeError as error:
-            told = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection ", "Broken pipe"))
-            if self.size == 1 or not told:
+            words = "gloo", "NCCL", "Connection ", "Broken pipe"
+            if self.size == 1 or not (isinstance(error, dist.DistError) or any(word in str(error) for word in words)):
                 raise
             saved = [path for stage in (1, 2) for path in checkpoint.newest_last(run / "checkpoints", stage)]
             raise InputError(f"rank {self.rank}: lost contact with another rank in {self.doing}; " + (

@@ -42,7 +42,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self, whole=lambda tensor: tensor):
-        """-> W + alpha / rank · B A, summed in float32, then in W's dtype. whole: gathers a tensor whose rows are spread (shard.py)."""
+        """-> W + alpha / rank · B A, summed in float32, then in W's dtype. whole: gathers a tensor that is spread (shard.py)."""
         W, A, B = (whole(p) for p in (self.weight, self.lora_A.weight, self.lora_B.weight))
         return (W.float() + self.scale * (B.float() @ A.float())).to(W.dtype)  # (out, in)
 

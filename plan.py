@@ -30,7 +30,8 @@ attention 2W·Tᵢ² forward (causal) and twice that back; checkpointing repeats
 What it does not know: the context, the communication library and fragmentation (a form fits if its peak is at most ROOM of the
 memory), torch.compile, which should keep less than this, and the spread of lengths: the loader puts dialogues of like length
 together, so some micro-batches are far longer than the mean; the plan says for how many tokens there is room. On a CPU it is held
-against the allocator and PyTorch's FLOP counter (tests/test_plan.py); FSDP's against two ranks there (tests/test_shard.py); nothing of CUDA and LoRA has been measured.
+against the allocator and PyTorch's FLOP counter (tests/test_plan.py), FSDP's memory against that of two ranks (tests/test_shard.py);
+nothing of CUDA and LoRA has been measured.
 """
 import math
 from dataclasses import dataclass
@@ -254,9 +255,9 @@ def memory(run, form):
     weights = (4 * (adapters(model, form) + joins * size(model.connector)) + weight_bytes * size(model.llm)) / form.shards
     weights += 4 * (size(model.vision) + (not joins) * size(model.connector))            # frozen ones are whole on every card
     optimizer, gradients, copies = 8 * changing / form.shards, 4 * changing / form.shards, 0
-    if form.shards > 1:                                              # gathered: what is no block, and two blocks, the next one early
+    if form.shards > 1:                                              # gathered: what is no block, and two blocks, one early
         weights += b * (rest + 2 * block_size)
-        copies = b * rest + (b + 4) * block_size if tuned else 0     # their gradients; a block's once more in float32, to reduce it
+        copies = b * rest + (b + 4) * block_size if tuned else 0     # their gradients; a block's again in float32, to reduce it
         if run.forwards > 1:
             gradients = 4 * changing                                 # reduced after the last forward only
     elif run.config.gpus > 1:

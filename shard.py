@@ -6,13 +6,13 @@ r·ceil(n/N) to (r+1)·ceil(n/N), and so of its gradient and of AdamW's moments:
     forward    a unit gathers its rows from all ranks, computes, and frees those of the others
     backward   it gathers them once more, computes, and every rank gets the mean over ranks of the gradient's rows that it keeps
 
-A unit is a block of the LLM, a tower or a connector that learns; the rest of the LLM (embedding, final norm, lm_head) belongs to the
-whole model, whose forward gathers it, and which keeps it until its backward pass is over. A frozen LLM is spread as well; frozen
-towers and a frozen connector are small and stay whole on every rank, as under DDP.
+A unit is a block of the LLM, a tower or a connector that learns; the rest of the LLM (embedding, final norm, lm_head) belongs to
+the whole model, whose forward gathers it, and which keeps it until its backward pass is over. A frozen LLM is spread as well;
+frozen towers and a frozen connector are small and stay whole on every rank, as under DDP.
 
-No rank ever holds the whole: the LLM comes as it lies in its files, mapped into memory and not read (hub.py), and every rank reads
-the rows that it keeps. Checkpoints are written by all ranks, each its own rows (checkpoint.py); the finished model by rank 0, which
-is handed one whole tensor at a time (`gathered`).
+No rank ever holds the whole: the LLM comes as it lies in its files, mapped into memory and not read (hub.py), and every rank
+reads the rows that it keeps. Checkpoints are written by all ranks, each its own rows (checkpoint.py); the finished model by rank 0,
+which is handed one whole tensor at a time (`gathered`).
 """
 import warnings
 
@@ -24,9 +24,9 @@ from lora import LoRALinear
 
 
 def spread(model, device, llm_dtype, bf16):
-    """Spread an MLLM over all ranks, in place; requires_grad has been set, and its LLM may lie on the CPU in any dtype. What learns
-    becomes float32, a frozen LLM llm_dtype. bf16: the LLM's weights travel (and compute) as bfloat16, its gradients as float32; what
-    is small travels as float32, for autocast, as under DDP."""
+    """Spread an MLLM over all ranks, in place; requires_grad has been set, and its LLM may lie on the CPU in any dtype. What
+    learns becomes float32, a frozen LLM llm_dtype. bf16: the LLM's weights travel (and compute) as bfloat16, its gradients as
+    float32; what is small travels as float32, for autocast, as under DDP."""
     from torch.distributed.device_mesh import init_device_mesh       # imported here: a run without --fsdp need not wait for it
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor

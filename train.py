@@ -241,7 +241,8 @@ def train_stage(config, stage, model, dataset, run, ranks):
     say(main, f"\nstage {stage}: " + ", ".join(f"{part} {count[part] / 1e6:.2f}M {'trained' if part in trained else 'frozen'}"
                                               for part in count))
     say(main, f"  {len(dataset):,} samples, {steps} steps of {own['batch']}, {model.tokens_per_image} visual tokens a picture, "
-              f"peak learning rate {own['lr']:g}, {'bfloat16' if use_bf16 else 'float32'} on {ranks.size} x {ranks.device.type}{', FSDP' * sharded}")
+              f"peak learning rate {own['lr']:g}, {'bfloat16' if use_bf16 else 'float32'} on {ranks.size} x {ranks.device.type}"
+              + ", FSDP" * sharded)
 
     writer, bad_steps, skipped, began = Log(config, run, main), 0, 0, time.time()
     tokens_seen, since = 0, time.time()
@@ -267,7 +268,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
                     pixels, tokens, labels, shown = (tensor.to(ranks.device, non_blocking=True) for tensor in
                                                      (batch.pixels, batch.tokens, batch.labels, batch.shown))
                     loss, _ = network(pixels, tokens, labels, batch.lengths, shown)
-                # DDP and FSDP average over ranks, so ranks.size undoes that: the gradient is that of sum / number of the global batch
+                # DDP and FSDP average over ranks, ranks.size undoes that: the gradient is that of sum / number of the global batch
                 (loss * (ranks.size / max(1, supervised))).backward()
                 losses.append(loss.detach())
         loss = ranks.sum(torch.stack(losses).sum()).item() / max(1, supervised)
@@ -306,8 +307,8 @@ def train_stage(config, stage, model, dataset, run, ranks):
 
 
 def write(config, model, run, main, sharded):
-    """model/, with LoRA adapter/ beside it, and merges the adapters. Rank 0 writes; of a spread model the others hand it their rows,
-    one tensor at a time."""
+    """model/, with LoRA adapter/ beside it, and merges the adapters. Rank 0 writes; of a spread model the others hand it their
+    rows, one tensor at a time."""
     if adapters := {name: shard.whole(p) for name, p in lora.adapters(model.llm).items()}:
         if main:
             lora.save(adapters, run / "adapter", config.lora_rank, config.lora_alpha,
@@ -378,7 +379,8 @@ def main(arguments):
             say(True, "\nscores on held-out scenes, and blind: the same questions with the pictures exchanged\n"
                       + table(evaluate(model, count=200)))
         say(True, f"\nnext: python sample.py --model={run}/model   (answers beside the truth, and a picture with boxes)\n"
-                  f"      python eval.py --model={run}/model" + "     (the scores: this run's model is spread over its ranks)" * sharded)
+                  f"      python eval.py --model={run}/model"
+                  + "     (the scores: this run's model is spread over its ranks)" * sharded)
     with ranks.in_contact(run):
         ranks.close()
 

@@ -25,7 +25,7 @@ if [ -z "${ELASTIC:-}" ]; then
 else
     # elastic, ELASTIC=1: on any number of nodes from one to all. After a lost worker those that are left start anew, up to three
     # times, and --resume takes them to the last checkpoint; it starts a run that has none. The arguments must name --out
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                      # or torch 2.13 hands a restart the addresses of the former ranks
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1               # or torch 2.13 hands a restart the addresses of the former ranks
     srun --kill-on-bad-exit=0 torchrun --nnodes="1:$SLURM_NNODES" --nproc_per_node="$gpus" --max-restarts=3 \
         --rdzv-backend=c10d --rdzv-endpoint="$first:$port" --rdzv-id="$SLURM_JOB_ID" train.py "$@" --resume
 fi

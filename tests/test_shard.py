@@ -34,7 +34,8 @@ sys.path.insert(0, {root!r})
 import torch, torch.distributed as dist, cli, mllm, train
 from mllm import MLLM
 mllm.LOGITS = 2 ** 14                                                # five or so at once: the loss goes in chunks
-steps, forward, reduce, reduced, rank = train.Loader.__iter__, MLLM.forward, dist.reduce_scatter_single, [], os.environ.get("RANK", "0")
+steps, forward, reduce = train.Loader.__iter__, MLLM.forward, dist.reduce_scatter_single
+reduced, rank = [], os.environ.get("RANK", "0")
 asked = lambda what, loader, step: os.environ.get(what) == f"{{rank}} {{loader.seed}} {{step}}"
 spoiled = []
 
@@ -71,9 +72,9 @@ def ranks(count, arguments, script=None, **environment):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)} | environment
+    own = [{"RANK": str(rank), "WORLD_SIZE": str(count)} if count > 1 else {} for rank in range(count)]
     started = [subprocess.Popen([sys.executable, str(script), *map(str, arguments)], text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, env=common | ({"RANK": str(rank), "WORLD_SIZE": str(count)} if count > 1 else {}))
-               for rank in range(count)]
+                                stderr=subprocess.PIPE, env=common | mine) for mine in own]
     texts = [process.communicate() for process in started]
     return [subprocess.CompletedProcess(p.args, p.returncode, *text) for p, text in zip(started, texts)]
 
@@ -170,7 +171,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_no_sample_is_lost_or_rep
         assert all(process.returncode == 0 for process in done), done[-1].stderr
         assert ("saved; go on with --resume" in done[0].stdout) == bool(stop)
     assert samples() == samples(one) and all(len(names) == 5 for names in samples().values()) and len(samples()) == 8
-    assert len(Path("ids.jsonl").read_text().splitlines()) == 2 * 2 + 2 * 2 + 2 + 2 * 2     # two ranks wrote, each its own; then one
+    assert len(Path("ids.jsonl").read_text().splitlines()) == 2 * 2 + 2 * 2 + 2 + 2 * 2     # two ranks, one, two
     assert_same("run", one / "run")
 
 
@@ -218,8 +219,8 @@ def test_a_killed_rank_ends_the_run_in_one_line_and_one_process_finishes_it(fsdp
     """Under torchrun, which then sends the survivor SIGTERM."""
     arguments = flags() + ["--fsdp"] * fsdp
     Path("driver.py").write_text(DRIVER.format(root=str(ROOT)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--redirects=2", "--log-dir=logs",
-                "--rdzv-endpoint=localhost:0", "driver.py", *arguments]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--redirects=2",
+                "--log-dir=logs", "--rdzv-endpoint=localhost:0", "driver.py", *arguments]
     done = subprocess.run(torchrun, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "KILL": "1 2 3"})
     assert done.returncode != 0
     said = "".join(path.read_text() for path in Path("logs").rglob("stderr.log"))
@@ -227,7 +228,7 @@ def test_a_killed_rank_ends_the_run_in_one_line_and_one_process_finishes_it(fsdp
                             "run/checkpoints/stage2-0000002: start again with --resume, on any number of ranks")
     assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["stage1-0000002", "stage2-0000002"]
     log = Path("run/log.jsonl")
-    log.write_text("".join(log.read_text().splitlines(True)[:4]))    # without the step that is done again, in another order of sums
+    log.write_text("".join(log.read_text().splitlines(True)[:4]))    # without the step that is done again
     train.main([*arguments, "--resume"])
     assert_same("run", one / "run")
 
@@ -319,7 +320,8 @@ for stage, bf16, recompute, forwards in ((1, 0, 0, 1), (2, 0, 0, 1), (2, 1, 0, 1
     kept = own_bytes(model.parameters())
     moments = own_bytes(t for state in optimizer.state.values() for t in state.values() if t.numel() > 1)
     measured = kept + moments + allocated(step)
-    load = plan.Load(sum(batch.lengths), sum(length ** 2 for length in batch.lengths), (batch.labels >= 0).sum().item(), len(batch.pixels))
+    load = plan.Load(sum(batch.lengths), sum(length ** 2 for length in batch.lengths), (batch.labels >= 0).sum().item(),
+                     len(batch.pixels))
     shapes = plan.build(config)
     run = plan.Run(config, shapes, train.choose_trained(shapes, own["train"]), load, forwards, bool(bf16), False)
     found = plan.memory(run, plan.Form("FSDP", 0, 2))
@@ -329,7 +331,7 @@ ranks.close()
 
 
 def test_the_planned_memory_of_fsdp_is_within_15_percent_of_what_the_allocator_gives_out():
-    """The tiny model on two ranks: both stages, bf16, recomputed blocks, and two forwards a step, between which gradients are whole."""
+    """The tiny model on two ranks: both stages, bf16, recomputed blocks; two forwards a step, between which gradients are whole."""
     Path("planned.py").write_text(PLANNED.format(root=str(ROOT)))
     for process in ranks(2, [], "planned.py"):
         assert process.returncode == 0, process.stderr
