@@ -289,8 +289,8 @@ def match(module, shapes, rename, folder, files={}):
 
 def load_weights(module, folder, rename, dtype=torch.float32, device="cpu"):
     """Assign a checkpoint's tensors to `module`, which was built under `on_meta()`, and return it. `rename`: see
-    match. Buffers are not loaded: modules build theirs from the config, on a real device, and they move to `device` here.
-    Raises InputError naming the tensor that is missing, left over, or of another shape or kind."""
+    match. dtype None: as stored. Buffers are not loaded: modules build theirs from the config, on a real device, and they move to
+    `device` here. Raises InputError naming the tensor that is missing, left over, or of another shape or kind."""
     files, shapes = tensor_files(folder), {}
     for file in dict.fromkeys(files.values()):                       # headers alone: nothing is read that does not fit
         with open_safetensors(file) as opened:
@@ -352,6 +352,33 @@ def save_checkpoint(folder, tensors, config):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_safetensors(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_in_files(folder, named, config, limit=5e9):
+    """As save_checkpoint, for a model that may not fit into memory: of `named`, pairs (name, tensor) that are made one by one, at
+    most `limit` bytes are held, then written to a file of their own. Several come with an index; one is model.safetensors."""
+    folder, held, files = Path(folder), {}, []
+    folder.mkdir(parents=True, exist_ok=True)
+    size = lambda tensors: sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def write():
+        path = folder / f"model-{len(files) + 1:05d}.safetensors"
+        save_safetensors(held, path)
+        files.append((path, list(held), size(held.values())))
+        held.clear()
+
+    for name, tensor in named:
+        if held and size([*held.values(), tensor]) > limit:
+            write()
+        held[name] = tensor.detach().cpu()
+    write()
+    if len(files) == 1:
+        files[0][0].rename(folder / "model.safetensors")
+    else:
+        index = {"metadata": {"total_size": sum(written for *_, written in files)},
+                 "weight_map": {name: path.name for path, names, _ in files for name in names}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

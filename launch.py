@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class Ranks:
 
     def __init__(self, device):
         self.rank, self.size, self.stop = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), False
+        self.doing = "the start"                                     # for in_contact
         self.device = cli.pick_device(device)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -51,6 +53,21 @@ class Ranks:
             dist.all_reduce(moved)
             tensor = moved.to(tensor.device)
         return tensor
+
+    @contextmanager
+    def in_contact(self, run):
+        """What happens in here ends in one line if another rank is lost: killed, or ended by an error. Whoever waits for it
+        then gets an error from gloo or NCCL, in their words."""
+        try:
+            yield
+        except RuntimeError as error:
+            words = "gloo", "NCCL", "Connection ", "Broken pipe"
+            if self.size == 1 or not (isinstance(error, dist.DistError) or any(word in str(error) for word in words)):
+                raise
+            saved = [path for stage in (1, 2) for path in checkpoint.newest_last(run / "checkpoints", stage)]
+            raise InputError(f"rank {self.rank}: lost contact with another rank in {self.doing}; " + (
+                f"the last checkpoint is {saved[-1]}: start again with --resume, on any number of ranks" if saved else
+                "there is no checkpoint yet: start again")) from None
 
     def barrier(self):
         if self.size > 1:

@@ -41,13 +41,16 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.weight, self.bias) + self.lora_B(self.scale * self.lora_A(x))
 
     @torch.no_grad()
+    def merged_weight(self, whole=lambda tensor: tensor):
+        """-> W + alpha / rank · B A, summed in float32, then in W's dtype. whole: gathers a tensor that is spread (shard.py)."""
+        W, A, B = (whole(p) for p in (self.weight, self.lora_A.weight, self.lora_B.weight))
+        return (W.float() + self.scale * (B.float() @ A.float())).to(W.dtype)  # (out, in)
+
     def merged(self):
-        """-> nn.Linear of W + alpha / rank · B A, summed in float32, then in W's dtype."""
+        """-> nn.Linear of the merged weight."""
         out_features, in_features = self.weight.shape
         linear = nn.Linear(in_features, out_features, bias=self.bias is not None, device="meta")
-        added = self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())     # (out, in)
-        linear.weight = nn.Parameter((self.weight.float() + added).to(self.weight.dtype))
-        linear.bias = self.bias
+        linear.weight, linear.bias = nn.Parameter(self.merged_weight()), self.bias
         return linear
 
 
@@ -72,9 +75,9 @@ def adapters(llm):
     return {name: p for name, p in llm.named_parameters() if name.endswith((".lora_A.weight", ".lora_B.weight"))}
 
 
-def save(llm, folder, rank, alpha, base):
-    """Write the adapters alone, as the library peft does; `base` names the LLM that they belong to."""
-    found, folder = adapters(llm), Path(folder)
+def save(found, folder, rank, alpha, base):
+    """Write the adapters alone, as the library peft does: `found` is adapters(llm); `base` names the LLM that they belong to."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.model.{name}": p for name, p in found.items()}
     save_safetensors(tensors, folder / "adapter_model.safetensors")

@@ -30,7 +30,7 @@ from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
 from connector import ConnectorConfig, TowerShape, layers_needed, make_connector, visual_tokens
 from dialogue import IGNORE, IMAGE, MARK, encode, end_ids, find_template, load_tokenizer
 from dinov2 import DINOv2, DINOv2Config
-from hub import InputError, fields_of, load_weights, locate, on_meta, read_config, read_json, save_checkpoint
+from hub import InputError, fields_of, load_weights, locate, on_meta, read_config, read_json, save_in_files
 from images import ImageSpec, to_pixels
 from llama import Llama
 from phi import Phi
@@ -84,10 +84,10 @@ class MLLM(nn.Module):
 
     @classmethod
     def assemble(cls, vision, llm, connector_config, template=None, image_size=None, image_mode="pad", tokenizer=None,
-                 dtype=torch.float32, device="cpu", llm_dtype=None):
+                 dtype=torch.float32, device="cpu", llm_dtype=None, llm_mapped=False):
         """Public checkpoints, each named by folder or id, and a new connector -> MLLM. `vision`: a list. template None: the
         one that the LLM's checkpoint names, else vicuna_v1. image_size None: the first tower's. llm_dtype None: dtype.
-        Raises InputError."""
+        llm_mapped: the LLM stays in its files, mapped into memory, whatever their dtype (shard.py). Raises InputError."""
         folders = [locate(name) for name in vision]
         kinds = [read_config(folder).get("model_type", "timm_wrapper") for folder in folders]    # timm's own files name none
         towers = [tower_class(kind, folder)[0].from_pretrained(folder, dtype, device) for kind, folder in zip(kinds, folders)]
@@ -102,8 +102,10 @@ class MLLM(nn.Module):
             spec = ImageSpec(size, image_mode, spec.mean, spec.std, spec.resample)
         else:
             spec = ImageSpec(size, image_mode)
-        llm = kind.from_pretrained(llm_folder, llm_dtype or dtype, device)
-        return cls(towers, llm, connector_config, words, template, spec).to(device)
+        llm = kind.from_pretrained(llm_folder, *((None, "cpu") if llm_mapped else (llm_dtype or dtype, device)))
+        model = cls(towers, llm, connector_config, words, template, spec)
+        model.connector.to(device)
+        return model
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -195,14 +197,16 @@ class MLLM(nn.Module):
 
     # --- one folder --------------------------------------------------------------------------------------------------
 
-    def save(self, folder, dtype=None):
-        """Write everything that from_pretrained needs. The folder appears whole or not at all. dtype None: as in memory."""
+    def save(self, folder, dtype=None, named=None):
+        """Write everything that from_pretrained needs. The folder appears whole or not at all. dtype None: as in memory. named:
+        the pairs (name, tensor) in the place of this model's own."""
         folder = Path(folder)
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         config = {"model_type": "mllm", "template": self.template, "connector": asdict(self.connector_config),
                   "vision": [asdict(tower.config) for tower in self.vision], "llm": self.llm.config.to_dict()}
-        save_checkpoint(partial, {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}, config)
+        named = named or self.state_dict().items()
+        save_in_files(partial, ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in named), config)
         self.tokenizer.save(str(partial / "tokenizer.json"))
         statistics = [{"mean": t.normalize.mean.flatten().tolist(), "std": t.normalize.std.flatten().tolist()} for t in self.vision]
         (partial / "preprocessor_config.json").write_text(json.dumps(self.spec.config() | {"towers": statistics}, indent=2) + "\n")

@@ -10,6 +10,8 @@ b is 2 under autocast, else 4, and e, of the residual stream, is 2 for an LLM in
 H heads of queries, W wide together, those of keys K, V vocabulary, L blocks, D width of a tower):
 
     weights      4 a parameter, 2 in a frozen LLM; gradients 4 and optimizer 8 a parameter that learns; DDP's buckets 4 more
+                 FSDP on n cards: 1/n of the LLM's and of what learns, frozen towers whole; and b a parameter of what is gathered
+                 at once, embedding, lm_head and two blocks, as much again for their gradients and 4 a parameter of one block
     a block      T·(8C [both norms in float32] + b(2W + 2K) [queries, values out; keys, values] + 3bF [gate, its SiLU, up])
                  and if it learns T·(2eC [the norms' outputs] + b(2C or 5C [inputs of the maps; each has its own copy where
                  autocast makes it from float32] + F [input of the last one]))
@@ -28,7 +30,8 @@ attention 2W·Tᵢ² forward (causal) and twice that back; checkpointing repeats
 What it does not know: the context, the communication library and fragmentation (a form fits if its peak is at most ROOM of the
 memory), torch.compile, which should keep less than this, and the spread of lengths: the loader puts dialogues of like length
 together, so some micro-batches are far longer than the mean; the plan says for how many tokens there is room. On a CPU it is held
-against the allocator and PyTorch's FLOP counter (tests/test_plan.py); nothing of CUDA, FSDP and LoRA has been measured.
+against the allocator and PyTorch's FLOP counter (tests/test_plan.py), FSDP's memory against that of two ranks (tests/test_shard.py);
+nothing of CUDA and LoRA has been measured.
 """
 import math
 from dataclasses import dataclass
@@ -244,14 +247,19 @@ def memory(run, form):
     learns, recompute = "llm" in run.trained, run.config.activation_checkpointing
     tuned = learns and not form.rank                                 # the LLM's own weights learn
     b = 2 if run.bf16 else 4
-    e = 2 if run.bf16 and not tuned and (run.on_cuda or form.rank) else 4
+    weight_bytes = 2 if run.bf16 and not tuned and (run.on_cuda or form.rank) else 4     # as an LLM's weight is kept
+    e = b if form.shards > 1 else weight_bytes                       # FSDP gathers an embedding of b bytes, too
     block_size, head, changing = size(model.llm.layers[0]), V * C, learning(run, form)
+    rest, joins = size(model.llm) - L * block_size, "connector" in run.trained           # embedding, final norm, lm_head
 
-    weights = (4 * (size(model.vision) + size(model.connector) + adapters(model, form)) + e * size(model.llm)) / form.shards
+    weights = (4 * (adapters(model, form) + joins * size(model.connector)) + weight_bytes * size(model.llm)) / form.shards
+    weights += 4 * (size(model.vision) + (not joins) * size(model.connector))            # frozen ones are whole on every card
     optimizer, gradients, copies = 8 * changing / form.shards, 4 * changing / form.shards, 0
-    if form.shards > 1:                                              # gathered: embedding and head, two blocks; gradients of one
-        weights += b * (2 * head + 2 * block_size)
-        copies = b * (2 * head + block_size) if tuned else 0
+    if form.shards > 1:                                              # gathered: what is no block, and two blocks, one early
+        weights += b * (rest + 2 * block_size)
+        copies = b * rest + (b + 4) * block_size if tuned else 0     # their gradients; a block's again in float32, to reduce it
+        if run.forwards > 1:
+            gradients = 4 * changing                                 # reduced after the last forward only
     elif run.config.gpus > 1:
         copies = 4 * changing                                        # DDP's buckets
 
@@ -297,12 +305,13 @@ def flops(run, form):
 def sent(run, form):
     """Bytes that a card sends (and receives) a step. In a ring each card passes on (n-1)/n of a buffer to gather or to
     reduce-scatter it, twice that to all-reduce. DDP: the gradients, once a step. FSDP: every forward and its backward gather the
-    weights (frozen towers' once), then reduce-scatter the gradients."""
+    weights that are spread (those of no block: once); the gradients are reduce-scattered once a step."""
     ring = (run.config.gpus - 1) / run.config.gpus
     if form.shards == 1:
         return ring * 2 * 4 * learning(run, form)
-    gathered = 2 * (size(run.model) + adapters(run.model, form)) - size(run.model.vision)
-    return ring * run.forwards * ((2 if run.bf16 else 4) * gathered + 4 * learning(run, form))
+    llm, connector = run.model.llm, size(run.model.connector) if "connector" in run.trained else 0
+    gathered = 2 * (size(llm.layers) + adapters(run.model, form) + connector) + size(llm) - size(llm.layers)
+    return ring * (run.forwards * (2 if run.bf16 else 4) * gathered + 4 * learning(run, form))
 
 
 def room(run, form):

@@ -5,6 +5,7 @@
     python train.py config/dense_7b.toml --data1=... --image_dir=...       a paper's recipe on your data
     torchrun --nproc_per_node=8 train.py config/dense_7b.toml              the same on 8 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...    on two nodes
+    torchrun --nproc_per_node=8 train.py config/dense_7b.toml --fsdp       what is larger than one card (shard.py)
     python train.py config/dense_7b.toml --lora_rank=128 ...               the LLM by adapters (lora.py)
     python train.py --resume                                               go on after a stop, bit for bit
     python train.py config/dense_7b.toml --plan --gpus=8 --gpu_memory=80   what it would take: memory, FLOPs, hours
@@ -27,6 +28,7 @@ from torch.utils.data import ConcatDataset
 import checkpoint
 import cli
 import lora
+import shard
 from connector import ConnectorConfig
 from data import LlavaData, Loader, ShikraData
 from hub import InputError
@@ -97,6 +99,7 @@ class Config:
     device: str = "auto"                 # cuda, mps, cpu
     bf16: bool | None = None             # autocast to bfloat16; none: on CUDA
     compile: bool | None = None          # torch.compile the transformer blocks; none: on CUDA
+    fsdp: bool = False                   # spread weights, gradients and optimizer over all ranks (shard.py); one rank: no effect
     activation_checkpointing: bool = False  # recompute the LLM's blocks in the backward pass: less memory, a third slower
     workers: int = 0                     # loader processes a rank; 0: in line
 
@@ -122,37 +125,40 @@ def llm_dtype(config, stage, device):
     return torch.bfloat16 if uses_bf16(config, device) and not learns else torch.float32
 
 
-def build_model(config, device, stage=2):
+def build_model(config, device, stage=2, sharded=False):
     tiny = [HERE / "weights" / name for name in TINY.get(config.connector, ("clip",))]
     shape = ConnectorConfig(config.connector, config.groups, config.merge, config.dino_depth, config.dino_expansion, config.layer)
     torch.manual_seed(config.seed)                                   # the connector's start
     return MLLM.assemble(config.vision or tiny, config.llm or HERE / "weights" / "llama", shape, config.template or None,
                          config.image_size or None, config.image_mode, config.tokenizer or None, device=device,
-                         llm_dtype=llm_dtype(config, stage, device))
+                         llm_dtype=llm_dtype(config, stage, device), llm_mapped=sharded)
 
 
-def build_stage(config, stage, run, device, main=True):
+def build_stage(config, stage, run, device, main=True, sharded=False):
     """The model that a stage starts from: the weights that were named, adapters if the LLM has learnt through them by then, and
-    what the stage before it has learnt."""
-    model = build_model(config, device, stage)                       # anew for stage 2: from the very weights that were named
+    what the stage before it has learnt. sharded: spread over all ranks."""
+    model = build_model(config, device, stage, sharded)              # anew for stage 2: from the very weights that were named
     if config.lora_rank and any("llm" in settings(config, past)["train"] for past in (1, 2)[:stage]):
         lora.adapt(model.llm, config.lora_rank, config.lora_alpha)
-    if stage == 2 and config.init != "new":
+    from_run = stage == 2 and config.init != "new" and (not config.init or (Path(config.init) / "state.json").exists())
+    if stage == 2 and config.init not in ("", "new") and not from_run:
+        load_connector(model, config.init)                           # no run of ours: a connector alone, or a public model's
+    if sharded:
+        choose_trained(model, settings(config, stage)["train"])
+        shard.spread(model, device, llm_dtype(config, stage, device), uses_bf16(config, device))
+    if from_run:
         former = [Path(config.init)] if config.init else checkpoint.newest_last(run / "checkpoints", 1)
         if not former:
             raise InputError(f"stage 2 starts from stage 1's connector, and {run}/checkpoints has none: run stage 1 first, or "
                              "name a checkpoint with --init=FOLDER (--init=new starts from a random connector)")
-        if config.init and not (former[-1] / "state.json").exists():
-            load_connector(model, config.init)                       # no run of ours: a connector alone, or a public model's
-        else:
-            state = checkpoint.load(former[-1], model)
-            if state["step"] < state["steps"]:
-                say(main, f"note: {former[-1]} is unfinished, step {state['step']} of {state['steps']}")
-            alpha = state["config"].get("lora_alpha", 0)             # 0: its LLM learnt without adapters, if at all
-            if "llm" in state["config"][f"train{state['stage']}"] and config.lora_rank and alpha not in (0, config.lora_alpha):
-                raise InputError(f"{former[-1]}: was trained with --lora_alpha={alpha}, not {config.lora_alpha}: its adapters "
-                                 "would count differently")
-    if "llm" not in settings(config, stage)["train"]:
+        state = checkpoint.load(former[-1], model)
+        if state["step"] < state["steps"]:
+            say(main, f"note: {former[-1]} is unfinished, step {state['step']} of {state['steps']}")
+        alpha = state["config"].get("lora_alpha", 0)                 # 0: its LLM learnt without adapters, if at all
+        if "llm" in state["config"][f"train{state['stage']}"] and config.lora_rank and alpha not in (0, config.lora_alpha):
+            raise InputError(f"{former[-1]}: was trained with --lora_alpha={alpha}, not {config.lora_alpha}: its adapters "
+                             "would count differently")
+    if "llm" not in settings(config, stage)["train"] and not sharded:
         lora.merge(model.llm)                                        # stage 1's, which this stage leaves as they are
     return model
 
@@ -204,7 +210,7 @@ def learning_rate(step, steps, warmup):
 
 def train_stage(config, stage, model, dataset, run, ranks):
     """One stage on this rank. `run`: its folder. Returns False if it was asked to stop before the end."""
-    own, main = settings(config, stage), ranks.rank == 0
+    own, main, sharded = settings(config, stage), ranks.rank == 0, config.fsdp and ranks.size > 1
     use_bf16 = uses_bf16(config, ranks.device)
     trained = choose_trained(model, own["train"])
     steps = own["steps"] or math.ceil(own["epochs"] * len(dataset) / own["batch"])
@@ -224,7 +230,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
     model.llm.gradient_checkpointing = config.activation_checkpointing
     model.train()
     network = model
-    if ranks.size > 1:
+    if ranks.size > 1 and not sharded:
         network = DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
 
     count = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in PARTS}
@@ -234,13 +240,16 @@ def train_stage(config, stage, model, dataset, run, ranks):
     say(main, f"\nstage {stage}: " + ", ".join(f"{part} {count[part] / 1e6:.2f}M {'trained' if part in trained else 'frozen'}"
                                               for part in count))
     say(main, f"  {len(dataset):,} samples, {steps} steps of {own['batch']}, {model.tokens_per_image} visual tokens a picture, "
-              f"peak learning rate {own['lr']:g}, {'bfloat16' if use_bf16 else 'float32'} on {ranks.size} x {ranks.device.type}")
+              f"peak learning rate {own['lr']:g}, {'bfloat16' if use_bf16 else 'float32'} on {ranks.size} x {ranks.device.type}"
+              + ", FSDP" * sharded)
 
     writer, bad_steps, skipped, began = Log(config, run, main), 0, 0, time.time()
     tokens_seen, since = 0, time.time()
-    save = lambda step: main and checkpoint.save(run / "checkpoints" / f"stage{stage}-{step:07d}", model, optimizer,
-                                                 {"stage": stage, "step": step, "steps": steps, "config": asdict(config)})
+    save = lambda step: (main or sharded) and checkpoint.save(
+        run / "checkpoints" / f"stage{stage}-{step:07d}", model, optimizer,
+        {"stage": stage, "step": step, "steps": steps, "config": asdict(config)}, ranks if sharded else None)
     for step, micro_batches in zip(range(start, steps), loader):
+        ranks.doing = f"step {step} of stage {stage}"
         factor = learning_rate(step, steps, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
@@ -251,16 +260,18 @@ def train_stage(config, stage, model, dataset, run, ranks):
         losses = []
         for i, batch in enumerate(micro_batches):
             last = i + 1 == len(micro_batches)
-            with nullcontext() if last or ranks.size == 1 else network.no_sync():
+            if sharded:
+                model.set_requires_gradient_sync(last)               # FSDP's no_sync
+            with nullcontext() if last or network is model else network.no_sync():
                 with torch.autocast(ranks.device.type, torch.bfloat16, enabled=use_bf16):
                     pixels, tokens, labels, shown = (tensor.to(ranks.device, non_blocking=True) for tensor in
                                                      (batch.pixels, batch.tokens, batch.labels, batch.shown))
                     loss, _ = network(pixels, tokens, labels, batch.lengths, shown)
-                # DDP averages over ranks, so ranks.size undoes that: the gradient is that of sum / number of the global batch
+                # DDP and FSDP average over ranks, ranks.size undoes that: the gradient is that of sum / number of the global batch
                 (loss * (ranks.size / max(1, supervised))).backward()
                 losses.append(loss.detach())
         loss = ranks.sum(torch.stack(losses).sum()).item() / max(1, supervised)
-        norm = torch.nn.utils.clip_grad_norm_([p for part in trained.values() for p in part], config.clip).item()
+        norm = shard.whole(torch.nn.utils.clip_grad_norm_([p for part in trained.values() for p in part], config.clip)).item()
         if math.isfinite(loss) and math.isfinite(norm):              # both are the same on every rank, so all decide alike
             optimizer.step()
             bad_steps = 0
@@ -294,6 +305,23 @@ def train_stage(config, stage, model, dataset, run, ranks):
     return True
 
 
+def write(config, model, run, main, sharded):
+    """model/, with LoRA adapter/ beside it, and merges the adapters. Rank 0 writes; of a spread model the others hand it their
+    rows, one tensor at a time."""
+    if adapters := {name: shard.whole(p) for name, p in lora.adapters(model.llm).items()}:
+        if main:
+            lora.save(adapters, run / "adapter", config.lora_rank, config.lora_alpha,
+                      str(config.llm or HERE / "weights" / "llama"))
+    if not sharded:
+        lora.merge(model.llm)
+    named = shard.gathered(model) if sharded else None
+    if main:
+        model.eval().save(run / "model", named=named)
+    elif sharded:
+        for _ in named:
+            pass
+
+
 def check(config):
     """Refuse here what would break a run later, perhaps after hours."""
     if config.stage not in (0, 1, 2):
@@ -325,34 +353,35 @@ def main(arguments):
     check(config)
     stages = [config.stage] if config.stage else [1, 2]
     ranks, began = Ranks(config.device), time.time()
-    run = run_folder(config)
-    ranks.barrier()                                                  # all ranks have looked before one of them writes
-    say(ranks.rank == 0, f"{config.connector} connector, run folder {run}")
-    datasets = {stage: build_data(config, stage) for stage in stages}
-    for stage in stages:
-        model = build_stage(config, stage, run, ranks.device, ranks.rank == 0)
-        if ranks.device.type == "cuda" if config.compile is None else config.compile:
-            for blocks in [model.llm.layers, *(tower.blocks for tower in model.vision)]:
-                compile_blocks(blocks)
-        run.mkdir(parents=True, exist_ok=True)
-        finished = train_stage(config, stage, model, datasets[stage], run, ranks)
-        ranks.barrier()                                              # stage 2 reads what rank 0 saved
-        if not finished:
-            break
+    run, sharded = run_folder(config), config.fsdp and ranks.size > 1
+    with ranks.in_contact(run):
+        ranks.barrier()                                              # all ranks have looked before one of them writes
+        say(ranks.rank == 0, f"{config.connector} connector, run folder {run}")
+        datasets = {stage: build_data(config, stage) for stage in stages}
+        for stage in stages:
+            model = build_stage(config, stage, run, ranks.device, ranks.rank == 0, sharded)
+            if ranks.device.type == "cuda" if config.compile is None else config.compile:
+                for blocks in [model.llm.layers, *(tower.blocks for tower in model.vision)]:
+                    compile_blocks(blocks)
+            run.mkdir(parents=True, exist_ok=True)
+            finished = train_stage(config, stage, model, datasets[stage], run, ranks)
+            ranks.barrier()                                          # stage 2 reads what rank 0 saved
+            if not finished:
+                break
+        if finished:
+            ranks.doing = f"writing {run}/model"
+            write(config, model, run, ranks.rank == 0, sharded)
     if finished and ranks.rank == 0:
-        if lora.adapters(model.llm):
-            lora.save(model.llm, run / "adapter", config.lora_rank, config.lora_alpha,
-                      str(config.llm or HERE / "weights" / "llama"))
-            lora.merge(model.llm)
-        model.eval().save(run / "model")
         say(True, f"\nwrote {run}/model after {time.time() - began:.0f} s")
-        if config.evaluate and "world" in (config.data1 if config.stage == 1 else config.data2):
+        if config.evaluate and "world" in (config.data1 if config.stage == 1 else config.data2) and not sharded:
             from eval import evaluate, table
             say(True, "\nscores on held-out scenes, and blind: the same questions with the pictures exchanged\n"
                       + table(evaluate(model, count=200)))
         say(True, f"\nnext: python sample.py --model={run}/model   (answers beside the truth, and a picture with boxes)\n"
-                  f"      python eval.py --model={run}/model")
-    ranks.close()
+                  f"      python eval.py --model={run}/model"
+                  + "     (the scores: this run's model is spread over its ranks)" * sharded)
+    with ranks.in_contact(run):
+        ranks.close()
 
 
 if __name__ == "__main__":

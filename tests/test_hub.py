@@ -3,13 +3,15 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hub import InputError, dtype_to_answer, load_weights, locate, read_config, save_checkpoint
+from hub import (InputError, dtype_to_answer, load_weights, locate, read_config, save_checkpoint, save_in_files,
+                 tensor_files)
 from llama import Llama, LlamaConfig
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llama_multi_head"
@@ -282,3 +284,22 @@ def test_a_model_that_only_answers_takes_what_its_file_takes(stored, wanted, tmp
     assert dtype_to_answer(tmp_path, "cpu") == wanted
     assert dtype_to_answer(tmp_path, "cuda") == dtype_to_answer(tmp_path, "cpu", bf16=True) == torch.bfloat16
     assert dtype_to_answer(tmp_path, "cpu", bf16=False) == torch.float32
+
+
+def test_a_large_checkpoint_is_written_in_files_and_never_held_whole(tmp_path):
+    """Of ten tensors of 400 bytes at most 1000 bytes, two of them, exist at once; a tensor larger than that has its own file."""
+    alive = weakref.WeakSet()
+    def named():
+        for i in range(10):
+            tensor = torch.full((100 if i < 9 else 300,), float(i))
+            alive.add(tensor.untyped_storage())
+            assert len(alive) <= 3                                   # two that are held, and this one
+            yield f"weight{i}", tensor
+            del tensor
+    save_in_files(tmp_path, named(), {"model_type": "x"}, limit=1000)
+    places = tensor_files(tmp_path)
+    assert len(set(places.values())) == 6 and sorted(places) == [f"weight{i}" for i in range(10)]
+    assert load_file(places["weight7"])["weight7"].tolist() == [7.0] * 100 and len(load_file(places["weight9"])["weight9"]) == 300
+    assert json.loads((tmp_path / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == 4 * 1200
+    save_in_files(tmp_path / "small", [("weight", torch.ones(3))], {"model_type": "x"})
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["config.json", "model.safetensors"]

@@ -118,7 +118,7 @@ def test_peft_computes_the_same_with_what_we_save(tmp_path):
     llm.save_pretrained(tmp_path / "base")
     lora.adapt(llm, 4, 8)
     random_B(llm)
-    lora.save(llm, tmp_path / "adapter", 4, 8, str(tmp_path / "base"))
+    lora.save(lora.adapters(llm), tmp_path / "adapter", 4, 8, str(tmp_path / "base"))
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     with torch.no_grad():
