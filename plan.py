@@ -258,8 +258,6 @@ def memory(run, form):
     if form.shards > 1:                                              # gathered: what is no block, and two blocks, one early
         weights += b * (rest + 2 * block_size)
         copies = b * rest + (b + 4) * block_size if tuned else 0     # their gradients; a block's again in float32, to reduce it
-        if run.forwards > 1:
-            gradients = 4 * changing                                 # reduced after the last forward only
     elif run.config.gpus > 1:
         copies = 4 * changing                                        # DDP's buckets
 
@@ -305,13 +303,13 @@ def flops(run, form):
 def sent(run, form):
     """Bytes that a card sends (and receives) a step. In a ring each card passes on (n-1)/n of a buffer to gather or to
     reduce-scatter it, twice that to all-reduce. DDP: the gradients, once a step. FSDP: every forward and its backward gather the
-    weights that are spread (those of no block: once); the gradients are reduce-scattered once a step."""
+    weights that are spread (those of no block: once), and reduce-scatters the gradients."""
     ring = (run.config.gpus - 1) / run.config.gpus
     if form.shards == 1:
         return ring * 2 * 4 * learning(run, form)
     llm, connector = run.model.llm, size(run.model.connector) if "connector" in run.trained else 0
     gathered = 2 * (size(llm.layers) + adapters(run.model, form) + connector) + size(llm) - size(llm.layers)
-    return ring * (run.forwards * (2 if run.bf16 else 4) * gathered + 4 * learning(run, form))
+    return ring * run.forwards * ((2 if run.bf16 else 4) * gathered + 4 * learning(run, form))
 
 
 def room(run, form):

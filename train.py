@@ -260,8 +260,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
         losses = []
         for i, batch in enumerate(micro_batches):
             last = i + 1 == len(micro_batches)
-            if sharded:
-                model.set_requires_gradient_sync(last)               # FSDP's no_sync
+            # DDP sums up over micro-batches first; FSDP reduces after each, for whole gradients may be larger than a card
             with nullcontext() if last or network is model else network.no_sync():
                 with torch.autocast(ranks.device.type, torch.bfloat16, enabled=use_bf16):
                     pixels, tokens, labels, shown = (tensor.to(ranks.device, non_blocking=True) for tensor in
