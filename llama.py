@@ -219,6 +219,37 @@ def attend_by_products(q, k, v):
     return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)[None]  # (1, T, H·D)
 
 
+def product_and_sum(x, weight):
+    """weight (N, K) times x (K,) -> (N,): multiplied and added up in float32."""
+    return (weight.float() * x.float()).sum(1).to(x.dtype)
+
+
+def linear_of_one_row(compiled, x, weight, bias=None):
+    """F.linear, except for a single row on a CPU: a step of generation. It reads every weight for two operations each, so the
+    memory sets its pace; PyTorch's matrix product reaches half of that or less, a compiled product_and_sum most of it."""
+    one_row = x.numel() == x.shape[-1] and x.dtype == weight.dtype and x.device.type == "cpu"
+    if not one_row or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    y = compiled(x.flatten(), weight).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+def compile_decoding(llm):
+    """Let `llm` generate through linear_of_one_row -> True, or False where there is no C++ compiler: then all stays as it is.
+    One kernel serves all shapes, and inductor keeps it on the disk: the first run takes seconds longer, the others one."""
+    compiled, weight = torch.compile(product_and_sum, dynamic=True), llm.embed_tokens.weight
+    try:
+        with torch.no_grad():
+            compiled(weight.new_ones(96, device="cpu"), weight.new_ones(64, 96, device="cpu"))
+    except torch._inductor.exc.InductorError:
+        return False
+    llm.linear = partial(linear_of_one_row, compiled)
+    for module in llm.modules():
+        if type(module) is nn.Linear:
+            module.forward = lambda x, module=module: llm.linear(x, module.weight, module.bias)
+    return True
+
+
 class KVCache:
     """Keys and values of all blocks, (L, B, G, max_length, D) each. A token's place in it is its position."""
 
@@ -302,6 +333,7 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Parameters are named as in the checkpoints, without their prefix "model."."""
     config_class = LlamaConfig
+    linear = staticmethod(F.linear)                                  # what compile_decoding exchanges
 
     def __init__(self, config):
         super().__init__()
@@ -336,7 +368,7 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         if self.config.tie_word_embeddings:
-            return F.linear(hidden, self.embed_tokens.weight)  # (..., V)
+            return self.linear(hidden, self.embed_tokens.weight)  # (..., V)
         return self.lm_head(hidden)
 
     def forward(self, tokens=None, embeds=None, positions=None, cache=None, hidden_only=False, states=None, lengths=None):

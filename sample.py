@@ -20,6 +20,7 @@ import world
 from eval import iou, normalise
 from hub import InputError, newest_model
 from images import BadImage, open_image, parse_box, unpad_box
+from llama import compile_decoding
 from mllm import MLLM
 
 LARGEST_DOWNLOAD = 50_000_000                                        # bytes
@@ -41,6 +42,8 @@ class Config:
     top_p: float | None = None           # draw from the likeliest tokens that make up this probability
     seed: int = 0                        # of the drawing of tokens, and which test scenes
     device: str = "auto"                 # auto, cpu, cuda, cuda:1, mps
+    bf16: bool | None = None             # weights in bfloat16: half the memory, and a step reads half as much; none: on CUDA
+    compile: bool = False                # on a CPU: compiled products read the weights faster; for a large LLM (docs/speed.md)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -206,7 +209,10 @@ def main(arguments):
         raise InputError(f"--count={config.count} --seed={config.seed}: count should be 1 or more, seed 0 or more")
     device = cli.pick_device(config.device)
     picture = read_picture(config.image) if config.image not in ("", "none") else None
-    model = MLLM.from_pretrained(config.model or newest_model(), torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+    model = MLLM.from_pretrained(config.model or newest_model(), torch.bfloat16 if bf16 else torch.float32, device)
+    if config.compile and not compile_decoding(model.llm):
+        print("note: --compile needs a C++ compiler (g++), and there is none: the answers are the same, later", file=sys.stderr)
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
                     generator=torch.Generator().manual_seed(config.seed))
     if not (config.image or config.prompt or config.chat):
