@@ -44,11 +44,11 @@ class BenchConfig:
     layers: int = 22          # load, prefill, decode: blocks of the LLaMA, 22: 2.2 GB
     batch: int = 0            # rows of prefill and decode (0: 1), pictures of towers and connectors (0: 4)
     dtype: str = "bfloat16"   # towers, connectors: of the weights; train: bfloat16 is autocast; or float32
+    tower: str = ""           # towers: clip or dinov2 alone; empty: both
     device: str = "auto"      # auto, cpu, cuda, mps
     json: bool = False        # print one JSON object last
     # what a contender's own process is told
     contender: str = ""       # ours, transformers, floor or limits: one turn of it, on `folder`
-    tower: str = ""           # towers: clip or dinov2
     folder: str = ""          # the checkpoint
     stage: int = 1            # train: 1 or 2
 
@@ -523,7 +523,7 @@ SEERS = {"ours": tower_ours, "ours_compiled": tower_ours, "transformers": tower_
 
 
 def towers_turn(config):
-    """The contender's own process: build, two forwards to warm up, three that are timed."""
+    """The contender's own process: build, a forward to warm up, three that are timed."""
     import torch
     if config.contender == "limits":
         return limits(config)
@@ -532,7 +532,7 @@ def towers_turn(config):
     pixels = torch.randint(0, 256, (config.batch, 3, SIDE, SIDE), dtype=torch.uint8, device=config.device)
     with torch.inference_mode():
         start = wait(config.device)
-        see(pixels), see(pixels)
+        see(pixels)
         times = [wait(config.device)]
         for _ in range(3):
             see(pixels)
@@ -552,7 +552,7 @@ def tower_flops(shape, side, blocks):
 def bench_towers(config):
     """-> {tower: {"limits", contender: medians}}, and how many times the fastest form of theirs ours is. Prints a table."""
     contenders, result = [name for name in SEERS if name.startswith("ours") or config.vs], {"dtype": config.dtype}
-    for tower, shape in TOWERS.items():
+    for tower, shape in {name: TOWERS[name] for name in ([config.tower] if config.tower else TOWERS)}.items():
         flops = config.batch * tower_flops(shape, SIDE, shape["num_hidden_layers"])
         found = result[tower] = take_turns(config, contenders, tower=tower, batch=config.batch) | {"flops": flops}
         for name in contenders:
@@ -753,6 +753,8 @@ def main(arguments):
         raise InputError("--vs=transformers: it is not installed (pip install -r requirements-dev.txt)")
     if config.dtype not in ("bfloat16", "float32"):
         raise InputError(f"--dtype={config.dtype}: bfloat16 or float32")
+    if config.tower and config.tower not in TOWERS:
+        raise InputError(f"--tower={config.tower}: {' or '.join(TOWERS)}")
     if config.repeats < 1 or config.layers < 1 or config.batch < 0:
         raise InputError("--repeats and --layers must be 1 or more, --batch 0 or more")
     config.batch = config.batch or (1 if config.what in ("prefill", "decode") else 4)

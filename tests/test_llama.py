@@ -503,7 +503,7 @@ def test_compiled_products_of_one_row_change_no_greedy_text(dtype, settings):
     assert compiled(tokens[:, :1]).requires_grad and not calls
 
 
-@pytest.mark.parametrize("rows, columns", ((256, 64), (64, 256), (128, 128), (1, 32)))
+@pytest.mark.parametrize("rows, columns", ((256, 64), (128, 128), (1, 32), (64, 5632), (16, 11008)))
 def test_a_compiled_row_is_as_near_to_the_exact_product_as_rounding_allows(rows, columns):
     model = small().bfloat16()
     if not llama.compile_decoding(model):
@@ -515,6 +515,17 @@ def test_a_compiled_row_is_as_near_to_the_exact_product_as_rounding_allows(rows,
     exact = F.linear(x.double(), weight.double())
     assert y.shape == exact.shape and y.dtype == torch.bfloat16
     assert (y - exact).abs().max() <= 2 ** -8 * exact.abs().max()    # the one rounding at the end, to 8 bits
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-6), (torch.bfloat16, 2 ** -7)))    # bf16 rounds scores and shares
+@pytest.mark.parametrize("masked", (True, False))
+def test_attention_of_one_token_is_that_of_pytorch(dtype, tolerance, masked):
+    q, k, v = (torch.randn(2, heads, T, 16, generator=seeded(heads + T)).to(dtype) for heads, T in ((6, 1), (2, 9), (2, 9)))
+    mask = llama.visible(torch.tensor([[3], [8]]), 9) if masked else torch.ones(1, 1, 1, 9, dtype=torch.bool)
+    expected = F.scaled_dot_product_attention(*(heads.double() for heads in (q, k, v)), attn_mask=mask, enable_gqa=True)
+    assert relative_error(llama.attend_from_one(q, k, v, mask), expected.transpose(1, 2).flatten(2)) < tolerance
+    alone = llama.attend_from_one(q, k[:, :, :1], v[:, :, :1], None)                                # the first token of a text
+    assert torch.equal(alone.view(2, 6, 16), v[:, :, 0].repeat_interleave(3, 1))
 
 
 def test_without_a_compiler_generation_stays_as_it_is(tmp_path):
