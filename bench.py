@@ -1,8 +1,29 @@
 """How fast and how small, each system in a process of its own, in turns, so that a slow moment of the machine meets them all;
-medians are reported.
+medians are reported, with the least and the most.
 
-    python bench.py load --vs=transformers        # from a checkpoint on the disk to the first token
+    python bench.py decode --vs=transformers      # a prompt's first token, and the steps after it (prefill: the same)
+    python bench.py towers --vs=transformers      # the vision towers' hidden states
     python bench.py train --vs=transformers       # a training step of each stage
+    python bench.py load --vs=transformers        # from a checkpoint on the disk to the first token
+    python bench.py loader --vs=transformers      # from a JPEG file to pixels
+    python bench.py connectors                    # every kind of connector
+
+Weights are random, nothing is downloaded. Without --vs=transformers our side runs alone. The machine's limits are measured
+beside every turn, `limits`: the FLOP/s of a 4096³ matrix product in the dtype at hand, and the bytes/s of a sum. What a figure
+is `of the limit` is its share of them; FLOPs and bytes are counted by formula, those that the work cannot do without. It all
+runs on CUDA as well, but never has: there was no GPU.
+
+`decode`: a LLaMA of 1.1B (TinyLlama's shape), PROMPT tokens in, ANSWER out, greedily. `ours_compiled` is what
+sample.py --compile does (llama.compile_decoding), transformers' forms are generate with its dynamic cache, its static one, and
+the dynamic one with a compiled forward. The warm-up, three tokens, contains what is compiled.
+
+`towers`: CLIP-L/14 and DINOv2-L/14 at 336 pixels, a batch of 4; ours gives the layers that COMM reads, transformers all of
+them, so that the same 24 blocks run. Compiled is ours block by block, theirs as a whole.
+
+`train`: a step (forward, backward, AdamW) on eight dialogues of uneven length about a picture each: a frozen CLIP-B/16 at
+224, LLaVA-1.5's connector and a LLaMA of 160M, random weights, the same for all. Ours packs them into one row; transformers'
+LlavaForConditionalGeneration gets them padded on the right. Rates count real tokens, pictures' included, padding not. The FLOPs
+are those of the blocks that are read, causal attention within a dialogue, logits of supervised tokens, gradients of what learns.
 
 `load` writes a sharded LLaMA of 2.2 GB (TinyLlama's shape, bf16, random weights) into a temporary folder and times from the
 call of from_pretrained to the end of a forward of one token:
@@ -16,11 +37,11 @@ Importing libraries does not count, and the files are in the system's cache, so 
 `anonymous` is the memory that a process takes beyond the mapped files, which the system can drop and share: at its highest,
 and 0 on systems that do not tell it (all but Linux).
 
-`train` times a step (forward, backward, AdamW) on eight dialogues of uneven length about a picture each: a frozen CLIP-B/16 at
-224, LLaVA-1.5's connector and a LLaMA of 160M, random weights, the same for all. Ours packs them into one row; transformers'
-LlavaForConditionalGeneration gets them padded on the right. Rates count real tokens, pictures' included, padding not. `of the
-limit` is the share of the machine's matrix-product rate, measured first, at which the FLOPs are done that the step cannot do
-without: the blocks that are read, causal attention within a dialogue, logits of supervised tokens, gradients of what learns.
+`loader`: one thread, JPEG files of a photograph's size and spectrum to 336 x 336. Ours gives uint8, since the towers normalise
+on the device; transformers' processor gives normalised float32 (`transformers`), or uint8 if it is told to.
+
+`connectors`: on the hidden states of CLIP-L/14 at 336 (comm: and of DINOv2-L/14), to an LLM that is 4096 wide; forward alone,
+and forward with the backward of its own parameters.
 """
 import importlib.util
 import json
@@ -39,12 +60,12 @@ from hub import InputError
 
 @dataclass
 class BenchConfig:
-    what: str = "load"        # load: from a checkpoint on the disk to the first token; train: a training step of each stage
+    what: str = "decode"      # decode (or prefill), towers, train, load, loader, connectors
     vs: str = ""              # transformers: side by side with it, where it is installed
     repeats: int = 5          # turns of every contender; the median is reported
     layers: int = 22          # load, prefill, decode: blocks of the LLaMA, 22: 2.2 GB
     batch: int = 0            # rows of prefill and decode (0: 1), pictures of towers and connectors (0: 4)
-    dtype: str = "bfloat16"   # towers, connectors: of the weights; train: bfloat16 is autocast; or float32
+    dtype: str = "bfloat16"   # or float32; decode, towers, connectors: of the weights; train: bfloat16 is autocast
     tower: str = ""           # towers: clip or dinov2 alone; empty: both
     device: str = "auto"      # auto, cpu, cuda, mps
     json: bool = False        # print one JSON object last
@@ -367,9 +388,9 @@ def bench_train(config):
                 one = found[name]
                 one["tokens_per_second"] = tokens / one["seconds"]
                 one["of_the_limit"] = flops / one["seconds"] / found["limits"]["flops"]
-                print(f"stage {stage}  {name:13} {spread(one)}, {one['tokens_per_second']:5.0f} tokens/s, {one['of_the_limit']:.0%} of "
-                      f"the limit for {flops / 1e12:.2f} TFLOP, {one['memory'] / 2 ** 30:.1f} GiB, loss {one['loss']:.4f}, "
-                      f"first step {one['warm_up']:.1f} s", flush=True)
+                print(f"stage {stage}  {name:13} {spread(one)}, {one['tokens_per_second']:5.0f} tokens/s, "
+                      f"{one['of_the_limit']:.0%} of the limit for {flops / 1e12:.2f} TFLOP, {one['memory'] / 2 ** 30:.1f} GiB, "
+                      f"loss {one['loss']:.4f}, first step {one['warm_up']:.1f} s", flush=True)
             if config.vs:
                 found["times_transformers"] = fastest(found, "transformers") / fastest(found, "ours")
                 print(f"stage {stage}  ours is {found['times_transformers']:.2f} times as fast", flush=True)
@@ -381,11 +402,9 @@ def bench_train(config):
 PROMPT, ANSWER = 700, 64                                             # tokens in, tokens out
 
 
-def decode_ours(folder, device, form):
-    import torch
-
+def decode_ours(folder, device, dtype, form):
     from llama import Llama, compile_decoding
-    model = Llama.from_pretrained(folder, dtype=torch.bfloat16, device=device)
+    model = Llama.from_pretrained(folder, dtype=dtype, device=device)
     if form == "compiled" and not compile_decoding(model):
         raise InputError("there is no C++ compiler (g++)")
 
@@ -395,12 +414,12 @@ def decode_ours(folder, device, form):
     return generate
 
 
-def decode_transformers(folder, device, form):
+def decode_transformers(folder, device, dtype, form):
     import torch
     import transformers
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     model.generation_config.eos_token_id = None                      # so that nothing ends the text
     cache = {"cache_implementation": "static"} if form == "static" else {}
     if form == "compiled":
@@ -431,7 +450,7 @@ def decode_turn(config):
     if config.contender == "limits":
         return limits(config)
     name, _, form = config.contender.partition("_")
-    generate = GENERATORS[name](config.folder, config.device, form)
+    generate = GENERATORS[name](config.folder, config.device, getattr(torch, config.dtype), form)
     tokens = torch.randint(3, 32000, (config.batch, PROMPT), generator=torch.Generator().manual_seed(0)).to(config.device)
     start = wait(config.device)
     generate(tokens, 3, lambda: None)
@@ -442,14 +461,14 @@ def decode_turn(config):
             "memory": peak_memory(config.device)}
 
 
-def decode_work(config, batch):
+def decode_work(config, batch, width):
     """-> FLOPs of the prompt with the first token, and bytes that a step in the middle of the answer reads: every weight but
-    the embeddings, in bf16, and the cached keys and values of all rows."""
+    the embeddings, and the cached keys and values of all rows. width: bytes of a number."""
     C, L, narrow = config.hidden_size, config.num_hidden_layers, config.num_key_value_heads * config.head_dim
     weights = L * (2 * C * C + 2 * C * narrow + 3 * C * config.intermediate_size)
     head = config.vocab_size * C
     flops = batch * (2 * weights * PROMPT + 2 * L * C * PROMPT ** 2 + 2 * head)      # attention is causal: half of all pairs
-    return flops, 2 * (weights + head) + 2 * 2 * batch * L * narrow * (PROMPT + ANSWER // 2)
+    return flops, width * (weights + head + 2 * batch * L * narrow * (PROMPT + ANSWER // 2))
 
 
 def bench_decode(config):
@@ -457,9 +476,9 @@ def bench_decode(config):
     contenders = [name for name in GENERATORS if name.startswith("ours") or config.vs]
     with tempfile.TemporaryDirectory(prefix="bench-decode-") as folder:
         size = write_llama(Path(folder), config.layers)
-        flops, read = decode_work(tiny_llama(config.layers), config.batch)
-        print(f"{size / 2e9:.2f}B parameters in bf16; batch {config.batch}, {PROMPT} tokens in ({flops / 1e12:.2f} TFLOP), {ANSWER} out "
-              f"({read / 1e9:.2f} GB read a step), on {config.device}", flush=True)
+        flops, read = decode_work(tiny_llama(config.layers), config.batch, 2 if config.dtype == "bfloat16" else 4)
+        print(f"{size / 2e9:.2f}B parameters, {config.dtype}; batch {config.batch}, {PROMPT} tokens in "
+              f"({flops / 1e12:.2f} TFLOP), {ANSWER} out ({read / 1e9:.2f} GB read a step), on {config.device}", flush=True)
         result = take_turns(config, contenders, folder=folder, batch=config.batch)
     result |= {"parameters": size // 2, "flops": flops, "bytes_read": read}
     for name in contenders:
@@ -467,8 +486,9 @@ def bench_decode(config):
         one["of_the_limit"] = {"first": flops / one["first"] / result["limits"]["flops"],
                                "token": read / one["token"] / result["limits"]["read"]}
         print(f"{name:22} first token {spread(one, 'first')}, {one['of_the_limit']['first']:.0%} of the limit; then "
-              f"{spread(one, 'token', 1e3, 'ms')} a step, {read / one['token'] / 1e9:.1f} GB/s, {one['of_the_limit']['token']:.0%} of the "
-              f"limit; warm-up {one['warm_up']:.1f} s, {one['memory'] / 2 ** 30:.1f} GiB")
+              f"{spread(one, 'token', 1e3, 'ms')} a step, {read / one['token'] / 1e9:.1f} GB/s, "
+              f"{one['of_the_limit']['token']:.0%} of the limit; warm-up {one['warm_up']:.1f} s, "
+              f"{one['memory'] / 2 ** 30:.1f} GiB")
     if config.vs:
         for key in ("first", "token"):
             result[f"{key}_times_transformers"] = fastest(result, "transformers", key) / fastest(result, "ours", key)
@@ -478,9 +498,8 @@ def bench_decode(config):
 
 # --- towers -----------------------------------------------------------------------------------------------------------
 
-TOWERS = {"clip": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
-                   "image_size": 336, "patch_size": 14},
-          "dinov2": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518, "patch_size": 14}}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}    # ViT-L/14
+TOWERS = {"clip": LARGE | {"intermediate_size": 4096, "image_size": 336}, "dinov2": LARGE | {"image_size": 518}}
 SIDE = 336                                                           # of the pictures
 READ = {"clip": "comm_clip", "dinov2": "comm_dino"}                  # the connector whose layers ours is asked for
 
@@ -610,7 +629,8 @@ def loader_transformers(form):
     return lambda file: processor(Image.open(file), return_tensors="pt", **plain)["pixel_values"]
 
 
-LOADS = {"ours": loader_ours, "ours_pad": loader_ours, "transformers": loader_transformers, "transformers_uint8": loader_transformers}
+LOADS = {"ours": loader_ours, "ours_pad": loader_ours, "transformers": loader_transformers,
+         "transformers_uint8": loader_transformers}
 
 
 def loader_turn(config):
@@ -634,7 +654,8 @@ def bench_loader(config):
     contenders = [name for name in LOADS if name.startswith("ours") or config.vs]
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as folder:
         size = write_pictures(Path(folder))
-        print(f"{PICTURES} JPEG files of {SIZE[0]} x {SIZE[1]}, {size / PICTURES / 1000:.0f} kB each, to {SIDE} x {SIDE}", flush=True)
+        print(f"{PICTURES} JPEG files of {SIZE[0]} x {SIZE[1]}, {size / PICTURES / 1000:.0f} kB each, to {SIDE} x {SIDE}",
+              flush=True)
         result = take_turns(config, contenders, folder=folder)
     for name in contenders:
         one = result[name]
@@ -675,7 +696,8 @@ def connectors_turn(config):
     shapes, connector_config = [shape] * (1 + (config.contender == "comm")), ConnectorConfig(config.contender)
     connector = make_connector(connector_config, shapes, WIDTH).to(config.device, dtype)
     asked = layers_asked(connector_config, [24] * len(shapes))
-    hidden = [{layer: torch.randn(config.batch, 576, 1024, device=config.device).to(dtype) for layer in layers} for layers in asked]
+    hidden = [{layer: torch.randn(config.batch, 576, 1024, device=config.device).to(dtype) for layer in layers}
+              for layers in asked]
     hidden = [list(states.values()) for states in hidden] if config.contender == "comm" else hidden
     found = {"forward": [], "seconds": []}
     for _ in range(4):
@@ -687,7 +709,8 @@ def connectors_turn(config):
         connector(hidden).sum().backward()
         found["seconds"].append(wait(config.device) - start)
     return {key: statistics.median(times[1:]) for key, times in found.items()} | {
-        "tokens": tokens.shape[1], "parameters": sum(p.numel() for p in connector.parameters()), "memory": peak_memory(config.device)}
+        "tokens": tokens.shape[1], "parameters": sum(p.numel() for p in connector.parameters()),
+        "memory": peak_memory(config.device)}
 
 
 def bench_connectors(config):
@@ -697,8 +720,8 @@ def bench_connectors(config):
     for kind in CONNECTORS:
         one, flops = result[kind], config.batch * connector_flops(kind)
         one |= {"flops": flops, "of_the_limit": flops / one["forward"] / result["limits"]["flops"]}
-        print(f"{kind:10} {one['tokens']:.0f} tokens, {one['parameters'] / 1e6:5.1f}M parameters, {flops / config.batch / 1e9:4.0f} GFLOP a "
-              f"picture; forward {spread(one, 'forward')}, {one['of_the_limit']:.0%} of the limit; with backward {spread(one)}; "
+        print(f"{kind:10} {one['tokens']:.0f} tokens, {one['parameters'] / 1e6:5.1f}M parameters, "
+              f"{flops / config.batch / 1e9:4.0f} GFLOP a picture; forward {spread(one, 'forward')}, {one['of_the_limit']:.0%} of the limit; with backward {spread(one)}; "
               f"{one['memory'] / 2 ** 30:.1f} GiB")
     return result
 
@@ -724,9 +747,8 @@ def take_turns(config, contenders, **options):
         if "memory" in result[name]:
             result[name]["memory"] = max(one["memory"] for one in all_of_it)
     found = result["limits"]
-    print(f"limits: {found['flops'] / 1e9:,.0f} GFLOP/s in {config.dtype} ({' to '.join(f'{f / 1e9:.0f}' for f in found['flops_range'])}), "
-          f"{found['read'] / 1e9:.1f} GB/s read ({' to '.join(f'{r / 1e9:.1f}' for r in found['read_range'])}), on {config.device}",
-          flush=True)
+    print(f"limits: {spread(found, 'flops', 1e-9, 'GFLOP/s')} in {config.dtype}, {spread(found, 'read', 1e-9, 'GB/s')} read, "
+          f"on {config.device}", flush=True)
     return result
 
 

@@ -256,7 +256,8 @@ class OneTower(nn.Module):
 
     def forward(self, hidden):
         (hidden,) = hidden
-        hidden = hidden if isinstance(hidden, dict) else dict(zip(self.layers, hidden, strict=True))     # {hidden index: (B, N, D)}
+        if not isinstance(hidden, dict):
+            hidden = dict(zip(self.layers, hidden, strict=True))         # {hidden index: (B, N, D)}
         if self.config.kind in ("linear", "mlp"):
             (features,) = hidden.values()
         elif self.config.kind == "sti":

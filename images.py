@@ -142,7 +142,7 @@ def to_pixels(image, spec):
         square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
         image = square
     resized = tuple(int(side * edge / shortest) for edge in image.size) if spec.mode == "crop" else (side, side)
-    image = image.resize(resized, spec.resample)                     # of the crop alone it would be faster, and differ by one level
+    image = image.resize(resized, spec.resample)                     # of the crop alone: faster, but other by one level
     left, top = ((edge - spec.size) // 2 for edge in image.size)
     image = image.crop((left, top, left + spec.size, top + spec.size))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

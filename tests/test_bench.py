@@ -83,7 +83,7 @@ def test_a_prompts_flops_by_formula_are_those_that_torch_counts(monkeypatch):
     monkeypatch.setattr(bench, "PROMPT", 9)
     config = LlamaConfig(vocab_size=300, num_hidden_layers=2, num_key_value_heads=2, **HEADS)
     model, tokens = Llama(config), torch.ones(3, 9, dtype=torch.long)
-    flops, read = bench.decode_work(config, batch=3)
+    flops, read = bench.decode_work(config, batch=3, width=2)
     with FlopCounterMode(display=False) as counter:
         model.logits(model(tokens, hidden_only=True)[:, -1])
     assert flops - 3 * 2 * 2 * 32 * 9 ** 2 == counter.get_total_flops()                    # attention's kernel is not counted
@@ -126,7 +126,8 @@ def test_a_connectors_flops_by_formula_are_those_that_torch_counts(kind):
     shapes = [(24, 1024, 576)] * (1 + (kind == "comm"))
     with torch.device("meta"):
         connector = make_connector(ConnectorConfig(kind), shapes, bench.WIDTH)
-        hidden = [[torch.empty(1, 576, 1024) for _ in layers] for layers in layers_needed(ConnectorConfig(kind), [24] * len(shapes))]
+        needed = layers_needed(ConnectorConfig(kind), [24] * len(shapes))
+        hidden = [[torch.empty(1, 576, 1024) for _ in layers] for layers in needed]
         with FlopCounterMode(display=False) as counter:
             connector(hidden)
     assert counter.get_total_flops() == bench.connector_flops(kind)
@@ -162,7 +163,8 @@ def test_flops_by_formula_are_those_that_torch_counts(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["save"], "no such benchmark; there are load, train, prefill"), (["train", "--dtype=int8"], "--dtype=int8: bfloat16 or float32"),
+    (["save"], "no such benchmark; there are load, train, prefill"),
+    (["train", "--dtype=int8"], "--dtype=int8: bfloat16 or float32"),
     (["--vs=llamafile"], "only transformers can be compared with"),
     (["towers", "--tower=vit"], "--tower=vit: clip or dinov2"), (["--repeats=0"], "must be 1 or more")])
 def test_what_cannot_be_measured_is_one_line(arguments, message):

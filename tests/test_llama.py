@@ -486,7 +486,8 @@ def test_the_last_place_of_the_context_can_be_filled():
 
 # --- one row, compiled ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype, settings", ((torch.bfloat16, {}), (torch.float32, dict(tie_word_embeddings=True, qkv_bias=True))),
+@pytest.mark.parametrize("dtype, settings", (
+        (torch.bfloat16, {}), (torch.float32, {"tie_word_embeddings": True, "qkv_bias": True})),
                          ids=("bfloat16", "float32, tied, biases"))
 def test_compiled_products_of_one_row_change_no_greedy_text(dtype, settings):
     plain, compiled = small(**settings).to(dtype), small(**settings).to(dtype)
@@ -517,7 +518,7 @@ def test_a_compiled_row_is_as_near_to_the_exact_product_as_rounding_allows(rows,
     assert (y - exact).abs().max() <= 2 ** -8 * exact.abs().max()    # the one rounding at the end, to 8 bits
 
 
-@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-6), (torch.bfloat16, 2 ** -7)))    # bf16 rounds scores and shares
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-6), (torch.bfloat16, 2 ** -7)))    # bf16 rounds scores
 @pytest.mark.parametrize("masked", (True, False))
 def test_attention_of_one_token_is_that_of_pytorch(dtype, tolerance, masked):
     q, k, v = (torch.randn(2, heads, T, 16, generator=seeded(heads + T)).to(dtype) for heads, T in ((6, 1), (2, 9), (2, 9)))
