@@ -248,7 +248,7 @@ def linear_of_one_row(compiled, x, weight, bias=None):
     N, K = weight.shape
     parts = next(parts for parts in range(1, K + 1) if K % parts == 0 and K // parts <= LONGEST_SUM)
     weight = weight.detach()                                         # of a Parameter every shape would be compiled anew
-    y = compiled(x.view(parts, -1), weight.view(N, parts, -1)).view(*x.shape[:-1], N)
+    y = compiled(x.reshape(parts, -1), weight.view(N, parts, -1)).view(*x.shape[:-1], N)
     return y if bias is None else y + bias
 
 
