@@ -88,8 +88,8 @@ class CLIPVision(nn.Module):
         self.norm_post = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
     def forward(self, pixels, layers=None):
-        """pixels: uint8 (B, 3, R, R). layers None: all L + 1 hidden states; a list of indices: those, in that order.
-        Each is (B, S, D); hidden[0] is after the pre-LayerNorm, none is after the last one. Raises InputError."""
+        """pixels: uint8 (B, 3, R, R). layers None: all L + 1 hidden states; a list of indices: those, in that order,
+        and for a range their mean. Each is (B, S, D); hidden[0] is after the pre-LayerNorm, none is after the last one. Raises InputError."""
         check_pixels(pixels, self.config.image_size)
         patches = self.patch(self.normalize(pixels, self.patch.weight.dtype))
         x = patches.flatten(2).transpose(1, 2)                       # (B, N, D)

@@ -146,6 +146,14 @@ def layers_needed(config, depths):
     return [sorted({final_layer(L)}.union(*dense_groups(L, config.groups)))]
 
 
+def layers_asked(config, depths):
+    """As layers_needed, but dci's and efficient's groups as ranges: a tower sums such a mean up while it runs (vit.run_blocks),
+    so that the memory of the hidden states does not grow with its depth. 24 -> [23, range(0, 12), range(12, 24)]."""
+    if config.kind not in ("dci", "dense", "efficient"):
+        return layers_needed(config, depths)
+    return [[final_layer(L), *dense_groups(L, config.groups)] for L in depths]
+
+
 # ---- How many tokens -------------------------------------------------------------------------------------------------
 
 def grid(N):
@@ -207,8 +215,9 @@ def sparse_channels(hidden, L):
 def dense_channels(hidden, L, groups):
     """dci, "Dense Channel Integration": every layer. Neighbouring layers say similar things, so each group of them is
     averaged, and the means stand beside the final layer, which comes first (and, at even depth, is in a group too).
+    Where a tower has averaged a group itself, hidden[range] is the mean.
     -> (B, N, (1 + groups)·D), 3D at the default two groups; N tokens."""
-    means = [mean([hidden[i] for i in group]) for group in dense_groups(L, groups)]
+    means = [hidden[group] if group in hidden else mean([hidden[i] for i in group]) for group in dense_groups(L, groups)]
     return torch.cat([hidden[final_layer(L)], *means], dim=-1)
 
 
@@ -233,7 +242,7 @@ def mlp(width_in, width, width_out):
 class OneTower(nn.Module):
     """Gather the layers of one tower, then project them; only the projector learns. sti, sci, dci and efficient gather
     as told above; linear (LLaVA: one Linear) and mlp (LLaVA-1.5) take one layer as it is, N tokens.
-    [[(B, N, D) for each layer of layers_needed]] -> (B, visual_tokens(config, N), C)"""
+    [[(B, N, D) for each layer of layers_needed]], or [{layer of layers_asked: (B, N, D)}] -> (B, visual_tokens(config, N), C)"""
 
     def __init__(self, config, tower, llm_width):
         super().__init__()
@@ -246,7 +255,9 @@ class OneTower(nn.Module):
             self.mm_projector = mlp(parts * tower.hidden_size, llm_width, llm_width)
 
     def forward(self, hidden):
-        hidden = dict(zip(self.layers, hidden[0], strict=True))          # {hidden index: (B, N, D)}
+        (hidden,) = hidden
+        if not isinstance(hidden, dict):
+            hidden = dict(zip(self.layers, hidden, strict=True))         # {hidden index: (B, N, D)}
         if self.config.kind in ("linear", "mlp"):
             (features,) = hidden.values()
         elif self.config.kind == "sti":

@@ -115,8 +115,8 @@ class DINOv2(nn.Module):
 
     def forward(self, pixels, layers=None, mask=None):
         """pixels: uint8 (B, 3, R, R), R a multiple of the patch size. layers None: all L + 1 hidden states; a list of
-        indices: those, in that order. Each is (B, S, D), before the final norm. mask (pretraining): bool (B, N), True
-        where the mask token stands in for the patch. Raises InputError for other pixels or layers."""
+        indices: those, in that order, and for a range their mean. Each is (B, S, D), before the final norm. mask
+        (pretraining): bool (B, N), True where the mask token stands in for the patch. Raises InputError for other pixels or layers."""
         check_pixels(pixels, None)
         height, width = pixels.shape[2:]
         if height != width or height % self.config.patch_size or not height:

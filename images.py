@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from hub import InputError, read_json
 
@@ -78,7 +78,7 @@ def open_image(path_or_file):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path_or_file) as image:
-                return to_rgb(image)
+                return to_rgb(image).copy()                          # of its own: the file is closed
     except FileNotFoundError:
         raise BadImage(f"{path_or_file}: no such image") from None
     except Exception as error:                                       # on damaged bytes decoders raise anything at all
@@ -118,14 +118,15 @@ def open_frames(path, count):
 
 def to_rgb(image):
     """PIL image of any mode -> RGB: turned as EXIF says, 16 bits to 8, transparency on white (as transformers does)."""
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:       # else exif_transpose would copy it
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):                                   # 16-bit grey; convert() would clip it at 255
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
         image = Image.fromarray(grey.astype(np.uint8))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_pixels(image, spec):
@@ -141,7 +142,7 @@ def to_pixels(image, spec):
         square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
         image = square
     resized = tuple(int(side * edge / shortest) for edge in image.size) if spec.mode == "crop" else (side, side)
-    image = image.resize(resized, spec.resample)
+    image = image.resize(resized, spec.resample)                     # of the crop alone: faster, but other by one level
     left, top = ((edge - spec.size) // 2 for edge in image.size)
     image = image.crop((left, top, left + spec.size, top + spec.size))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

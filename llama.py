@@ -173,11 +173,23 @@ class Packed(NamedTuple):
 
 def attend(q, k, v, mask, grouped):
     """q (B, H, T, D) looks at k, v (B, G, keys, D) -> (B, T, H·D). mask: bool (B or 1, 1, T, keys), None: causal, or Packed."""
+    if q.shape[2] == 1 and q.device.type == "cpu":
+        return attend_from_one(q, k, v, mask)
     if not isinstance(mask, Packed):
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return x.transpose(1, 2).flatten(2)
     one_kernel = q.is_cuda and q.dtype != torch.float32
     return (attend_in_one_kernel if one_kernel else attend_each)(q, k, v, mask, grouped)
+
+
+def attend_from_one(q, k, v, mask):
+    """A single token's attention, a step of generation, as two products: all queries that share a head of keys are the rows of
+    one. PyTorch's fused kernel on a CPU takes several times as long for it: a third of a step of a 1.1B LLaMA."""
+    q = q.reshape(*k.shape[:2], -1, k.shape[-1])  # (B, G, H/G, D)
+    scores = q @ k.transpose(2, 3) * k.shape[-1] ** -0.5  # (B, G, H/G, keys)
+    if isinstance(mask, torch.Tensor):
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).flatten(1)[:, None]  # (B, 1, H·D)
 
 
 def attend_in_one_kernel(q, k, v, packed, grouped):
@@ -217,6 +229,43 @@ def attend_by_products(q, k, v):
     future = torch.full((1, T, T), -torch.inf, dtype=q.dtype).triu(1)
     scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)  # (H, T, T)
     return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)[None]  # (1, T, H·D)
+
+
+LONGEST_SUM = 4096                                                   # above it inductor's sum is another one, at half the speed
+
+
+def product_and_sum(x, weight):
+    """weight (N, P, K/P) times x (P, K/P) -> (N,): multiplied and added up in float32, in P parts."""
+    return (weight.float() * x.float()).sum(2).sum(1).to(x.dtype)
+
+
+def linear_of_one_row(compiled, x, weight, bias=None):
+    """F.linear, except for a single row on a CPU: a step of generation. It reads every weight for two operations each, so the
+    memory sets its pace; PyTorch's matrix product reaches half of that or less, a compiled product_and_sum most of it."""
+    one_row = x.numel() == x.shape[-1] and x.dtype == weight.dtype and x.device.type == "cpu"
+    if not one_row or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    N, K = weight.shape
+    parts = next(parts for parts in range(1, K + 1) if K % parts == 0 and K // parts <= LONGEST_SUM)
+    weight = weight.detach()                                         # of a Parameter every shape would be compiled anew
+    y = compiled(x.reshape(parts, -1), weight.view(N, parts, -1)).view(*x.shape[:-1], N)
+    return y if bias is None else y + bias
+
+
+def compile_decoding(llm):
+    """Let `llm` generate through linear_of_one_row -> True, or False where there is no C++ compiler: then all stays as it is.
+    One kernel serves all shapes, and inductor keeps it on the disk: the first run takes seconds longer, the others one."""
+    compiled, weight = torch.compile(product_and_sum, dynamic=True), llm.embed_tokens.weight
+    try:
+        with torch.no_grad():
+            compiled(weight.new_ones(1, 96, device="cpu"), weight.new_ones(64, 1, 96, device="cpu"))
+    except torch._inductor.exc.InductorError:
+        return False
+    llm.linear = partial(linear_of_one_row, compiled)
+    for module in llm.modules():
+        if type(module) is nn.Linear:
+            module.forward = lambda x, module=module: llm.linear(x, module.weight, module.bias)
+    return True
 
 
 class KVCache:
@@ -302,6 +351,7 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Parameters are named as in the checkpoints, without their prefix "model."."""
     config_class = LlamaConfig
+    linear = staticmethod(F.linear)                                  # what compile_decoding exchanges
 
     def __init__(self, config):
         super().__init__()
@@ -336,7 +386,7 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         if self.config.tie_word_embeddings:
-            return F.linear(hidden, self.embed_tokens.weight)  # (..., V)
+            return self.linear(hidden, self.embed_tokens.weight)  # (..., V)
         return self.lm_head(hidden)
 
     def forward(self, tokens=None, embeds=None, positions=None, cache=None, hidden_only=False, states=None, lengths=None):

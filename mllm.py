@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
-from connector import ConnectorConfig, TowerShape, layers_needed, make_connector, visual_tokens
+from connector import SIDES, ConnectorConfig, TowerShape, layers_asked, layers_needed, make_connector, visual_tokens
 from dialogue import IGNORE, IMAGE, MARK, encode, end_ids, find_template, load_tokenizer
 from dinov2 import DINOv2, DINOv2Config
 from hub import InputError, fields_of, load_weights, locate, on_meta, read_config, read_json, save_in_files
@@ -79,7 +79,8 @@ class MLLM(nn.Module):
         shapes = [TowerShape(t.config.num_hidden_layers, t.config.hidden_size, (spec.size // t.config.patch_size) ** 2)
                   for t in towers]
         self.connector = make_connector(connector_config, shapes, llm.config.hidden_size)
-        self.layers = layers_needed(connector_config, [shape.num_hidden_layers for shape in shapes])
+        depths = [shape.num_hidden_layers for shape in shapes]
+        self.layers, self.asked = layers_needed(connector_config, depths), layers_asked(connector_config, depths)
         self.tokens_per_image = visual_tokens(connector_config, shapes[0].num_patches)     # M
 
     @classmethod
@@ -112,10 +113,11 @@ class MLLM(nn.Module):
     def see(self, pixels):
         """pixels uint8 (I, 3, R, R) -> visual tokens (I, M, C). Frozen towers run without gradients."""
         hidden = []
-        for tower, layers in zip(self.vision, self.layers):
+        for tower, asked in zip(self.vision, self.asked):
             trained = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
             with torch.set_grad_enabled(trained):
-                hidden.append([h[:, tower.num_prefix_tokens:] for h in tower(pixels, layers)])        # (I, N, D) each
+                states = [h[:, tower.num_prefix_tokens:] for h in tower(pixels, asked)]               # (I, N, D) each
+            hidden.append(states if self.connector_config.kind in SIDES else dict(zip(asked, states)))
         return self.connector(hidden)
 
     def embed(self, tokens, pixels, shown=None):

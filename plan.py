@@ -231,9 +231,9 @@ def connector_bytes(model, I, b):
 
 
 def towers_bytes(model, I, b):
-    """The layers that the connector asked for, float32, while it has not read them all, and an MLP at work."""
+    """The layers and means that the connector asked for, float32, while it has not read them all, and an MLP at work."""
     kept = 0
-    for tower, layers in zip(model.vision, model.layers):
+    for tower, layers in zip(model.vision, model.asked):
         S = (model.spec.size // tower.config.patch_size) ** 2 + tower.num_prefix_tokens
         widest = max(weight.shape[0] for weight in maps(tower.blocks[0]))
         kept += S * (4 * tower.config.hidden_size * (len(layers) + 1) + 2 * b * widest)

@@ -20,6 +20,7 @@ import world
 from eval import iou, normalise
 from hub import InputError, dtype_to_answer, newest_model
 from images import BadImage, open_image, parse_box, unpad_box
+from llama import compile_decoding
 from mllm import MLLM
 
 LARGEST_DOWNLOAD = 50_000_000                                        # bytes
@@ -42,6 +43,7 @@ class Config:
     seed: int = 0                        # of the drawing of tokens, and which test scenes
     device: str = "auto"                 # auto, cpu, cuda, cuda:1, mps
     bf16: bool | None = None             # bfloat16; none: on CUDA, and where the checkpoint has 16 bits a number itself
+    compile: bool = False                # on a CPU: compiled products read the weights faster; for a large LLM (docs/speed.md)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -209,6 +211,8 @@ def main(arguments):
     picture = read_picture(config.image) if config.image not in ("", "none") else None
     name = config.model or newest_model()
     model = MLLM.from_pretrained(name, dtype_to_answer(name, device, config.bf16), device)
+    if config.compile and not compile_decoding(model.llm):
+        print("note: --compile needs a C++ compiler (g++), and there is none: the answers are the same, later", file=sys.stderr)
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
                     generator=torch.Generator().manual_seed(config.seed))
     if not (config.image or config.prompt or config.chat):

@@ -118,17 +118,22 @@ class Block(nn.Module):
 
 def run_blocks(blocks, x, layers=None, **options):
     """hidden[0] = x, hidden[i] = output of block i. Returns the hidden states asked for (None: all L + 1 of them), in the
-    order asked, each (B, S, D), and runs no block beyond the deepest of them."""
+    order asked, each (B, S, D), and runs no block beyond the deepest of them. A range asks for the mean of its hidden states:
+    it is summed up, in float32 at least, while the blocks run, so that none of them has to be kept."""
     layers = list(range(len(blocks) + 1) if layers is None else layers)
-    for layer in layers:
+    deepest = [max(layer) if isinstance(layer, range) else layer for layer in layers]
+    for layer in [*deepest, *(min(layer) for layer in layers if isinstance(layer, range))]:
         if not 0 <= layer <= len(blocks):
             raise InputError(f"hidden[{layer}] asked of a tower of {len(blocks)} blocks, which has hidden[0] to hidden[{len(blocks)}]")
-    kept = {0: x}
-    for i in range(1, max(layers, default=0) + 1):
-        x = blocks[i - 1](x, **options)
-        if i in layers:
-            kept[i] = x
-    return [kept[layer] for layer in layers]
+    kept = {}
+    for i in range(max(deepest, default=0) + 1):
+        x = blocks[i - 1](x, **options) if i else x
+        for layer in layers:
+            if layer == i:
+                kept[layer] = x
+            elif isinstance(layer, range) and i in layer:
+                kept[layer] = kept[layer] + x if layer in kept else x.to(torch.promote_types(x.dtype, torch.float32))
+    return [(kept[layer] / len(layer)).to(x.dtype) if isinstance(layer, range) else kept[layer] for layer in layers]
 
 
 def check_pixels(pixels, side):
@@ -181,8 +186,8 @@ class ViT(nn.Module):
             self.distillation_classifier = nn.Linear(c.hidden_size, c.num_labels)
 
     def forward(self, pixels, layers=None):
-        """pixels: uint8 (B, 3, R, R). layers None: all L + 1 hidden states; a list of indices: those, in that order.
-        Each is (B, S, D), before the final norm. Raises InputError for other pixels or layers."""
+        """pixels: uint8 (B, 3, R, R). layers None: all L + 1 hidden states; a list of indices: those, in that order,
+        and for a range their mean. Each is (B, S, D), before the final norm. Raises InputError for other pixels or layers."""
         check_pixels(pixels, self.config.image_size)
         patches = self.patch(self.normalize(pixels, self.patch.weight.dtype))
         x = patches.flatten(2).transpose(1, 2)                       # (B, N, D)

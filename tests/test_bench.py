@@ -3,12 +3,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
 from clip import CLIPVisionConfig
+from connector import ConnectorConfig, layers_needed, make_connector
 from dialogue import IGNORE, IMAGE
 from hub import InputError
-from llama import LlamaConfig
+from llama import Llama, LlamaConfig
 
 
 def test_loading_a_small_llama_is_timed_and_copies_nothing(tmp_path, monkeypatch, capsys):
@@ -29,21 +31,113 @@ TOWER = CLIPVisionConfig(num_hidden_layers=3, image_size=64, patch_size=16, **HE
 LLM = LlamaConfig(vocab_size=3000, num_hidden_layers=2, num_key_value_heads=2, **HEADS)
 
 
-def test_a_training_step_of_a_small_llava_is_timed(tmp_path, monkeypatch, capsys):
+LIMITS = {"flops": 1e9, "read": 1e9}
+
+
+def run(monkeypatch, capsys, what, *flags):
+    """A benchmark with its turns in this process, and a made-up machine's limits -> its JSON object."""
+    one_turn = bench.BENCHES[what][1]
+    monkeypatch.setattr(bench, "turn", lambda config, name, **options: LIMITS if name == "limits" else
+                        one_turn(bench.BenchConfig(what, device="cpu", dtype=config.dtype, contender=name, **options)))
+    bench.main([what, "--repeats=2", "--device=cpu", "--json", *flags])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def keep(monkeypatch, name, *contenders):
+    """Without the forms that are compiled: not every machine has a compiler, and it takes long."""
+    monkeypatch.setattr(bench, name, {key: getattr(bench, name)[key] for key in contenders})
+
+
+def in_order(one, *figures):
+    return all(0 < one[f"{key}_range"][0] <= one[key] <= one[f"{key}_range"][1] for key in figures)
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+def test_a_training_step_of_a_small_llava_is_timed(dtype, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     write = bench.write_llava
     monkeypatch.setattr(bench, "write_llava", lambda folder: write(folder, TOWER, LLM))
-    monkeypatch.setattr(bench, "turn", lambda config, name, **options: {"flops": 1e9, "read": 1e9} if name == "limits" else
-                        bench.train_turn(bench.BenchConfig("train", device="cpu", contender=name, **options)))
-    bench.main(["train", "--repeats=2", "--device=cpu", "--json"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    keep(monkeypatch, "TRAINERS", "ours")
+    result = run(monkeypatch, capsys, "train", f"--dtype={dtype}")
     for stage in ("stage1", "stage2"):
         ours = result[stage]["ours"]
-        assert 0 < ours["least"] <= ours["seconds"] <= ours["most"] and ours["memory"] > 1e8
+        assert in_order(ours, "seconds", "warm_up") and ours["memory"] > 1e8
         assert ours["of_the_limit"] == pytest.approx(result[stage]["flops"] / ours["seconds"] / 1e9)
         assert 7 < ours["loss"] < 10                                 # log 3000 = 8.0: random weights
     assert result["stage1"]["flops"] < result["stage2"]["flops"]
     assert not list(tmp_path.glob("bench-*"))
+
+
+def test_prefill_and_decode_of_a_small_llama_are_timed(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "PROMPT", 9), monkeypatch.setattr(bench, "ANSWER", 5)
+    keep(monkeypatch, "GENERATORS", "ours")
+    result = run(monkeypatch, capsys, "decode", "--layers=1", "--batch=2")
+    ours = result["ours"]
+    assert in_order(ours, "first", "token", "warm_up") and ours["first"] > ours["token"]
+    assert ours["of_the_limit"]["token"] == pytest.approx(result["bytes_read"] / ours["token"] / 1e9)
+    assert ours["of_the_limit"]["first"] == pytest.approx(result["flops"] / ours["first"] / 1e9)
+
+
+def test_a_prompts_flops_by_formula_are_those_that_torch_counts(monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+    monkeypatch.setattr(bench, "PROMPT", 9)
+    config = LlamaConfig(vocab_size=300, num_hidden_layers=2, num_key_value_heads=2, **HEADS)
+    model, tokens = Llama(config), torch.ones(3, 9, dtype=torch.long)
+    flops, read = bench.decode_work(config, batch=3, width=2)
+    with FlopCounterMode(display=False) as counter:
+        model.logits(model(tokens, hidden_only=True)[:, -1])
+    assert flops - 3 * 2 * 2 * 32 * 9 ** 2 == counter.get_total_flops()                    # attention's kernel is not counted
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
+    assert read == 2 * weights + 2 * 2 * 3 * 2 * 16 * (9 + bench.ANSWER // 2)              # bf16; keys and values of two blocks
+
+
+def test_small_towers_are_timed_and_their_flops_are_those_that_torch_counts(monkeypatch, capsys):
+    from torch.utils.flop_counter import FlopCounterMode
+    shape = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14)
+    monkeypatch.setattr(bench, "TOWERS", {"clip": shape | {"intermediate_size": 128}, "dinov2": shape})
+    monkeypatch.setattr(bench, "SIDE", 28)
+    keep(monkeypatch, "SEERS", "ours")
+    result = run(monkeypatch, capsys, "towers", "--batch=2", "--dtype=float32")
+    for name in ("clip", "dinov2"):
+        assert in_order(result[name]["ours"], "seconds")
+        tower, see = bench.tower_ours(name, "cpu", torch.float32, False)
+        assert sum(p.numel() for p in tower.parameters()) == result[name]["ours"]["parameters"]
+        with FlopCounterMode(display=False) as counter:
+            hidden = see(torch.zeros(2, 3, 28, 28, dtype=torch.uint8))
+        assert len(hidden) == {"clip": 4, "dinov2": 1}[name] and all(state.isfinite().all() for state in hidden)
+        assert result[name]["flops"] - 2 * 4 * 4 * 5 ** 2 * 32 == counter.get_total_flops()    # attention, of four blocks
+
+
+def test_loading_pictures_is_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(bench, "PICTURES", 2)
+    threads = torch.get_num_threads()
+    result = run(monkeypatch, capsys, "loader")
+    torch.set_num_threads(threads)
+    assert in_order(result["ours"], "seconds") and in_order(result["ours_pad"], "seconds")
+    assert result["ours"]["pictures_per_second"] == pytest.approx(1 / result["ours"]["seconds"])
+    assert not list(tmp_path.glob("bench-*"))
+
+
+@pytest.mark.parametrize("kind", bench.CONNECTORS)
+def test_a_connectors_flops_by_formula_are_those_that_torch_counts(kind):
+    """The formula is of the paper's sizes, and so is this connector; on the meta device it costs nothing."""
+    from torch.utils.flop_counter import FlopCounterMode
+    shapes = [(24, 1024, 576)] * (1 + (kind == "comm"))
+    with torch.device("meta"):
+        connector = make_connector(ConnectorConfig(kind), shapes, bench.WIDTH)
+        needed = layers_needed(ConnectorConfig(kind), [24] * len(shapes))
+        hidden = [[torch.empty(1, 576, 1024) for _ in layers] for layers in needed]
+        with FlopCounterMode(display=False) as counter:
+            connector(hidden)
+    assert counter.get_total_flops() == bench.connector_flops(kind)
+
+
+def test_connectors_are_timed(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "WIDTH", 32), monkeypatch.setattr(bench, "CONNECTORS", ("dci", "comm"))
+    result = run(monkeypatch, capsys, "connectors", "--batch=1")
+    for kind in ("dci", "comm"):
+        assert in_order(result[kind], "forward", "seconds") and result[kind]["tokens"] == 576
 
 
 def test_the_reference_dialogues_are_those_that_the_docstring_names():
@@ -69,9 +163,10 @@ def test_flops_by_formula_are_those_that_torch_counts(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["save"], "no such benchmark; there are load, train"), (["train", "--dtype=int8"], "--dtype=int8: bfloat16 or float32"),
+    (["save"], "no such benchmark; there are load, train, prefill"),
+    (["train", "--dtype=int8"], "--dtype=int8: bfloat16 or float32"),
     (["--vs=llamafile"], "only transformers can be compared with"),
-    (["--repeats=0"], "must be 1 or more")])
+    (["towers", "--tower=vit"], "--tower=vit: clip or dinov2"), (["--repeats=0"], "must be 1 or more")])
 def test_what_cannot_be_measured_is_one_line(arguments, message):
     with pytest.raises(InputError, match=message):
         bench.main(arguments)

@@ -2,16 +2,21 @@
 The fixtures are written by make_llama_fixtures.py."""
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import llama
-from conftest import relative_error
+from conftest import ROOT, relative_error
 from hub import InputError
 from llama import KVCache, Llama, LlamaConfig, Packed, attend, attend_by_products, attend_each, attend_in_one_kernel, sample
 
@@ -477,3 +482,59 @@ def test_empty_prompt_is_an_error(shape):
 
 def test_the_last_place_of_the_context_can_be_filled():
     assert small().generate(prompts(1, 100), 28).shape == (1, 28)
+
+
+# --- one row, compiled ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype, settings", (
+        (torch.bfloat16, {}), (torch.float32, {"tie_word_embeddings": True, "qkv_bias": True})),
+                         ids=("bfloat16", "float32, tied, biases"))
+def test_compiled_products_of_one_row_change_no_greedy_text(dtype, settings):
+    plain, compiled = small(**settings).to(dtype), small(**settings).to(dtype)
+    if not llama.compile_decoding(compiled):
+        pytest.skip("no C++ compiler")
+    calls, one_row = [], compiled.linear.args[0]
+    compiled.linear = partial(llama.linear_of_one_row, lambda x, weight: calls.append(len(weight)) or one_row(x, weight))
+    tokens = prompts(1, 9)
+    assert torch.equal(compiled.generate(tokens, 20), plain.generate(tokens, 20))
+    assert calls.count(61) == 20 and len(calls) == 20 + 19 * 2 * 7   # lm_head; and in 19 steps 2 blocks of 7 maps
+    calls.clear()
+    batch = prompts(3, 9)                                            # more rows than one, and gradients: F.linear as ever
+    assert torch.equal(compiled.generate(batch, 5), plain.generate(batch, 5)) and not calls
+    assert compiled(tokens[:, :1]).requires_grad and not calls
+
+
+@pytest.mark.parametrize("rows, columns", ((256, 64), (128, 128), (1, 32), (64, 5632), (16, 11008)))
+def test_a_compiled_row_is_as_near_to_the_exact_product_as_rounding_allows(rows, columns):
+    model = small().bfloat16()
+    if not llama.compile_decoding(model):
+        pytest.skip("no C++ compiler")
+    x, weight = torch.randn(1, 1, columns, generator=seeded(1)), torch.randn(rows, columns, generator=seeded(2))
+    x, weight = x.bfloat16(), weight.bfloat16()
+    with torch.no_grad():
+        y = model.linear(x, weight)
+    exact = F.linear(x.double(), weight.double())
+    assert y.shape == exact.shape and y.dtype == torch.bfloat16
+    assert (y - exact).abs().max() <= 2 ** -8 * exact.abs().max()    # the one rounding at the end, to 8 bits
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-6), (torch.bfloat16, 2 ** -7)))    # bf16 rounds scores
+@pytest.mark.parametrize("masked", (True, False))
+def test_attention_of_one_token_is_that_of_pytorch(dtype, tolerance, masked):
+    q, k, v = (torch.randn(2, heads, T, 16, generator=seeded(heads + T)).to(dtype) for heads, T in ((6, 1), (2, 9), (2, 9)))
+    mask = llama.visible(torch.tensor([[3], [8]]), 9) if masked else torch.ones(1, 1, 1, 9, dtype=torch.bool)
+    expected = F.scaled_dot_product_attention(*(heads.double() for heads in (q, k, v)), attn_mask=mask, enable_gqa=True)
+    assert relative_error(llama.attend_from_one(q, k, v, mask), expected.transpose(1, 2).flatten(2)) < tolerance
+    alone = llama.attend_from_one(q, k[:, :, :1], v[:, :, :1], None)                                # the first token of a text
+    assert torch.equal(alone.view(2, 6, 16), v[:, :, 0].repeat_interleave(3, 1))
+
+
+def test_without_a_compiler_generation_stays_as_it_is(tmp_path):
+    code = """import torch, llama
+torch.manual_seed(0)
+model, tokens = llama.Llama(llama.LlamaConfig(61, 32, 40, 2, 4, eos_token_id=None)), torch.ones(1, 5, dtype=torch.long)
+plain = model.generate(tokens, 6)
+assert not llama.compile_decoding(model) and model.linear is torch.nn.functional.linear
+assert torch.equal(model.generate(tokens, 6), plain)"""
+    env = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)

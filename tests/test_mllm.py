@@ -280,6 +280,20 @@ def test_towers_run_no_deeper_than_the_connector_reads_and_without_gradients(bui
     assert all(p.grad is None for p in model.vision.parameters())
 
 
+@pytest.mark.parametrize("kind, keeps", [("dense", 3), ("efficient", 3), ("sti", 3), ("comm", 7)])
+@torch.no_grad()
+def test_visual_tokens_are_those_of_all_hidden_states(build, kind, keeps):
+    """dense and efficient ask the tower for means that it sums up itself; the connector, given every layer, says the same."""
+    model, asked = build(kind), []
+    pixels = torch.from_numpy(picture(3)).permute(2, 0, 1)[None]
+    hidden = [[tower(pixels)[layer][:, tower.num_prefix_tokens:] for layer in layers]
+              for tower, layers in zip(model.vision, model.layers)]
+    for tower in model.vision:
+        tower.register_forward_pre_hook(lambda module, inputs: asked.extend(inputs[1]))
+    assert torch.equal(model.see(pixels), model.connector(hidden))
+    assert len(asked) == keeps + (kind == "comm")                    # CLIP's six; DINOv2's last quarter of five: 4 and 5
+
+
 # --- generation -------------------------------------------------------------------------------------------------------
 
 PROMPTS = [([0], "What is this?"), ([], "What is red?"), ([1, 2], "<image> and <image> differ in"), ([3], "Where?\n<image>"),

@@ -670,7 +670,15 @@ def test_compiled_blocks_give_the_same_losses_and_are_compiled_once(flags, tmp_p
     assert not torch._dynamo.utils.counters["stats"]
     train.main(flags(out="compiled", stage=2, init="new", data2=data, steps2=4, compile="true"))
     assert near(losses("compiled"), losses("plain"))
-    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 2 <= graphs <= 8
+    breaks = torch._dynamo.utils.counters["graph_break"]             # the one on purpose: dialogues' lengths stay outside
+    assert len(breaks) == 1 and "attend_each" in next(iter(breaks))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train.main(flags(out="longer", stage=2, init="new", data2=data, steps2=9, compile="true"))
+    assert len({record["tokens"] for record in records("longer")}) >= 5                    # batches of as many sizes, one graph
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert sorted(weights("compiled")) == sorted(weights("plain"))   # names are those of the model that is not compiled
     torch._dynamo.reset()
 

@@ -1,12 +1,14 @@
 """ViT, DeiT and MAE against what transformers computed (tests/make_tower_fixtures.py), and how every tower behaves."""
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
 from conftest import recorded, relative_error
 from safetensors.torch import load_file, save_file
 
+from connector import mean
 from hub import InputError
 from vit import ViT, ViTConfig
 
@@ -76,9 +78,34 @@ def test_no_block_runs_beyond_the_deepest_layer_asked(tower, pixels, layers, run
     assert ran == list(range(runs))
 
 
-@pytest.mark.parametrize("layer", [-1, 5])
-def test_a_layer_that_does_not_exist_is_an_error(tower, pixels, layer):
-    with pytest.raises(InputError, match=rf"hidden\[{layer}\] asked of a tower of 4 blocks"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_range_is_the_mean_of_its_hidden_states(tower, pixels, dtype):
+    tower, groups = tower.to(dtype), [range(0, 2), range(2, 5), range(1, 2)]
+    hidden = tower(pixels)
+    last, *means = tower(pixels, [4, *groups])
+    assert torch.equal(last, hidden[4])
+    for group, averaged in zip(groups, means, strict=True):
+        assert averaged.dtype == dtype and torch.equal(averaged, mean([hidden[i] for i in group]))    # connector.mean
+
+
+@torch.no_grad()
+def test_hidden_states_that_are_averaged_are_not_kept(pixels):
+    """Counted while the last block runs: alive are its input and hidden[4], at any depth; the mean is a tensor of its own."""
+    for depth in (6, 12):
+        tower, states, alive = ViT(ViTConfig(**SMALL | {"num_hidden_layers": depth})), [], []
+        for block in tower.blocks:
+            block.register_forward_pre_hook(lambda module, inputs: alive.append(sum(state() is not None for state in states)))
+            block.register_forward_hook(lambda module, inputs, output: states.append(weakref.ref(output)))
+        tower(pixels, [4, range(0, depth + 1)])
+        assert len(states) == depth and max(alive) == alive[-1] == 2
+        tower(pixels)
+        assert alive[-1] == depth - 1                                # so it is when all are asked for: the count is a count
+
+
+@pytest.mark.parametrize("layer, named", [(-1, -1), (5, 5), (range(-1, 3), -1), (range(3, 6), 5)])
+def test_a_layer_that_does_not_exist_is_an_error(tower, pixels, layer, named):
+    with pytest.raises(InputError, match=rf"hidden\[{named}\] asked of a tower of 4 blocks"):
         tower(pixels, [1, layer])
 
 
