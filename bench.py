@@ -513,17 +513,17 @@ def fill(model, device, dtype):
 
 
 def tower_ours(name, device, dtype, compiled):
-    from clip import CLIPVision, CLIPVisionConfig
+    from clip import CLIP_MEAN, CLIP_STD, CLIPVision, CLIPVisionConfig
     from connector import ConnectorConfig, layers_needed
     from dinov2 import DINOv2, DINOv2Config
     from hub import on_meta
     from llama import compile_blocks
+    from vit import Normalize
     kind, shape = {"clip": (CLIPVision, CLIPVisionConfig), "dinov2": (DINOv2, DINOv2Config)}[name]
     with on_meta():
         tower = kind(shape(**TOWERS[name]))
-    statistics = tower.normalize                                     # real numbers already
     tower = fill(tower, device, dtype)
-    tower.normalize = statistics.to(device)
+    tower.normalize = Normalize(CLIP_MEAN, CLIP_STD).to(device)      # to_empty has forgotten it, too
     (layers,) = layers_needed(ConnectorConfig(READ[name]), [tower.config.num_hidden_layers])
     if compiled:
         compile_blocks(tower.blocks)
