@@ -294,7 +294,7 @@ def task_rows(rows, results, heading):
         cells = ["not run"] + [""] * (len(TASKS) + 3)
         if own := results.get(arm):
             cells = [percent([run["scores"][task] for run in own]) for task in TASKS]
-            seconds = statistics.mean(run["seconds_per_step"] for run in own)
+            seconds = statistics.median(run["seconds_per_step"] for run in own)      # a machine's busy moment is no arm's cost
             cells += [f"{own[0]['tokens']}", f"{own[0]['flops'] / 1e6:.0f}", f"{seconds:.3f}"]
             cells += [", ".join(str(run["seed"]) for run in own)]
         lines.append(f"| {label} | {' | '.join(cells)} | {paper} |")
