@@ -337,7 +337,7 @@ def draw(name, results, path):
             panel.set(title={"clip": "CLIP", "dinov2": "DINOv2"}[tower], xlabel="hidden state")
             panel.set(xlim=(-0.3, DEPTH + 0.3), ylim=(0, 100))
         panels[0].set_ylabel("%")
-        panels[0].legend()
+        panels[1].legend(loc="upper right", ncols=3)
     elif name == "video":
         import video
         video.strip(path.with_name("findings-video-frames.png"))
