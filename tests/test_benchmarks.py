@@ -210,6 +210,7 @@ class Oracle:
 
 def run_with(monkeypatch, oracle, *flags):
     monkeypatch.setattr(command.MLLM, "from_pretrained", lambda *arguments: oracle)
+    monkeypatch.setattr(command, "dtype_to_answer", lambda *arguments: None)      # there is no folder to look into
     command.main(list(flags))
 
 
