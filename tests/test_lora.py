@@ -22,7 +22,6 @@ import cli
 import export
 import lora
 import train
-from bench import anonymous_memory
 from dialogue import IMAGE
 from hub import InputError
 from llama import Llama, LlamaConfig
@@ -281,6 +280,20 @@ def test_only_an_llm_that_does_not_learn_itself_is_loaded_in_bfloat16():
     assert dtype(1, "cuda", "--bf16=false") == dtype(1, "cpu") == dtype(2, "cpu", "--bf16=true") == torch.float32
 
 
+GROWN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, cli, train
+from bench import anonymous_memory
+config = cli.parse(train.Config, sys.argv[2:])
+before = anonymous_memory()
+model = train.build_model(config, "cpu", 1)
+with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+    model.llm(torch.ones(1, 4, dtype=torch.long))
+print(anonymous_memory() - before)
+"""
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's own memory")
 def test_a_frozen_llm_on_a_cpu_is_read_where_it_lies_and_takes_no_memory_of_the_processs_own(tmp_path):
     """13 GB are not 26 so, and several processes of a node share them."""
@@ -288,14 +301,11 @@ def test_a_frozen_llm_on_a_cpu_is_read_where_it_lies_and_takes_no_memory_of_the_
     llm.to(torch.bfloat16).save_pretrained(tmp_path / "llm")
     shutil.copy(ROOT / "weights" / "llama" / "tokenizer.json", tmp_path / "llm")
     size, grown = sum(2 * p.numel() for p in llm.parameters()), {}
-    del llm
-    for bf16 in ("true", "false"):
-        before = anonymous_memory()
-        model = train.build_model(cli.parse(train.Config, [f"--llm={tmp_path / 'llm'}", f"--bf16={bf16}"]), "cpu", 1)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16 == "true"):
-            model.llm(torch.ones(1, 4, dtype=torch.long))
-        grown[bf16] = anonymous_memory() - before
-        del model
+    for bf16 in ("true", "false"):                                   # each in a process, whose heap is new
+        child = subprocess.run([sys.executable, "-c", GROWN, str(ROOT), f"--llm={tmp_path / 'llm'}", f"--bf16={bf16}"],
+                               capture_output=True, text=True)
+        assert child.returncode == 0, child.stderr
+        grown[bf16] = int(child.stdout)
     assert grown["true"] < 0.5 * size < 1.5 * size < grown["false"]  # the connector and the towers (float32) are in both
 
 
