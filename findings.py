@@ -1,6 +1,6 @@
 """The central experiments of COMM and the Dense Connector once more, small: on the embedded world, with the tiny checkpoints.
 
-    python findings.py                      every arm of every table, three seeds each: at most three hours on two CPU cores
+    python findings.py                      every arm, three seeds each: planned for an hour and a half on two CPU cores
     python findings.py --quick              one seed, fewer arms, fewer steps: at most twenty minutes
     python findings.py --table=towers       one table's arms (layers, towers, merging, dense, video)
     python findings.py --report             what has been run -> the tables and figures of docs/findings.md
