@@ -335,15 +335,21 @@ def dtype_to_answer(folder_or_id, device, bf16=None):
     bits a number on the disk: 13 GB would be 26 in float32. Else torch.float32. `bf16` true or false decides it."""
     if bf16 is not None or torch.device(device).type == "cuda":
         return torch.float32 if bf16 is False else torch.bfloat16
-    largest, dtype = 0, torch.float32
+    return torch.bfloat16 if stored(folder_or_id)[1] else torch.float32
+
+
+def stored(folder_or_id):
+    """What the headers of a checkpoint's files say -> (how many numbers it has, whether its largest tensor has 16 bits each)."""
+    numbers, largest, halved = 0, 0, False
     for path in dict.fromkeys(tensor_files(locate(folder_or_id)).values()):
         with open_safetensors(path) as file:
             for name in file.keys():
                 header = file.get_slice(name)
-                if math.prod(header.get_shape()) > largest:
-                    largest = math.prod(header.get_shape())
-                    dtype = torch.bfloat16 if header.get_dtype() in ("BF16", "F16") else torch.float32
-    return dtype
+                count = math.prod(header.get_shape())
+                numbers += count
+                if count > largest:
+                    largest, halved = count, header.get_dtype() in ("BF16", "F16")
+    return numbers, halved
 
 
 def save_checkpoint(folder, tensors, config):

@@ -49,7 +49,7 @@ from hub import InputError, fields_of, on_meta, read_config, read_json
 from images import ImageSpec
 from llama import LlamaConfig
 from mllm import LOGITS, MLLM, llm_class, tower_class
-from train import HERE, PARTS, TINY, Config, build_data, check, choose_trained, settings
+from train import HERE, LARGE, PARTS, TINY, Config, build_data, check, choose_trained, settings
 
 ROOM = 0.9                                                           # the share of a card's memory that may be planned for
 NODE, IN_NODE = 8, 450e9                                             # cards of a node; bytes/s each way of one in it (NVLink)
@@ -247,7 +247,7 @@ def memory(run, form):
     learns, recompute = "llm" in run.trained, run.config.activation_checkpointing
     tuned = learns and not form.rank                                 # the LLM's own weights learn
     b = 2 if run.bf16 else 4
-    weight_bytes = 2 if run.bf16 and not tuned and (run.on_cuda or form.rank) else 4     # as an LLM's weight is kept
+    weight_bytes = 2 if run.bf16 and not tuned else 4                # as an LLM's weight is kept
     e = b if form.shards > 1 else weight_bytes                       # FSDP gathers an embedding of b bytes, too
     block_size, head, changing = size(model.llm.layers[0]), V * C, learning(run, form)
     rest, joins = size(model.llm) - L * block_size, "connector" in run.trained           # embedding, final norm, lm_head
@@ -338,7 +338,7 @@ def plan_stage(config, stage):
     on_cuda = config.device in ("auto", "cuda")
     trained = choose_trained(model, own["train"])
     run = Run(config, model, trained, mean.times(held), math.ceil(mine / config.micro_batch),
-              on_cuda if config.bf16 is None else config.bf16, on_cuda)
+              on_cuda or bool(config.llm) and size(model.llm) >= LARGE if config.bf16 is None else config.bf16, on_cuda)
     rank = config.lora_rank or 128                                 # the Dense Connector's
     forms = [Form("DDP" if config.gpus > 1 else "one card")] + [Form("LoRA", rank)] * ("llm" in trained)
     forms += [Form(form.name.replace("DDP", "") + " FSDP", form.rank, config.gpus) for form in forms if config.gpus > 1]

@@ -31,7 +31,7 @@ import lora
 import shard
 from connector import ConnectorConfig
 from data import LlavaData, Loader, ShikraData
-from hub import InputError
+from hub import InputError, stored
 from launch import Log, Ranks, run_folder, say
 from llama import compile_blocks
 from llava import load_connector
@@ -40,6 +40,7 @@ from world import World
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("vision", "connector", "llm")
+LARGE = 1e9                                                            # parameters from which an LLM is not made float32 unasked
 TINY = {"comm": ("clip", "dinov2"), "comm_dino": ("dinov2",)}          # towers where none are named; the others: CLIP
 
 
@@ -97,7 +98,7 @@ class Config:
     log: list[str] = field(default_factory=lambda: [])  # tensorboard and/or wandb, beside log.jsonl
     evaluate: bool = True                # print the scores at the end, where the data is the embedded world
     device: str = "auto"                 # cuda, mps, cpu
-    bf16: bool | None = None             # autocast to bfloat16; none: on CUDA
+    bf16: bool | None = None             # autocast to bfloat16; none: on CUDA, and for a large LLM of 16 bits
     compile: bool | None = None          # torch.compile the transformer blocks; none: on CUDA
     fsdp: bool = False                   # spread weights, gradients and optimizer over all ranks (shard.py); one rank: no effect
     activation_checkpointing: bool = False  # recompute the LLM's blocks in the backward pass: less memory, a third slower
@@ -110,7 +111,12 @@ class Config:
 # --- what a stage needs -----------------------------------------------------------------------------------------------
 
 def uses_bf16(config, device):
-    return torch.device(device).type == "cuda" if config.bf16 is None else config.bf16
+    """Where --bf16 is not given: on CUDA, and on a CPU for a large LLM whose file has 16 bits a number: 13 GB would be 26."""
+    kind = torch.device(device).type
+    if config.bf16 is None and kind == "cpu" and config.llm:
+        numbers, halved = stored(config.llm)
+        return halved and numbers >= LARGE
+    return kind == "cuda" if config.bf16 is None else config.bf16
 
 
 def settings(config, stage):
@@ -120,7 +126,7 @@ def settings(config, stage):
 
 def llm_dtype(config, stage, device):
     """float32 for an LLM whose own weights learn. Under autocast another one needs no such master copy: it goes from its bf16
-    file to the card as it is, and on a CPU (--bf16=true) is not even copied: all processes of a node read the mapped file."""
+    file to the card as it is, and on a CPU is not even copied: all processes of a node read the mapped file."""
     learns = "llm" in settings(config, stage)["train"] and not config.lora_rank
     return torch.bfloat16 if uses_bf16(config, device) and not learns else torch.float32
 

@@ -23,7 +23,7 @@ import export
 import lora
 import train
 from dialogue import IMAGE
-from hub import InputError
+from hub import InputError, save_checkpoint
 from llama import Llama, LlamaConfig
 from mllm import MLLM
 from phi import Phi, PhiConfig
@@ -280,15 +280,28 @@ def test_only_an_llm_that_does_not_learn_itself_is_loaded_in_bfloat16():
     assert dtype(1, "cuda", "--bf16=false") == dtype(1, "cpu") == dtype(2, "cpu", "--bf16=true") == torch.float32
 
 
+@pytest.mark.parametrize("stored, large, device, wanted", [
+    (torch.bfloat16, True, "cpu", True), (torch.float16, True, "cpu", True), (torch.float32, True, "cpu", False),
+    (torch.bfloat16, False, "cpu", False), (torch.float32, True, "cuda", True), (torch.bfloat16, True, "mps", False)])
+def test_on_a_cpu_a_large_llm_of_16_bits_trains_in_bfloat16_unasked(stored, large, device, wanted, tmp_path, monkeypatch):
+    """The tiny LLM, float16 on the disk, does not: its training is float32 on every laptop. --bf16 decides where it is given."""
+    save_checkpoint(tmp_path, {"weight": torch.zeros(10, 10, dtype=stored)}, {})
+    monkeypatch.setattr(train, "LARGE", 100 if large else 101)
+    assert train.uses_bf16(train.Config(llm=str(tmp_path)), device) is wanted
+    assert train.uses_bf16(train.Config(), "cpu") is False
+    assert [train.uses_bf16(train.Config(llm=str(tmp_path), bf16=given), device) for given in (True, False)] == [True, False]
+
+
 GROWN = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch, cli, train
 from bench import anonymous_memory
+train.LARGE = 1e7
 config = cli.parse(train.Config, sys.argv[2:])
 before = anonymous_memory()
 model = train.build_model(config, "cpu", 1)
-with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=train.uses_bf16(config, "cpu")):
     model.llm(torch.ones(1, 4, dtype=torch.long))
 print(anonymous_memory() - before)
 """
@@ -301,12 +314,13 @@ def test_a_frozen_llm_on_a_cpu_is_read_where_it_lies_and_takes_no_memory_of_the_
     llm.to(torch.bfloat16).save_pretrained(tmp_path / "llm")
     shutil.copy(ROOT / "weights" / "llama" / "tokenizer.json", tmp_path / "llm")
     size, grown = sum(2 * p.numel() for p in llm.parameters()), {}
-    for bf16 in ("true", "false"):                                   # each in a process, whose heap is new
-        child = subprocess.run([sys.executable, "-c", GROWN, str(ROOT), f"--llm={tmp_path / 'llm'}", f"--bf16={bf16}"],
+    for flags in ("", "--bf16=true", "--bf16=false"):                # each in a process, whose heap is new
+        child = subprocess.run([sys.executable, "-c", GROWN, str(ROOT), f"--llm={tmp_path / 'llm'}", *flags.split()],
                                capture_output=True, text=True)
         assert child.returncode == 0, child.stderr
-        grown[bf16] = int(child.stdout)
-    assert grown["true"] < 0.5 * size < 1.5 * size < grown["false"]  # the connector and the towers (float32) are in both
+        grown[flags] = int(child.stdout)
+    # the connector and the towers (float32) are in all three
+    assert max(grown[""], grown["--bf16=true"]) < 0.5 * size < 1.5 * size < grown["--bf16=false"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")                # torch's own

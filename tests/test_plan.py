@@ -22,7 +22,7 @@ def tiny_run(stage, bf16, recompute, connector="dense", samples=8):
     config = cli.parse(plan.PlanConfig, [f"--connector={connector}", f"--bf16={bf16}", f"--activation_checkpointing={recompute}",
                                          "--device=cpu", "--gpus=1"])
     own = train.settings(config, stage)
-    model = train.build_model(config, torch.device("cpu")).float().train()
+    model = train.build_model(config, torch.device("cpu"), stage).train()
     trained = train.choose_trained(model, own["train"])
     model.llm.gradient_checkpointing = recompute
     learning = [p for part in trained.values() for p in part]
