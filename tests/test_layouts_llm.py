@@ -4,7 +4,8 @@ What of a release's config.json bears on its tensors is here, too. Names and sha
 modules. `bytes` is the total_size that the index states (of a single file, its size without the header), so that a wrong
 number in this table shows. The names of Mistral-7B, Llama-3-70B and Vicuna-7B, and the sizes of these and of Qwen2.5-7B and 3B,
 were held against public copies of such indexes (of tunings of the same architecture: names equal, sizes equal but for added
-tokens); the others are from the models' descriptions. No weights are needed: the model is on the meta device.
+tokens); the others are from the models' descriptions. test_layouts_live.py holds all names and shapes against transformers. No
+weights are needed: the model is on the meta device.
 """
 import math
 
