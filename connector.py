@@ -30,7 +30,7 @@ and registers are dropped before. Letters: B batch, N patches, D width of a towe
 
 The authors' checkpoints load as they are, since names and shapes are LLaVA's: `mm_projector.weight` for linear,
 `mm_projector.0.weight` and `mm_projector.2.weight` for the MLP of the others. Weights start as PyTorch starts any
-Linear; LLaVA does the same. COMM's paper does not say; what stands before its projector starts at full strength (full_strength).
+Linear; LLaVA does the same, and COMM's paper does not say.
 """
 import difflib
 import math
@@ -239,14 +239,6 @@ def mlp(width_in, width, width_out):
     return nn.Sequential(nn.Linear(width_in, width), nn.GELU(), nn.Linear(width, width_out))
 
 
-def full_strength(linear, after_gelu=False):
-    """Start a Linear so that its output is as large as its input (He et al. 2015, arXiv 1502.01852). From PyTorch's own start it
-    is sqrt(3) times smaller, and each of COMM's MLPs leaves a sixth of what differs between patches, beside biases that are the
-    same for all: after two of them next to nothing of DINOv2 would reach the LLM."""
-    nn.init.kaiming_normal_(linear.weight, nonlinearity="relu" if after_gelu else "linear")
-    nn.init.zeros_(linear.bias)
-
-
 class OneTower(nn.Module):
     """Gather the layers of one tower, then project them; only the projector learns. sti, sci, dci and efficient gather
     as told above; linear (LLaVA: one Linear) and mlp (LLaVA-1.5) take one layer as it is, N tokens.
@@ -292,8 +284,6 @@ class LayerMerge(nn.Module):
         self.scale = nn.Parameter(torch.zeros(num_layers)) if merge in ("lln", "layerscale") else None
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(per_layer))
         self.linears = nn.ModuleList(nn.Linear(width, width) for _ in range(per_layer))
-        for linear in self.linears:
-            full_strength(linear)
 
     def weights(self):
         """(n,), summing to one: the share of each layer."""
@@ -329,9 +319,6 @@ class COMM(nn.Module):
         if "dino" in self.sides:
             D = towers[-1].hidden_size
             self.dino_mlp = nn.Sequential(*(mlp(D, config.dino_expansion * D, D) for _ in range(config.dino_depth)))
-            for first, _, second in self.dino_mlp:
-                full_strength(first)
-                full_strength(second, after_gelu=True)
         self.mm_projector = nn.Linear(sum(tower.hidden_size for tower in towers), llm_width)
 
     def layer_weights(self):
