@@ -252,9 +252,27 @@ def linear_of_one_row(compiled, x, weight, bias=None):
     return y if bias is None else y + bias
 
 
+def compile_step(llm, **options):
+    """Let `llm` take its steps of generation, a token a row, compiled as a whole. options: torch.compile's; with CUDA graphs
+    (mode="reduce-overhead") a step is one launch in place of hundreds. A graph works at fixed addresses and shapes, so the
+    cache's tensors are declared to stay where they are, and its room is rounded up: few lengths are compiled."""
+    compiled = torch.compile(llm.step, fullgraph=True, **options)
+
+    def step(token, positions, cache):
+        for tensor in (cache.keys, cache.values):
+            torch._dynamo.mark_static_address(tensor)                # else a graph that writes into it would not be captured
+        torch.compiler.cudagraph_mark_step_begin()                   # what the step before returned may be written over
+        return compiled(token, positions, cache)
+    llm.step, llm.room_of = step, 512
+
+
 def compile_decoding(llm):
-    """Let `llm` generate through linear_of_one_row -> True, or False where there is no C++ compiler: then all stays as it is.
-    One kernel serves all shapes, and inductor keeps it on the disk: the first run takes seconds longer, the others one."""
+    """Let `llm` generate faster -> True, or False where there is no C++ compiler: then all stays as it is. On a CPU through
+    linear_of_one_row: one kernel serves all shapes, and inductor keeps it on the disk: the first run takes seconds longer, the
+    others one. On CUDA by compile_step, which was never run there: there was no GPU."""
+    if llm.embed_tokens.weight.is_cuda:
+        compile_step(llm, mode="reduce-overhead")
+        return True
     compiled, weight = torch.compile(product_and_sum, dynamic=True), llm.embed_tokens.weight
     try:
         with torch.no_grad():
@@ -351,7 +369,8 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Parameters are named as in the checkpoints, without their prefix "model."."""
     config_class = LlamaConfig
-    linear = staticmethod(F.linear)                                  # what compile_decoding exchanges
+    linear = staticmethod(F.linear)                                  # these two are what compile_decoding exchanges, and step
+    room_of = 1                                                      # the cache's length is a multiple of this
 
     def __init__(self, config):
         super().__init__()
@@ -430,6 +449,10 @@ class Llama(nn.Module):
             states.append(x)
         return x if hidden_only else self.logits(x)
 
+    def step(self, token, positions, cache):
+        """One token a row, (B,), each at its own of positions (B,) -> final hidden states (B, C)."""
+        return self(token[:, None], positions=positions[:, None], cache=cache, hidden_only=True)[:, 0]
+
     @torch.no_grad()
     def stream(self, tokens=None, embeds=None, lengths=None, max_new_tokens=64, temperature=0, top_k=None, top_p=None,
                eos=None, generator=None):
@@ -454,7 +477,8 @@ class Llama(nn.Module):
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)            # the keys' and values' then, whatever the weights'
 
-        cache = KVCache(self.config, B, longest + max_new_tokens, dtype, device)
+        room = -(-(longest + max_new_tokens) // self.room_of) * self.room_of
+        cache = KVCache(self.config, B, room, dtype, device)
         hidden = self(embeds=embeds[:, :longest], cache=cache, hidden_only=True)  # (B, T, C)
         hidden = hidden[torch.arange(B, device=device), lengths - 1]  # (B, C), each row's last token
         ended = torch.zeros(B, dtype=torch.bool, device=device)
@@ -466,7 +490,7 @@ class Llama(nn.Module):
             yield token
             if step + 1 == max_new_tokens or ended.all():
                 return
-            hidden = self(token[:, None], positions=(lengths + step)[:, None], cache=cache, hidden_only=True)[:, 0]
+            hidden = self.step(token, lengths + step, cache)
 
     def generate(self, tokens=None, max_new_tokens=64, temperature=0, top_k=None, top_p=None, attention_mask=None,
                  embeds=None, lengths=None, eos=None, generator=None):

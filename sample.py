@@ -43,7 +43,7 @@ class Config:
     seed: int = 0                        # of the drawing of tokens, and which test scenes
     device: str = "auto"                 # auto, cpu, cuda, cuda:1, mps
     bf16: bool | None = None             # bfloat16; none: on CUDA, and where the checkpoint has 16 bits a number itself
-    compile: bool = False                # on a CPU: compiled products read the weights faster; for a large LLM (docs/speed.md)
+    compile: bool = False                # faster words of a large LLM: compiled products (CPU), CUDA graphs (docs/speed.md)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -529,6 +529,23 @@ def test_attention_of_one_token_is_that_of_pytorch(dtype, tolerance, masked):
     assert torch.equal(alone.view(2, 6, 16), v[:, :, 0].repeat_interleave(3, 1))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")                # torch's own
+@pytest.mark.parametrize("settings", ({}, {"sliding_window": 7}), ids=("", "window"))
+def test_a_compiled_step_is_one_graph_for_all_steps_and_changes_no_text(settings):
+    """As on CUDA, but with the backend that only traces, and no CUDA graph. A break would be an error (fullgraph)."""
+    import torch._dynamo
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = small(max_position_embeddings=600, **settings), small(max_position_embeddings=600, **settings)
+    llama.compile_step(compiled, backend="aot_eager")
+    for batch, length in ((1, 9), (1, 17), (1, 40)):                 # one room of 512 holds them all
+        assert torch.equal(compiled.generate(prompts(batch, length), 12), plain.generate(prompts(batch, length), 12))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    lengths = torch.tensor([5, 9, 2])
+    assert torch.equal(compiled.generate(prompts(3, 9), 8, lengths=lengths), plain.generate(prompts(3, 9), 8, lengths=lengths))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2   # a batch is compiled anew
+
+
 def test_without_a_compiler_generation_stays_as_it_is(tmp_path):
     code = """import torch, llama
 torch.manual_seed(0)
