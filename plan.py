@@ -69,7 +69,7 @@ SHAPES = {                                                           # what is n
     "NousResearch/Nous-Hermes-2-Yi-34B": llama(64000, 7168, 20480, 60, 56, 8, max_position_embeddings=4096),
     "meta-llama/Meta-Llama-3-70B-Instruct": llama(128256, 8192, 28672, 80, 64, 8, max_position_embeddings=8192)}
 # The papers' files, for where they are not at hand: samples (None: not counted there, the recipe states steps), tokens of text a
-# dialogue, supervised ones among them. The first are published; the others assumed, for instructions as in bench.py
+# dialogue, supervised ones among them. The first are published; the others assumed, for instructions as in benches/train.py
 SHORT, LONG = (20, 18), (226, 135)
 DATA = {"blip_laion_cc_sbu_558k.json": (558_128, *SHORT), "llava_v1_5_mix665k.json": (665_298, *LONG),
         "llava_instruct_150k.json": (157_712, *LONG), "shikra_rd.json": (5_922, *LONG)} | dict.fromkeys(

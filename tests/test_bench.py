@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bench
+from benches import connectors, decode, loader, towers, train, turns
 from clip import CLIPVisionConfig
 from connector import ConnectorConfig, layers_needed, make_connector
 from dialogue import IGNORE, IMAGE
@@ -36,16 +37,16 @@ LIMITS = {"flops": 1e9, "read": 1e9}
 
 def run(monkeypatch, capsys, what, *flags):
     """A benchmark with its turns in this process, and a made-up machine's limits -> its JSON object."""
-    one_turn = bench.BENCHES[what][1]
-    monkeypatch.setattr(bench, "turn", lambda config, name, **options: LIMITS if name == "limits" else
+    one_turn = bench.BENCHES[what].one_turn
+    monkeypatch.setattr(turns, "turn", lambda config, name, **options: LIMITS if name == "limits" else
                         one_turn(bench.BenchConfig(what, device="cpu", dtype=config.dtype, contender=name, **options)))
     bench.main([what, "--repeats=2", "--device=cpu", "--json", *flags])
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def keep(monkeypatch, name, *contenders):
+def keep(monkeypatch, section, name, *contenders):
     """Without the forms that are compiled: not every machine has a compiler, and it takes long."""
-    monkeypatch.setattr(bench, name, {key: getattr(bench, name)[key] for key in contenders})
+    monkeypatch.setattr(section, name, {key: getattr(section, name)[key] for key in contenders})
 
 
 def in_order(one, *figures):
@@ -55,9 +56,9 @@ def in_order(one, *figures):
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
 def test_a_training_step_of_a_small_llava_is_timed(dtype, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    write = bench.write_llava
-    monkeypatch.setattr(bench, "write_llava", lambda folder: write(folder, TOWER, LLM))
-    keep(monkeypatch, "TRAINERS", "ours")
+    write = train.write_llava
+    monkeypatch.setattr(train, "write_llava", lambda folder: write(folder, TOWER, LLM))
+    keep(monkeypatch, train, "TRAINERS", "ours")
     result = run(monkeypatch, capsys, "train", f"--dtype={dtype}")
     for stage in ("stage1", "stage2"):
         ours = result[stage]["ours"]
@@ -69,8 +70,8 @@ def test_a_training_step_of_a_small_llava_is_timed(dtype, tmp_path, monkeypatch,
 
 
 def test_prefill_and_decode_of_a_small_llama_are_timed(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "PROMPT", 9), monkeypatch.setattr(bench, "ANSWER", 5)
-    keep(monkeypatch, "GENERATORS", "ours")
+    monkeypatch.setattr(decode, "PROMPT", 9), monkeypatch.setattr(decode, "ANSWER", 5)
+    keep(monkeypatch, decode, "GENERATORS", "ours")
     result = run(monkeypatch, capsys, "decode", "--layers=1", "--batch=2")
     ours = result["ours"]
     assert in_order(ours, "first", "token", "warm_up") and ours["first"] > ours["token"]
@@ -80,27 +81,27 @@ def test_prefill_and_decode_of_a_small_llama_are_timed(monkeypatch, capsys):
 
 def test_a_prompts_flops_by_formula_are_those_that_torch_counts(monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
-    monkeypatch.setattr(bench, "PROMPT", 9)
+    monkeypatch.setattr(decode, "PROMPT", 9)
     config = LlamaConfig(vocab_size=300, num_hidden_layers=2, num_key_value_heads=2, **HEADS)
     model, tokens = Llama(config), torch.ones(3, 9, dtype=torch.long)
-    flops, read = bench.decode_work(config, batch=3, width=2)
+    flops, read = decode.decode_work(config, batch=3, width=2)
     with FlopCounterMode(display=False) as counter:
         model.logits(model(tokens, hidden_only=True)[:, -1])
     assert flops - 3 * 2 * 2 * 32 * 9 ** 2 == counter.get_total_flops()                    # attention's kernel is not counted
     weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
-    assert read == 2 * weights + 2 * 2 * 3 * 2 * 16 * (9 + bench.ANSWER // 2)              # bf16; keys and values of two blocks
+    assert read == 2 * weights + 2 * 2 * 3 * 2 * 16 * (9 + decode.ANSWER // 2)              # bf16; keys and values of two blocks
 
 
 def test_small_towers_are_timed_and_their_flops_are_those_that_torch_counts(monkeypatch, capsys):
     from torch.utils.flop_counter import FlopCounterMode
     shape = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14)
-    monkeypatch.setattr(bench, "TOWERS", {"clip": shape | {"intermediate_size": 128}, "dinov2": shape})
-    monkeypatch.setattr(bench, "SIDE", 28)
-    keep(monkeypatch, "SEERS", "ours")
+    monkeypatch.setattr(towers, "TOWERS", {"clip": shape | {"intermediate_size": 128}, "dinov2": shape})
+    monkeypatch.setattr(towers, "SIDE", 28)
+    keep(monkeypatch, towers, "SEERS", "ours")
     result = run(monkeypatch, capsys, "towers", "--batch=2", "--dtype=float32")
     for name in ("clip", "dinov2"):
         assert in_order(result[name]["ours"], "seconds")
-        tower, see = bench.tower_ours(name, "cpu", torch.float32, False)
+        tower, see = towers.tower_ours(name, "cpu", torch.float32, False)
         assert sum(p.numel() for p in tower.parameters()) == result[name]["ours"]["parameters"]
         with FlopCounterMode(display=False) as counter:
             hidden = see(torch.zeros(2, 3, 28, 28, dtype=torch.uint8))
@@ -110,7 +111,7 @@ def test_small_towers_are_timed_and_their_flops_are_those_that_torch_counts(monk
 
 def test_loading_pictures_is_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(bench, "PICTURES", 2)
+    monkeypatch.setattr(loader, "PICTURES", 2)
     threads = torch.get_num_threads()
     result = run(monkeypatch, capsys, "loader")
     torch.set_num_threads(threads)
@@ -119,30 +120,30 @@ def test_loading_pictures_is_timed(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("bench-*"))
 
 
-@pytest.mark.parametrize("kind", bench.CONNECTORS)
+@pytest.mark.parametrize("kind", connectors.CONNECTORS)
 def test_a_connectors_flops_by_formula_are_those_that_torch_counts(kind):
     """The formula is of the paper's sizes, and so is this connector; on the meta device it costs nothing."""
     from torch.utils.flop_counter import FlopCounterMode
     shapes = [(24, 1024, 576)] * (1 + (kind == "comm"))
     with torch.device("meta"):
-        connector = make_connector(ConnectorConfig(kind), shapes, bench.WIDTH)
+        connector = make_connector(ConnectorConfig(kind), shapes, connectors.WIDTH)
         needed = layers_needed(ConnectorConfig(kind), [24] * len(shapes))
         hidden = [[torch.empty(1, 576, 1024) for _ in layers] for layers in needed]
         with FlopCounterMode(display=False) as counter:
             connector(hidden)
-    assert counter.get_total_flops() == bench.connector_flops(kind)
+    assert counter.get_total_flops() == connectors.connector_flops(kind)
 
 
 def test_connectors_are_timed(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "WIDTH", 32), monkeypatch.setattr(bench, "CONNECTORS", ("dci", "comm"))
+    monkeypatch.setattr(connectors, "WIDTH", 32), monkeypatch.setattr(connectors, "CONNECTORS", ("dci", "comm"))
     result = run(monkeypatch, capsys, "connectors", "--batch=1")
     for kind in ("dci", "comm"):
         assert in_order(result[kind], "forward", "seconds") and result[kind]["tokens"] == 576
 
 
 def test_the_reference_dialogues_are_those_that_the_docstring_names():
-    examples = bench.dialogues(224, 196)
-    assert [len(tokens) for _, tokens, _, _ in examples] == [196 + length for length in bench.TEXTS]
+    examples = train.dialogues(224, 196)
+    assert [len(tokens) for _, tokens, _, _ in examples] == [196 + length for length in train.TEXTS]
     for _, tokens, labels, (pixels, ) in examples:
         assert tokens.count(IMAGE) == 196 and pixels.shape == (3, 224, 224)
         assert sum(label != IGNORE for label in labels) == int(0.6 * (len(tokens) - 196))
@@ -152,14 +153,14 @@ def test_the_reference_dialogues_are_those_that_the_docstring_names():
 def test_flops_by_formula_are_those_that_torch_counts(tmp_path):
     """FlopCounterMode counts the products of a real step, to the last; all but attention, whose CPU kernel it does not know."""
     from torch.utils.flop_counter import FlopCounterMode
-    bench.write_llava(tmp_path / "llava", TOWER, LLM)
+    train.write_llava(tmp_path / "llava", TOWER, LLM)
     texts = (40, 25)
     for stage in (1, 2):
-        model, loss_of = bench.train_ours(tmp_path / "llava", stage, "cpu", texts)
+        model, loss_of = train.train_ours(tmp_path / "llava", stage, "cpu", texts)
         with FlopCounterMode(display=False) as counter:
             loss_of().backward()
         attention = 2 * 4 * 2 * 17 ** 2 * 32 + 3 * 2 * 2 * 32 * sum((16 + length) ** 2 for length in texts)  # tower, LLM
-        assert bench.train_flops(tmp_path / "llava", stage, texts) - attention == counter.get_total_flops()
+        assert train.train_flops(tmp_path / "llava", stage, texts) - attention == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -6,7 +6,7 @@ transformers = pytest.importorskip("transformers")
 import torch
 from conftest import relative_error
 
-import bench
+from benches import train
 from clip import CLIPVisionConfig
 from llama import LlamaConfig
 
@@ -18,7 +18,7 @@ TEXTS = (30, 9, 21, 14)
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "llava"
     heads = dict(hidden_size=32, num_attention_heads=4, intermediate_size=64)
-    bench.write_llava(folder, CLIPVisionConfig(num_hidden_layers=3, image_size=64, patch_size=16, **heads),
+    train.write_llava(folder, CLIPVisionConfig(num_hidden_layers=3, image_size=64, patch_size=16, **heads),
                       LlamaConfig(vocab_size=3000, num_hidden_layers=2, **heads))
     return folder
 
@@ -28,8 +28,7 @@ def test_float32_loss_and_gradients_are_those_of_transformers(stage, folder):
     """Packed without padding here, padded there. The loss is a mean of 43 float32 terms; gradients sum over all of them."""
     found = {}
     for name in ("ours", "transformers"):
-        train = bench.TRAINERS[name]
-        model, loss_of = train(folder, stage, "cpu", TEXTS)
+        model, loss_of = train.TRAINERS[name](folder, stage, "cpu", TEXTS)
         loss = loss_of()
         loss.backward()
         llm, connector = (model.llm, model.connector.mm_projector[0]) if name == "ours" else (
@@ -49,5 +48,5 @@ def test_bfloat16_loss_is_near_that_of_transformers(folder):
     losses = []
     for name in ("ours", "transformers"):
         with torch.autocast("cpu", torch.bfloat16):
-            losses.append(bench.TRAINERS[name](folder, 2, "cpu", TEXTS)[1]().item())
+            losses.append(train.TRAINERS[name](folder, 2, "cpu", TEXTS)[1]().item())
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)           # bf16 has 8 bits; the mean of many errors is smaller

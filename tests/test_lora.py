@@ -296,7 +296,7 @@ GROWN = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch, cli, train
-from bench import anonymous_memory
+from benches.turns import anonymous_memory
 train.LARGE = 1e7
 config = cli.parse(train.Config, sys.argv[2:])
 before = anonymous_memory()
@@ -327,7 +327,7 @@ RANKS_GROWN = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch, train
-from bench import anonymous_memory
+from benches.turns import anonymous_memory
 train.LARGE = 1e7
 before = anonymous_memory()
 train.write = lambda *_: print(f"GROWN {anonymous_memory() - before}", flush=True)      # at the end, the model still there

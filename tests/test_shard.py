@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from bench import anonymous_memory
+from benches.turns import anonymous_memory
 from conftest import ROOT
 from hub import InputError
 from test_train import as_found, changed, losses, model_bytes, near, ragged, records, weights  # noqa: F401
@@ -253,7 +253,7 @@ import sys, threading
 sys.path.insert(0, {root!r})
 import torch, torch.distributed.fsdp, torch._dynamo                  # their own memory is not the model's
 import cli, train
-from bench import anonymous_memory, watch
+from benches.turns import anonymous_memory, watch
 config, ranks = cli.parse(train.Config, sys.argv[1:]), train.Ranks("cpu")
 ranks.barrier()
 before, ended = anonymous_memory(), threading.Event()

@@ -1,0 +1,1 @@
+"""The sections of bench.py, a file each."""

@@ -1,0 +1,99 @@
+"""What the sections share: contenders take turns in processes of their own, and what a turn measures there: time, memory, and the
+machine's limits.
+"""
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from hub import InputError
+
+COMMAND = Path(__file__).parents[1] / "bench.py"
+
+
+def take_turns(config, contenders, **options):
+    """Turns of all contenders, and of the limits, for what a moment of the machine yields -> {name: the medians of what its
+    turns say}, and beside each figure `figure_range`, the least and the most. Memory: the most."""
+    turns = {name: [] for name in ("limits", *contenders)}
+    for _ in range(config.repeats):
+        for name in turns:
+            turns[name].append(turn(config, name, **options))
+    result = {}
+    for name, all_of_it in turns.items():
+        result[name] = {key: statistics.median(one[key] for one in all_of_it) for key in all_of_it[0]}
+        result[name] |= {f"{key}_range": [f(one[key] for one in all_of_it) for f in (min, max)] for key in all_of_it[0]}
+        if "memory" in result[name]:
+            result[name]["memory"] = max(one["memory"] for one in all_of_it)
+    found = result["limits"]
+    print(f"limits: {spread(found, 'flops', 1e-9, 'GFLOP/s')} in {config.dtype}, {spread(found, 'read', 1e-9, 'GB/s')} read, "
+          f"on {config.device}", flush=True)
+    return result
+
+
+def turn(config, contender, **options):
+    """One turn of a contender in a process of its own -> the dict that it prints."""
+    options = {"contender": contender, "device": config.device, "dtype": config.dtype} | options
+    child = subprocess.run([sys.executable, COMMAND, config.what, *(f"--{key}={value}" for key, value in options.items())],
+                           capture_output=True, text=True)
+    if child.returncode:
+        raise InputError(f"{contender} failed: {child.stderr.strip()[-300:]}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def spread(one, key="seconds", scale=1, unit="s"):
+    """A median and its range as text."""
+    least, most = one[f"{key}_range"]
+    return f"{one[key] * scale:.3g} {unit} ({least * scale:.3g} to {most * scale:.3g})"
+
+
+def fastest(result, side, key="seconds"):
+    return min(one[key] for name, one in result.items() if name.startswith(side))
+
+
+def limits(config):
+    """What the machine can do at best -> {"flops": FLOP/s of a large matrix product in the dtype, "read": bytes/s of a sum}."""
+    dtype = getattr(torch, config.dtype)
+    a, b = (torch.randn(4096, 4096, device=config.device).to(dtype) for _ in range(2))
+    large = torch.ones(2 ** 28, device=config.device)                # 1 GiB
+
+    def best(work):
+        work()
+        times = []
+        for _ in range(5):
+            start = wait(config.device)
+            work()
+            times.append(wait(config.device) - start)
+        return min(times)
+    return {"flops": 2 * 4096 ** 3 / best(lambda: a @ b), "read": large.numel() * 4 / best(large.sum)}
+
+
+def wait(device):
+    """The time when the device has done what it was given."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(device):
+    """Bytes at the highest: of the GPU, or of this process with its libraries (0 where the system does not say)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def anonymous_memory():
+    """Bytes of this process that no file backs; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+def watch(highest, ended):
+    while not ended.wait(0.01):
+        highest.append(anonymous_memory())
