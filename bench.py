@@ -3,29 +3,30 @@ medians are reported, with the least and the most.
 
     python bench.py decode --vs=transformers      # a prompt's first token, and the steps after it (prefill: the same)
     python bench.py towers --vs=transformers      # the vision towers' hidden states
-    python bench.py train --vs=transformers       # a training step of each stage
+    python bench.py train --vs=transformers       # a training step of each stage (--vs=transformers,nanovlm: benches/nanovlm.py)
     python bench.py load --vs=transformers        # from a checkpoint on the disk to the first token
     python bench.py loader --vs=transformers      # from a JPEG file to pixels
     python bench.py connectors                    # every kind of connector
 
-Weights are random, nothing is downloaded. Without --vs=transformers our side runs alone. The machine's limits are measured
-beside every turn, `limits`: the FLOP/s of a 4096³ matrix product in the dtype at hand, and the bytes/s of a sum. What a figure
-is `of the limit` is its share of them; FLOPs and bytes are counted by formula, those that the work cannot do without. It all
-runs on CUDA as well, but never has: there was no GPU.
+Weights are random, nothing is downloaded. Without --vs our side runs alone. The machine's limits are measured beside every turn,
+`limits`: the FLOP/s of a 4096³ matrix product in the dtype at hand, and the bytes/s of a sum. What a figure is `of the limit` is
+its share of them; FLOPs and bytes are counted by formula, those that the work cannot do without. It all runs on CUDA as well, but
+never has: there was no GPU.
 """
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cli
-from benches import connectors, decode, load, loader, towers, train
+from benches import connectors, decode, load, loader, nanovlm, towers, train
 from hub import InputError
 
 
 @dataclass
 class BenchConfig:
     what: str = "decode"      # decode (or prefill), towers, train, load, loader, connectors
-    vs: str = ""              # transformers: side by side with it, where it is installed
+    vs: list[str] = field(default_factory=lambda: [])  # side by side with transformers, where it is installed; train: and nanovlm
+    nanovlm: str = ""         # train --vs=nanovlm: the folder of a checkout of nanoVLM
     repeats: int = 5          # turns of every contender; the median is reported
     layers: int = 22          # load, prefill, decode: blocks of the LLaMA, 22: 2.2 GB
     batch: int = 0            # rows of prefill and decode (0: 1), pictures of towers and connectors (0: 4)
@@ -50,9 +51,14 @@ def main(arguments):
     config = cli.parse(BenchConfig, arguments, "\n\n".join(text.strip() for text in about))
     if config.what not in BENCHES:
         raise InputError(f"{config.what!r}: no such benchmark; there are {', '.join(BENCHES)}")
-    if config.vs not in ("", "transformers"):
-        raise InputError(f"--vs={config.vs}: only transformers can be compared with")
-    if config.vs and not importlib.util.find_spec("transformers"):
+    for peer in config.vs:
+        if peer not in ("transformers", "nanovlm"):
+            raise InputError(f"--vs={peer}: only transformers can be compared with, and nanovlm in train")
+    if "nanovlm" in config.vs:
+        if config.what != "train":
+            raise InputError(f"--vs=nanovlm: {config.what} cannot be compared with it, only train can")
+        nanovlm.check_checkout(config.nanovlm)
+    if "transformers" in config.vs and not importlib.util.find_spec("transformers"):
         raise InputError("--vs=transformers: it is not installed (pip install -r requirements-dev.txt)")
     if config.dtype not in ("bfloat16", "float32"):
         raise InputError(f"--dtype={config.dtype}: bfloat16 or float32")

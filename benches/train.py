@@ -1,7 +1,9 @@
 """`train`: a step (forward, backward, AdamW) on eight dialogues of uneven length about a picture each: a frozen CLIP-B/16 at
 224, LLaVA-1.5's connector and a LLaMA of 160M, random weights, the same for all. Ours packs them into one row; transformers'
-LlavaForConditionalGeneration gets them padded on the right. Rates count real tokens, pictures' included, padding not. The FLOPs
-are those of the blocks that are read, causal attention within a dialogue, logits of supervised tokens, gradients of what learns.
+LlavaForConditionalGeneration gets them padded on the right. nanoVLM, imported from a checkout (--nanovlm=FOLDER), packs them
+into rows whose samples see each other; benches/nanovlm.py says what its step does otherwise. Rates count real tokens, pictures'
+included, padding not. The FLOPs are those of the blocks that are read, causal attention within a dialogue, logits of supervised
+tokens, gradients of what learns: the same number for all, for what a side computes beyond them is its own loss.
 """
 import tempfile
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benches import nanovlm
 from benches.turns import fastest, limits, peak_memory, spread, take_turns, wait
 
 TEXTS = (212, 472, 154, 271, 310, 71, 211, 105)                      # tokens of text in each dialogue, as in LLaVA's instructions
@@ -33,6 +36,15 @@ def write_llava(folder, tower=None, llm=None):
     torch.manual_seed(0)
     words = Tokenizer.from_file(str(Path(__file__).parents[1] / "weights" / "llama" / "tokenizer.json"))      # any: no text is read
     export(MLLM([CLIPVision(tower)], Llama(llm), ConnectorConfig("mlp"), words, "vicuna_v1", ImageSpec(tower.image_size)), folder)
+
+
+def shapes(folder):
+    """-> the configs of the tower and of the LLM of the LLaVA in the folder."""
+    from clip import CLIPVisionConfig
+    from hub import fields_of, read_config
+    from llama import LlamaConfig
+    config = read_config(folder)
+    return fields_of(CLIPVisionConfig, config["vision_config"], folder), LlamaConfig.from_dict(config["text_config"], folder)
 
 
 def dialogues(side, tokens_per_image, texts=TEXTS):
@@ -91,14 +103,22 @@ def train_transformers(folder, stage, device, texts=TEXTS):
     return model, lambda: model(input_ids=tokens, pixel_values=pixels, attention_mask=mask, labels=labels, use_cache=False).loss
 
 
-TRAINERS = {"ours": train_ours, "ours_compiled": partial(train_ours, compiled=True), "transformers": train_transformers}
+def train_nanovlm(folder, stage, device, texts=TEXTS, checkout=""):
+    vision, llm = shapes(folder)
+    examples = dialogues(vision.image_size, (vision.image_size // vision.patch_size) ** 2, texts)
+    return nanovlm.build(checkout, vision, llm, examples, stage, device)
+
+
+TRAINERS = {"ours": train_ours, "ours_compiled": partial(train_ours, compiled=True), "transformers": train_transformers,
+            "nanovlm": train_nanovlm}
 
 
 def one_turn(config):
     """The contender's own process: build, a step to warm up, a step -> seconds, bytes at the highest, the first loss."""
     if config.contender == "limits":
         return limits(config)
-    model, loss_of = TRAINERS[config.contender](config.folder, config.stage, config.device)
+    options = {"checkout": config.nanovlm} if config.contender == "nanovlm" else {}
+    model, loss_of = TRAINERS[config.contender](config.folder, config.stage, config.device, **options)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0, fused=True)
 
     def step():
@@ -116,11 +136,7 @@ def one_turn(config):
 def train_flops(folder, stage, texts=TEXTS):
     """FLOPs that a step cannot do without. A linear map costs 2 a weight and token, forward; its backward costs the same for
     what flows back, and again for its weights if they learn. Attention's is twice its forward. Elementwise work is left out."""
-    from clip import CLIPVisionConfig
-    from hub import fields_of, read_config
-    from llama import LlamaConfig
-    config = read_config(folder)
-    v, c = fields_of(CLIPVisionConfig, config["vision_config"], folder), LlamaConfig.from_dict(config["text_config"], folder)
+    v, c = shapes(folder)
     patches, D, C = (v.image_size // v.patch_size) ** 2, v.hidden_size, c.hidden_size
     lengths = [length + patches for length in texts]
     tower = len(texts) * (2 * patches * 3 * v.patch_size ** 2 * D + (v.num_hidden_layers - 1) * (
@@ -136,7 +152,7 @@ def train_flops(folder, stage, texts=TEXTS):
 def bench(config):
     """-> {"stage1", "stage2"}: {"limits", contender: medians} with real tokens a second, share of the limit, first loss; and how
     many times as fast the faster form of ours is. Prints a table."""
-    contenders, result = [name for name in TRAINERS if name.startswith("ours") or config.vs], {"dtype": config.dtype}
+    contenders, result = [name for name in TRAINERS if name.startswith("ours") or name in config.vs], {"dtype": config.dtype}
     with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
         folder = Path(folder) / "llava"
         write_llava(folder)
@@ -145,7 +161,7 @@ def bench(config):
         print(f"{len(TEXTS)} dialogues of {tokens:,} tokens; padded to the longest, {padding:.0%} would be padding")
         for stage in (1, 2):
             flops = train_flops(folder, stage)
-            found = result[f"stage{stage}"] = take_turns(config, contenders, folder=folder, stage=stage)
+            found = result[f"stage{stage}"] = take_turns(config, contenders, folder=folder, stage=stage, nanovlm=config.nanovlm)
             found["flops"] = flops
             for name in contenders:
                 one = found[name]
@@ -154,7 +170,7 @@ def bench(config):
                 print(f"stage {stage}  {name:13} {spread(one)}, {one['tokens_per_second']:5.0f} tokens/s, "
                       f"{one['of_the_limit']:.0%} of the limit for {flops / 1e12:.2f} TFLOP, {one['memory'] / 2 ** 30:.1f} GiB, "
                       f"loss {one['loss']:.4f}, first step {one['warm_up']:.1f} s", flush=True)
-            if config.vs:
-                found["times_transformers"] = fastest(found, "transformers") / fastest(found, "ours")
-                print(f"stage {stage}  ours is {found['times_transformers']:.2f} times as fast", flush=True)
+            for peer in config.vs:
+                found[f"times_{peer}"] = fastest(found, peer) / fastest(found, "ours")
+                print(f"stage {stage}  ours is {found[f'times_{peer}']:.2f} times as fast as {peer}", flush=True)
     return result

@@ -8,6 +8,7 @@ import torch
 import bench
 from benches import connectors, decode, loader, towers, train, turns
 from clip import CLIPVisionConfig
+from conftest import ROOT
 from connector import ConnectorConfig, layers_needed, make_connector
 from dialogue import IGNORE, IMAGE
 from hub import InputError
@@ -166,7 +167,12 @@ def test_flops_by_formula_are_those_that_torch_counts(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["save"], "no such benchmark; there are load, train, prefill"),
     (["train", "--dtype=int8"], "--dtype=int8: bfloat16 or float32"),
-    (["--vs=llamafile"], "only transformers can be compared with"),
+    (["--vs=llamafile"], "--vs=llamafile: only transformers can be compared with, and nanovlm in train"),
+    (["train", "--vs=transformers,llamafile"], "--vs=llamafile: only transformers"),
+    (["decode", "--vs=nanovlm"], "--vs=nanovlm: decode cannot be compared with it, only train can"),
+    (["train", "--vs=nanovlm"], "needs --nanovlm=FOLDER; it should be a checkout of https://github.com/huggingface/nanoVLM"),
+    (["train", "--vs=nanovlm", "--nanovlm=nowhere"], "--nanovlm=nowhere: no such folder; it should be a checkout"),
+    (["train", "--vs=nanovlm", f"--nanovlm={ROOT}"], "not nanoVLM, it has no models/vision_language_model.py; it should be"),
     (["towers", "--tower=vit"], "--tower=vit: clip or dinov2"), (["--repeats=0"], "must be 1 or more")])
 def test_what_cannot_be_measured_is_one_line(arguments, message):
     with pytest.raises(InputError, match=message):
