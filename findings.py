@@ -279,8 +279,9 @@ def section(name, results):
         weights |= run["weights"]
     checksums = ", ".join(f"{name} {weights[name]}" for name in sorted(weights))
     table = video_rows(rows, results) if name == "video" else task_rows(rows, results, heading)
+    asked = f"{max(1, budget['count'] // 2)} clips" if name == "video" else f"{budget['count']} questions a task"
     lines = [f"Percent, mean ± sample standard deviation over the seeds; {budget['steps1']} + {budget['steps2']} steps, "
-             f"{budget['count']} questions a task; checkpoints {checksums}.", "", *table]
+             f"{asked}; checkpoints {checksums}.", "", *table]
     commands = {arm: results[arm] for _, arm, _ in rows if arm in results}
     lines += ["", "Commands (then with the other seeds):", "", "```sh", *(own[0]["command"] for own in commands.values()), "```"]
     return "\n".join(lines)
