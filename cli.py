@@ -107,8 +107,8 @@ def pick_device(name):
 
 def keep_freed_memory():
     """glibc hands large blocks back to the system when they are freed; the next step gets them again, page by page and zeroed,
-    which takes a third of a training step's time on a CPU. Here it keeps them: a process's memory stays at its highest. Other
-    systems' allocators are left alone."""
+    which makes a training step on a CPU slower, the first ones most. Here it keeps them: a process's memory stays at its
+    highest. Other systems' allocators are left alone."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3                      # of malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt
