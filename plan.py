@@ -336,9 +336,10 @@ def plan_stage(config, stage):
     mine = math.ceil(own["batch"] / config.gpus)                     # samples a step on the busiest card
     held = min(mine, config.micro_batch)
     on_cuda = config.device in ("auto", "cuda")
+    bf16 = on_cuda or config.device == "cpu" and bool(config.llm) and size(model.llm) >= LARGE    # as train.uses_bf16, of a 16-bit file
     trained = choose_trained(model, own["train"])
     run = Run(config, model, trained, mean.times(held), math.ceil(mine / config.micro_batch),
-              on_cuda or bool(config.llm) and size(model.llm) >= LARGE if config.bf16 is None else config.bf16, on_cuda)
+              bf16 if config.bf16 is None else config.bf16, on_cuda)
     rank = config.lora_rank or 128                                 # the Dense Connector's
     forms = [Form("DDP" if config.gpus > 1 else "one card")] + [Form("LoRA", rank)] * ("llm" in trained)
     forms += [Form(form.name.replace("DDP", "") + " FSDP", form.rank, config.gpus) for form in forms if config.gpus > 1]

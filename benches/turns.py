@@ -80,18 +80,19 @@ def wait(device):
 
 def peak_memory(device):
     """Bytes at the highest: of the GPU, or of this process with its libraries (0 where the system does not say)."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else told_by_system("VmHWM")
 
 
 def anonymous_memory():
     """Bytes of this process that no file backs; 0 where the system does not say."""
+    return told_by_system("RssAnon")
+
+
+def told_by_system(key):
+    """Bytes that /proc/self/status has under `key`, 0 where there is no such file."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def watch(highest, ended):

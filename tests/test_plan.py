@@ -121,6 +121,16 @@ def test_fewer_heads_for_keys_and_values(bf16, monkeypatch):
     assert added(planned) == pytest.approx(allocated(step), rel=0.15)
 
 
+@pytest.mark.parametrize("flags, told", [
+    ("--device=cpu", "float32"), ("--device=cpu --bf16=true", "bf16"), ("--device=cpu --llm", "bf16"),
+    ("--device=cpu --llm --bf16=false", "float32"), ("--device=mps --llm", "float32"), ("--device=cuda", "bf16")])
+def test_the_plan_takes_the_dtype_that_train_would(flags, told, monkeypatch, capsys):
+    """A large LLM of 16 bits that is named trains in bf16 on a CPU; here the tiny one counts as large."""
+    monkeypatch.setattr(plan, "LARGE", 1e6)
+    plan.main(flags.replace("--llm", f"--llm={ROOT / 'weights' / 'llama'}").split())
+    assert capsys.readouterr().out.count(f", {told}\n") == 2           # both stages
+
+
 def test_data_at_hand_is_counted(tmp_path, capsys):
     """Forty dialogues of words and no picture: one epoch in batches of 16 is three steps, and the words are tokenised."""
     turns = [{"from": "human", "value": "Is there a red circle?"}, {"from": "gpt", "value": "yes"}]
