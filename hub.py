@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ NEEDED = ["config.json", "generation_config.json", "preprocessor_config.json", "
           "*.safetensors", "*.safetensors.index.json"]
 OTHERS = ["*/*", "consolidated*", "open_clip*", "*fp16*"]            # the same weights once more, for another program
 CONVERTED = "converted-to-safetensors"                               # our name in the cache for what the hub's bot converted
+LARGE = 1e9                                                          # numbers from which a copy in another dtype is avoided
 PAUSES = (2, 10)                                                     # seconds before trying again, where the hub itself fails
 
 
@@ -291,23 +293,23 @@ def load_weights(module, folder, rename, dtype=torch.float32, device="cpu"):
     """Assign a checkpoint's tensors to `module`, which was built under `on_meta()`, and return it. `rename`: see
     match. dtype None: as stored. Buffers are not loaded: modules build theirs from the config, on a real device, and they move to
     `device` here. Raises InputError naming the tensor that is missing, left over, or of another shape or kind."""
-    files, shapes = tensor_files(folder), {}
+    files, shapes, kinds = tensor_files(folder), {}, {}
     for file in dict.fromkeys(files.values()):                       # headers alone: nothing is read that does not fit
         with open_safetensors(file) as opened:
-            shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys() if files.get(name) == file}
+            headers = {name: opened.get_slice(name) for name in opened.keys() if files.get(name) == file}
+            shapes |= {name: header.get_shape() for name, header in headers.items()}
+            kinds |= {name: header.get_dtype() for name, header in headers.items()}
     source = match(module, shapes, rename, folder, files)
+    others = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1 and dtype == torch.bfloat16 and torch.device(device).type == "cpu"
+    if others and sum(math.prod(shapes[name]) for name, *_ in source.values() if kinds[name] != "BF16") >= LARGE:
+        files = in_bf16({name: files[name] for name, *_ in source.values()})
 
     loaded, direct = {}, torch.device(device).type in ("cpu", "cuda")  # safetensors reads straight into these two
     for file in dict.fromkeys(files[name] for name, *_ in source.values()):
         with open_safetensors(file, device if direct else "cpu") as opened:
             for ours, (name, part, parts) in source.items():
                 if files[name] == file:
-                    try:
-                        tensor = opened.get_tensor(name)
-                    except SafetensorError as error:
-                        raise InputError(f"{file}: tensor {name} cannot be read ({error})") from None
-                    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                        raise InputError(f"{file}: tensor {name} has dtype {tensor.dtype}; only float ones are read")
+                    tensor = read(opened, name, file)
                     loaded[ours] = (tensor.chunk(parts)[part] if parts > 1 else tensor).to(device=device, dtype=dtype)
     for ours, tensor in loaded.items():
         parent, _, leaf = ours.rpartition(".")
@@ -316,6 +318,45 @@ def load_weights(module, folder, rename, dtype=torch.float32, device="cpu"):
         for name, buffer in child._buffers.items():
             child._buffers[name] = buffer.to(device)
     return module
+
+
+def read(opened, name, file):
+    """One tensor of an opened file, as stored."""
+    try:
+        tensor = opened.get_tensor(name)
+    except SafetensorError as error:
+        raise InputError(f"{file}: tensor {name} cannot be read ({error})") from None
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise InputError(f"{file}: tensor {name} has dtype {tensor.dtype}; only float ones are read")
+    return tensor
+
+
+def in_bf16(files):
+    """{tensor name: file} -> the same of a bfloat16 copy on the disk, which the first of a node's processes writes and keeps: all
+    of them map it, where each would else hold a copy of its own. Without room on the disk each does."""
+    from huggingface_hub import constants, utils
+    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in dict.fromkeys(files.values())]
+    folder = Path(constants.HF_HOME, "mllm-bf16", hashlib.sha256(repr(states + sorted(files)).encode()).hexdigest()[:16])
+    partial = folder.with_suffix(".partial")
+
+    def tensors():
+        for file in dict.fromkeys(files.values()):
+            with open_safetensors(file) as opened:
+                yield from ((name, read(opened, name, file).to(torch.bfloat16)) for name in files if files[name] == file)
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with utils.WeakFileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                print(f"{states[0][0]}: not bfloat16; writing a copy that this machine's processes share to {folder}", flush=True)
+                shutil.rmtree(partial, ignore_errors=True)           # of a process that was killed
+                save_in_files(partial, tensors(), {}, limit=1e8)
+                partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        print(f"{folder}: cannot be written ({error}); every process holds its own copy", file=sys.stderr, flush=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        return files
+    return tensor_files(folder)
 
 
 def renamer(pairs, skip=()):

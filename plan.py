@@ -45,11 +45,11 @@ import cli
 from connector import SIDES, ConnectorConfig
 from data import lengths_of
 from dialogue import IGNORE, IMAGE, cut_to_length, encode, find_template, load_tokenizer
-from hub import InputError, fields_of, on_meta, read_config, read_json
+from hub import LARGE, InputError, fields_of, on_meta, read_config, read_json
 from images import ImageSpec
 from llama import LlamaConfig
 from mllm import LOGITS, MLLM, llm_class, tower_class
-from train import HERE, LARGE, PARTS, TINY, Config, build_data, check, choose_trained, settings
+from train import HERE, PARTS, TINY, Config, build_data, check, choose_trained, settings
 
 ROOM = 0.9                                                           # the share of a card's memory that may be planned for
 NODE, IN_NODE = 8, 450e9                                             # cards of a node; bytes/s each way of one in it (NVLink)

@@ -31,7 +31,7 @@ import lora
 import shard
 from connector import ConnectorConfig
 from data import LlavaData, Loader, ShikraData
-from hub import InputError, stored
+from hub import LARGE, InputError, stored
 from launch import Log, Ranks, run_folder, say
 from llama import compile_blocks
 from llava import load_connector
@@ -40,7 +40,6 @@ from world import World
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("vision", "connector", "llm")
-LARGE = 1e9                                                            # parameters from which an LLM is not made float32 unasked
 TINY = {"comm": ("clip", "dinov2"), "comm_dino": ("dinov2",)}          # towers where none are named; the others: CLIP
 
 

@@ -6,10 +6,12 @@ import sys
 import weakref
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import hub
 from hub import (InputError, dtype_to_answer, load_weights, locate, read_config, save_checkpoint, save_in_files,
                  tensor_files)
 from llama import Llama, LlamaConfig
@@ -303,3 +305,64 @@ def test_a_large_checkpoint_is_written_in_files_and_never_held_whole(tmp_path):
     assert json.loads((tmp_path / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == 4 * 1200
     save_in_files(tmp_path / "small", [("weight", torch.ones(3))], {"model_type": "x"})
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.fixture
+def of_two(tmp_path, monkeypatch):
+    """As in one of two processes of a node, and 1000 numbers are many. -> where copies in bfloat16 are kept."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(hub, "LARGE", 1000)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "mllm-bf16"
+
+
+def copies(place):
+    return sorted(path.name for path in place.iterdir() if path.is_dir()) if place.exists() else []
+
+
+def test_processes_of_a_node_map_one_bfloat16_copy_of_a_large_file_of_another_kind(folder, of_two, capfd):
+    shard(folder)
+    wanted = Llama.from_pretrained(folder).state_dict()
+    first, second = (Llama.from_pretrained(folder, torch.bfloat16) for _ in range(2))
+    assert all(torch.equal(tensor, wanted[name].bfloat16()) for model in (first, second) for name, tensor in model.state_dict().items())
+    assert capfd.readouterr().out.count("not bfloat16; writing a copy") == len(copies(of_two)) == 1
+    mapped = tensor_files(of_two / copies(of_two)[0])
+    assert set(mapped) == set(tensor_files(folder)) and Path("/proc/self/maps").read_text().count(str(of_two)) >= len(set(mapped.values()))
+
+
+@pytest.mark.parametrize("alone, dtype, stored", [(True, torch.bfloat16, None), (False, torch.float32, None),
+                                                  (False, torch.bfloat16, torch.bfloat16)])
+def test_no_copy_is_written_where_none_is_shared(alone, dtype, stored, folder, of_two, monkeypatch):
+    """By one process alone, of what becomes float32 (whose own weights learn), or of a file that is bfloat16 already."""
+    if alone:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    if stored:
+        rewrite(folder, lambda tensors: tensors.update({name: tensor.to(stored) for name, tensor in tensors.items()}))
+    Llama.from_pretrained(folder, dtype)
+    assert copies(of_two) == []
+
+
+def test_a_checkpoint_that_changed_is_copied_anew_and_half_a_copy_is_never_used(folder, of_two):
+    Llama.from_pretrained(folder, torch.bfloat16)
+    rewrite(folder, lambda tensors: tensors[TENSOR].zero_())
+    model = Llama.from_pretrained(folder, torch.bfloat16)
+    assert len(copies(of_two)) == 2 and model.get_parameter(TENSOR.removeprefix("model.")).abs().sum() == 0
+    newest = max((path for path in of_two.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime_ns)
+    partial = newest.rename(newest.with_suffix(".partial"))          # a process was killed while it wrote
+    (partial / "model.safetensors").write_bytes(b"half")
+    model = Llama.from_pretrained(folder, torch.bfloat16)
+    assert not partial.exists() and model.get_parameter(TENSOR.removeprefix("model.")).abs().sum() == 0
+
+
+def test_where_no_copy_can_be_written_a_process_holds_its_own_and_says_so(folder, of_two, capfd):
+    of_two.parent.write_text("a file where the cache should be")
+    model = Llama.from_pretrained(folder, torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert "every process holds its own copy" in capfd.readouterr().err
+
+
+def test_a_damaged_tensor_is_named_by_whoever_copies_it(folder, of_two):
+    rewrite(folder, lambda tensors: tensors.update({TENSOR: tensors[TENSOR].to(torch.int32)}))
+    with pytest.raises(InputError, match=f"tensor {TENSOR} has dtype torch.int32"):
+        Llama.from_pretrained(folder, torch.bfloat16)
+    assert [name for name in copies(of_two) if not name.endswith(".partial")] == []
