@@ -17,10 +17,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 import cli
 import world
+from compiled import compile_decoding
 from eval import iou, normalise
 from hub import InputError, dtype_to_answer, newest_model
 from images import BadImage, open_image, parse_box, unpad_box
-from llama import compile_decoding
 from mllm import MLLM
 
 LARGEST_DOWNLOAD = 50_000_000                                        # bytes

@@ -29,11 +29,11 @@ import checkpoint
 import cli
 import lora
 import shard
+from compiled import compile_blocks
 from connector import ConnectorConfig
 from data import LlavaData, Loader, ShikraData
 from hub import LARGE, InputError, stored
 from launch import Log, Ranks, run_folder, say
-from llama import compile_blocks
 from llava import load_connector
 from mllm import MLLM
 from world import World
@@ -331,6 +331,8 @@ def write(config, model, run, main, sharded):
 
 def check(config):
     """Refuse here what would break a run later, perhaps after hours."""
+    if "/" in config.connector or "." in config.connector:
+        raise InputError(f"{config.connector}: no such recipe; they are files that end in .toml, in config/")
     if config.stage not in (0, 1, 2):
         raise InputError(f"--stage={config.stage}: 1, 2, or 0 for both")
     if config.init and config.stage != 2:

@@ -1,5 +1,5 @@
 """`decode`: a LLaMA of 1.1B (TinyLlama's shape), PROMPT tokens in, ANSWER out, greedily. `ours_compiled` is what
-sample.py --compile does (llama.compile_decoding), transformers' forms are generate with its dynamic cache, its static one, and
+sample.py --compile does (compiled.compile_decoding), transformers' forms are generate with its dynamic cache, its static one, and
 the dynamic one with a compiled forward. The warm-up, three tokens, contains what is compiled.
 """
 import statistics
@@ -16,7 +16,8 @@ PROMPT, ANSWER = 700, 64                                             # tokens in
 
 
 def decode_ours(folder, device, dtype, form):
-    from llama import Llama, compile_decoding
+    from compiled import compile_decoding
+    from llama import Llama
     model = Llama.from_pretrained(folder, dtype=dtype, device=device)
     if form == "compiled" and not compile_decoding(model):
         raise InputError("there is no C++ compiler (g++)")

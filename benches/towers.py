@@ -26,7 +26,7 @@ def tower_ours(name, device, dtype, compiled):
     from connector import ConnectorConfig, layers_needed
     from dinov2 import DINOv2, DINOv2Config
     from hub import on_meta
-    from llama import compile_blocks
+    from compiled import compile_blocks
     from vit import Normalize
     kind, shape = {"clip": (CLIPVision, CLIPVisionConfig), "dinov2": (DINOv2, DINOv2Config)}[name]
     with on_meta():

@@ -64,7 +64,7 @@ def dialogues(side, tokens_per_image, texts=TEXTS):
 def train_ours(folder, stage, device, texts=TEXTS, compiled=False):
     """-> the model, and a function that gives the loss of the dialogues."""
     from data import collate
-    from llama import compile_blocks
+    from compiled import compile_blocks
     from mllm import MLLM
     from train import choose_trained
     model = MLLM.from_pretrained(folder, device=device).train()

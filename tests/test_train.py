@@ -552,6 +552,7 @@ def refused(arguments):
 
 
 @pytest.mark.parametrize("options, message", {
+    "mistyped recipe": (dict(connector="config/dense_7b.tml"), "config/dense_7b.tml: no such recipe; they are files that end in .toml"),
     "unknown connector": (dict(connector="dens"), "connector kind 'dens' is unknown, nearest 'dense'"),
     "layer of a dense connector": (dict(layer=3), "connector layer is 3, but only linear and mlp read a single layer, not dense"),
     "no such layer": (dict(connector="mlp", layer=7), "connector layer is 7, a tower of 6 blocks has hidden[0] to hidden[6]"),
