@@ -32,6 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from attention import attention
 from hub import InputError, fields_of, load_weights, locate, on_meta, read_config, read_json, save_checkpoint
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
@@ -176,7 +177,8 @@ def attend(q, k, v, mask, grouped):
     if q.shape[2] == 1 and q.device.type == "cpu":
         return attend_from_one(q, k, v, mask)
     if not isinstance(mask, Packed):
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        x = (attention(q, k, v, causal=True) if mask is None else
+             F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped))
         return x.transpose(1, 2).flatten(2)
     one_kernel = q.is_cuda and q.dtype != torch.float32
     return (attend_in_one_kernel if one_kernel else attend_each)(q, k, v, mask, grouped)
@@ -206,20 +208,8 @@ def attend_each(q, k, v, packed, grouped):
     """Attention sequence by sequence: a mask over the whole row would cost T² instead of the sum of their Tᵢ²."""
     lengths, pieces = packed.starts.diff().tolist(), []
     for q, k, v, length in zip(*(heads.split(lengths, dim=2) for heads in (q, k, v)), lengths):
-        own = band(length, packed.window, q.device)
-        products = q.dtype == torch.bfloat16 and q.device.type == "cpu" and own is None and length <= 1024
-        pieces.append(attend_by_products(q, k, v) if products else attend(q, k, v, own, grouped))
+        pieces.append(attend(q, k, v, band(length, packed.window, q.device), grouped))
     return torch.cat(pieces, dim=1)
-
-
-def attend_by_products(q, k, v):
-    """Causal attention as two matrix products, T x T scores and all. On a CPU, PyTorch's fused kernel works in float32 inside,
-    at a tenth of the bfloat16 products' rate: up to some 1000 tokens this takes half its time, an eighth of a training step."""
-    T, groups = q.shape[2], q.shape[1] // k.shape[1]
-    q, k, v = q[0], k[0].repeat_interleave(groups, 0), v[0].repeat_interleave(groups, 0)  # (H, T, D) each
-    future = torch.full((1, T, T), -torch.inf, dtype=q.dtype).triu(1)
-    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)  # (H, T, T)
-    return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)[None]  # (1, T, H·D)
 
 
 class KVCache:

@@ -43,7 +43,6 @@ import torch.nn as nn
 
 import cli
 from connector import SIDES, ConnectorConfig
-from data import lengths_of
 from dialogue import IGNORE, IMAGE, cut_to_length, encode, find_template, load_tokenizer
 from hub import LARGE, InputError, fields_of, on_meta, read_config, read_json
 from images import ImageSpec

@@ -25,6 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from attention import attention
 from hub import (InputError, fields_of, load_weights, locate, on_meta, read_config, read_json, renamer, save_checkpoint,
                  tensor_files)
 
@@ -76,7 +77,7 @@ class Attention(nn.Module):
     def forward(self, x, is_causal=False):
         q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                    for linear in (self.q, self.k, self.v))           # (B, H, S, D/H) each
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        x = attention(q, k, v, is_causal)
         return self.proj(x.transpose(1, 2).flatten(2))               # (B, S, D)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import llama
 from conftest import relative_error
 from hub import InputError
-from llama import KVCache, Llama, LlamaConfig, Packed, attend, attend_by_products, attend_each, attend_in_one_kernel, sample
+from llama import KVCache, Llama, LlamaConfig, Packed, attend_each, attend_in_one_kernel, sample
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("llama_*"))
 MULTI_HEAD = Path(__file__).parent / "fixtures" / "llama_multi_head"
@@ -130,18 +130,6 @@ def test_no_sequence_of_a_row_sees_another(settings):
     with torch.no_grad():
         same = (model(row, lengths=LENGTHS) == model(other, lengths=LENGTHS)).all(-1)[0]
     assert same[8:20].all() and not same[:8].any() and not same[20:].any()
-
-
-@pytest.mark.parametrize("groups", (4, 2))
-def test_attention_by_products_is_the_fused_one(groups):
-    """In float64, where only the order of sums differs, with gradients; 1e-12 is far above its rounding."""
-    q, k, v, weights = (torch.randn(shape, generator=seeded(place), dtype=torch.float64).requires_grad_() for place, shape in
-                        enumerate(((1, 4, 9, 8), (1, groups, 9, 8), (1, groups, 9, 8), (1, 9, 32))))
-    found = []
-    for x in (attend_by_products(q, k, v), attend(q, k, v, None, groups < 4)):
-        found.append((x, *torch.autograd.grad((x * weights).sum(), (q, k, v))))
-    for ours, fused in zip(*found):
-        assert relative_error(ours, fused) < 1e-12
 
 
 @pytest.mark.parametrize("window", (None, 4))
