@@ -5,8 +5,8 @@ its model at full size was, and written in Hugging Face layout:
 
     python pretrain.py clip       contrastive: which of 128 captions belongs to which of 128 pictures (arXiv 2103.00020)
                                   and not one with a wrong word (arXiv 2210.01936)
-    python pretrain.py dinov2     self-distillation without text: class-token and masked-patch losses, a teacher that is the
-                                  student's running mean, global and local crops (arXiv 2304.07193)
+    python pretrain.py dinov2     which views show the same thing, without text: losses of the class token, of patches and of masked
+                                  patches, a teacher that is the student's running mean (after arXiv 2304.07193)
     python pretrain.py mae        the pixels of patches that were hidden from it (arXiv 2111.06377)
     python pretrain.py deit       which class of thing a picture shows, by labels (arXiv 2012.12877, without its teacher)
     python pretrain.py llama      next token on the world's language, without pictures: a scene in text, then questions about it
@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import cli
@@ -74,8 +73,7 @@ def train(model, loss_of, config, adamw=0.5, weight_decay=0.05):
         progress = step / config.steps
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 100, (1 + math.cos(math.pi * progress)) / 2)
-        # Attention by plain matrix products: on a CPU the fused kernel's backward is slower than all the rest of a tower's step.
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
             loss, note = loss_of(step, progress)
         model.zero_grad()
         loss.backward()
@@ -243,15 +241,58 @@ def clip_scores(folder, count=256):
 # --- DINOv2 -----------------------------------------------------------------------------------------------------------
 
 class Head(nn.Module):
-    """Features -> scores over prototypes: an MLP to a unit vector, compared with unit prototypes."""
+    """Features (M, D) -> unit vectors (M, 64), by which looks are compared. At first all class tokens are alike: the batch norm
+    tells them apart from the start."""
 
-    def __init__(self, width, prototypes, bottleneck=64):
+    def __init__(self, width):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, bottleneck))
-        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
+        self.mlp = nn.Sequential(nn.Linear(width, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Linear(256, 64))
 
     def forward(self, x):
-        return F.normalize(self.mlp(x), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
+        return F.normalize(self.mlp(x.float()).float(), dim=-1)
+
+
+def drawn_anew(objects, rng):
+    """The same things elsewhere, each up to a fifth larger or smaller, 24 pixels at most; smaller where there is no room."""
+    sides = np.clip([o.side * rng.uniform(0.8, 1.2) for o in objects], 12, 24)
+    order, placed = np.argsort(-sides), None                         # the largest is placed first
+    kinds = [world.SHAPES.index(o.shape) * 8 + list(world.COLOURS).index(o.colour) for o in objects]
+    while not placed:
+        placed = world.place([kinds[i] for i in order], [float(sides[i]) for i in order], rng)
+        sides = np.maximum(12, 0.97 * sides)
+    return [placed[i] for i in np.argsort(order)]
+
+
+def coloured_anew(pixels, generator):
+    """uint8 (B, 3, H, W) -> the same in another light, and four of five with their channels exchanged and stretched or grey, so
+    that a thing cannot be known again by its colour."""
+    B, x = len(pixels), pixels.float()
+    order = torch.rand(B, 3, generator=generator).argsort(1)[:, :, None, None].expand_as(x)
+    other = x.gather(1, order) * torch.empty(B, 3, 1, 1).uniform_(0.6, 1.4, generator=generator)
+    grey, changed, light = torch.rand(3, B, 1, 1, 1, generator=generator)
+    other = torch.where(grey < 0.2, other.mean(1, keepdim=True), other)
+    return (torch.where(changed < 0.8, other, x) * (0.7 + 0.6 * light)).clamp(0, 255).byte()
+
+
+def lies_on(objects):
+    """Which of the objects lies under the middle of each patch: (64,), -1 where none does."""
+    at, thing = (np.arange(8) + 0.5) * world.SIDE / 8, np.full((8, 8), -1)
+    for i, o in enumerate(objects):
+        thing[np.ix_((at > o.y) & (at < o.y + o.side), (at > o.x) & (at < o.x + o.side))] = i
+    return thing.flatten()
+
+
+def part_around(o, rng):
+    """4 x 4 of the 8 x 8 patches with all of an object of 24 pixels or fewer: their numbers, (16,)."""
+    corner = [rng.integers(max(0, math.ceil((c + o.side) / 8) - 4), min(4, int(c / 8)) + 1) for c in (o.y, o.x)]
+    return (np.arange(corner[0], corner[0] + 4)[:, None] * 8 + np.arange(corner[1], corner[1] + 4)).flatten()
+
+
+def contrast(queries, keys, own, others):
+    """InfoNCE (arXiv 1807.03748): each of queries (M, C) finds its own of keys (K, C), the own[m]-th. others: bool (M, K), the keys
+    that it is held against; all of unit length."""
+    scores = (queries @ keys.T / 0.1).masked_fill(~others, -torch.inf)
+    return F.cross_entropy(scores, own)
 
 
 def crops(pixels, size, scale, generator):
@@ -269,58 +310,68 @@ def crops(pixels, size, scale, generator):
     return (cropped * light).clamp(0, 255).byte()
 
 
-@torch.no_grad()
-def sinkhorn(scores, temperature, rounds=3):
-    """Teacher scores (M, K) -> targets whose rows sum to 1 and which use every prototype alike (no collapse)."""
-    q = ((scores.float() - scores.max()) / temperature).exp()
-    for _ in range(rounds):
-        q = q / q.sum(0, keepdim=True)
-        q = q / q.sum(1, keepdim=True)
-    return q
-
-
-def pretrain_dinov2(config, folder):
+def pretrain_dinov2(config, folder, whole_from=0.6, whole_batch=48):
+    """Two views of the same things, drawn anew: elsewhere, on another ground, in other colours. What stays is what they are.
+    First the tower sees 4 x 4 patches around one of them, later whole pictures with up to five."""
     student = DINOv2(DINOv2Config(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, mlp_ratio=4,
                                   image_size=world.SIDE, patch_size=8, layerscale_value=1.0), MEAN, STD)
     nn.init.normal_(student.position_embeddings, std=POSITION_STD)
-    student = nn.ModuleDict({"tower": student, "cls": Head(128, 64), "patch": Head(128, 256)})
-    # few prototypes: Sinkhorn shares a batch out among them, and with more than there are pictures each gets only noise
+    student = nn.ModuleDict({"tower": student, "thing": Head(128), "patch": Head(128)})
     teacher = copy.deepcopy(student).requires_grad_(False)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator, rng = torch.Generator().manual_seed(config.seed), np.random.default_rng(config.seed)
 
-    def look(model, pixels, mask=None):
+    def look(model, pixels, parts, mask=None):
+        """pixels (V, 3, 64, 64), of which only the patches numbered parts (V, N) are seen, without those of mask -> class tokens
+        (V, D), patches (V, N, D)."""
         tower = model["tower"]
-        last = tower.norm(tower(pixels, [tower.config.num_hidden_layers], mask)[0])
-        return last[:, 0], last[:, 1:]                               # class token (B, D), patches (B, N, D)
-
-    def cross_entropy(targets, scores):
-        return -(targets * (scores.float() / 0.1).log_softmax(-1)).sum(-1).mean()
+        chosen = parts[..., None].expand(-1, -1, tower.config.hidden_size)
+        x = tower.patch(tower.normalize(pixels, torch.float32)).flatten(2).transpose(1, 2).gather(1, chosen)
+        x = x if mask is None else torch.where(mask[..., None], tower.mask_token.to(x.dtype), x)
+        x = x + tower.position_embeddings[:, 1:].expand(len(x), -1, -1).gather(1, chosen)
+        cls = (tower.cls_token + tower.position_embeddings[:, :1]).expand(len(x), -1, -1).to(x.dtype)
+        x = tower.norm(run_blocks(tower.blocks, torch.cat([cls, x], 1), [tower.config.num_hidden_layers])[0])
+        return x[:, 0], x[:, 1:]
 
     def loss_of(step, progress):
-        with torch.no_grad():                                        # the teacher follows the student, ever more slowly
-            momentum = 1 - 0.02 * (1 + math.cos(math.pi * progress)) / 2
-            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-        pixels, B = pictures(scenes(config, step)), config.batch
-        views = torch.cat([crops(pixels, world.SIDE, (0.5, 1.0), generator) for _ in range(2)])        # two global views
-        small = torch.cat([crops(pixels, world.SIDE // 2, (0.25, 0.5), generator) for _ in range(2)])  # two local ones
-        heat = 0.04 + 0.03 * min(1.0, progress * 5)                  # the teacher's temperature warms up
+        torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in student.parameters()], 0.02)
+        whole = progress >= whole_from
+        drawn = scenes(config, step, 5 if whole else 1 if progress < whole_from / 2 else 2)[:whole_batch if whole else None]
+        drawn = [(index + far, drawn_anew(objects, rng)) for far in (0, 7_777_777) for index, objects in drawn]
+        pixels, V = coloured_anew(pictures(drawn), generator), len(drawn)      # V views, the i-th and the (i + V/2)-th of one scene
+        parts = np.stack([np.arange(64) if whole else part_around(objects[0], rng) for _, objects in drawn])
+        things = np.take_along_axis(np.stack([lies_on(objects) for _, objects in drawn]), parts, 1)
+        parts, things = torch.from_numpy(parts), torch.from_numpy(things)      # (V, N) each
+        share = torch.rand(V, 1, generator=generator) * 0.4 + 0.1              # 10% to 50% masked, in a quarter or half of the views
+        mask = torch.rand(parts.shape, generator=generator) < share
+        mask &= torch.rand(V, 1, generator=generator) < (0.5 if whole else 0.25)
+        mask[0, :2] = True
+        cls, patches = look(student, pixels, parts, mask)
         with torch.no_grad():
-            cls, patches = look(teacher, views)
-            target = sinkhorn(teacher["cls"](cls), heat)             # (2B, K)
-        share = torch.rand(2 * B, 1, generator=generator) * 0.4 + 0.1     # 10% to 50% masked, in half of the pictures
-        mask = (torch.rand(2 * B, patches.shape[1], generator=generator) < share) & (torch.rand(2 * B, 1, generator=generator) < 0.5)
-        mask[0, 0] = True
-        seen, seen_patches = look(student, views, mask)
-        local, _ = look(student, small)
-        scores, local_scores = student["cls"](seen), student["cls"](local)
-        swapped = target.roll(B, 0)                                  # a view learns from the other view
-        loss_cls = (cross_entropy(swapped, scores) + cross_entropy(target, local_scores) + cross_entropy(swapped, local_scores)) / 3
-        patch_target = sinkhorn(teacher["patch"](patches[mask]), heat)
-        loss_patch = cross_entropy(patch_target, student["patch"](seen_patches[mask]))
-        unit = F.normalize(seen.float(), dim=-1)                     # KoLeo: spread the class tokens of a view apart
-        near = (unit[:B] @ unit[:B].T - 2 * torch.eye(B)).argmax(1)
-        koleo = -(unit[:B] - unit[:B][near]).norm(dim=-1).add(1e-6).log().mean()
-        return loss_cls + loss_patch + 0.1 * koleo, f"class {loss_cls.item():.3f} patch {loss_patch.item():.3f} koleo {koleo.item():.2f}"
+            _, known = look(teacher, pixels, parts)
+
+        # The class token finds that of its scene's other view, among those of all scenes.
+        names, view = student["thing"](cls), torch.arange(V)
+        loss_cls = contrast(names, names, (view + V // 2) % V, ~torch.eye(V, dtype=torch.bool))
+        # Every patch of a thing finds the thing in the other view. A thing is the class token where there is but one, else the
+        # teacher's mean of its patches.
+        per = 5 if whole else 1
+        on = (things >= 0) & (things < per)
+        thing = (view[:, None] * per + things)[on]                             # its number, of V·per
+        count = torch.bincount(thing, minlength=V * per)[:, None]
+        if whole:
+            with torch.no_grad():
+                mean = torch.zeros(V * per, 128).index_add_(0, thing, known[on].float()) / count.clamp(min=1)
+                names = teacher["thing"](mean)
+        other = (thing + V * per // 2) % (V * per)
+        seen = count[other, 0] > 0
+        others = (count[:, 0] > 0) & (torch.arange(V * per) != thing[seen, None])
+        loss_thing = contrast(student["thing"](patches[on][seen]), names.detach(), other[seen], others)
+        # Every masked patch finds what the teacher sees in its place, among all masked patches.
+        some = torch.randperm(int(mask.sum()), generator=generator)[:512]
+        hidden, truth = student["patch"](patches[mask])[some], teacher["patch"](known[mask])[some]
+        loss_patch = contrast(hidden, truth, torch.arange(len(some)), torch.ones(len(some), len(some), dtype=torch.bool))
+        return loss_cls + loss_thing + (1 if whole else 0.5) * loss_patch, \
+            f"class {loss_cls.item():.3f} thing {loss_thing.item():.3f} patch {loss_patch.item():.3f}"
 
     train(student, loss_of, config)
     write(teacher["tower"], folder, config, preprocessor_config=PREPROCESSING | {"image_processor_type": "BitImageProcessor"})
@@ -501,7 +552,7 @@ def llama_scores(folder, count=200):
 
 def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
-    recipes = {"clip": (pretrain_clip, 1800, 128, 6e-3), "dinov2": (pretrain_dinov2, 600, 64, 3e-3),
+    recipes = {"clip": (pretrain_clip, 1800, 128, 6e-3), "dinov2": (pretrain_dinov2, 1600, 128, 3e-3),
                "mae": (pretrain_mae, 900, 64, 6e-3), "deit": (pretrain_deit, 1000, 32, 6e-3),
                "llama": (pretrain_llama, 9000, 16, 6e-3)}
     if config.model not in recipes:

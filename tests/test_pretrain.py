@@ -1,10 +1,12 @@
 """pretrain.py: the world's tokenizer, the three recipes in a few steps, and the checkpoints that the repository holds."""
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 import pretrain
@@ -147,10 +149,56 @@ def test_pretraining_draws_scenes_that_training_does_not():
     assert pretrain.scenes(pretrain.Config(batch=1, seed=1), 0)[0][0] > last_of_seed_0
 
 
-def test_sinkhorn_spreads_targets_over_prototypes():
-    targets = pretrain.sinkhorn(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) + torch.arange(8.0), 0.5)
-    assert torch.allclose(targets.sum(1), torch.ones(64), atol=1e-5)
-    assert targets.mean(0).max() < 2 / 8                             # though the scores favour the last prototype by far
+def test_things_drawn_anew_are_the_same_elsewhere():
+    rng = np.random.default_rng(0)
+    for index in range(50):
+        objects = world.scene("train", index)
+        anew = pretrain.drawn_anew(objects, rng)
+        assert [(o.colour, o.shape) for o in anew] == [(o.colour, o.shape) for o in objects]
+        for new, old in zip(anew, objects):
+            assert 12 <= new.side <= min(24, 1.2 * old.side)
+            assert 0 <= min(new.x, new.y) and max(new.x, new.y) + new.side <= world.SIDE
+        assert all(abs(new.x - old.x) + abs(new.y - old.y) > 0 for new, old in zip(anew, objects))
+    crowd = [world.Object("circle", colour, "large", 0, 0, 25.0) for colour in ("red", "green", "blue", "cyan", "white")]
+    assert len(pretrain.drawn_anew(crowd, rng)) == 5                 # no room for five of that size: they shrink
+
+
+def test_colours_drawn_anew_leave_shapes_and_exchange_channels():
+    """A red square on black: it stays a square, and is red in about a third of those whose channels were exchanged."""
+    pixels = torch.zeros(400, 3, 8, 8, dtype=torch.uint8)
+    pixels[:, 0, 2:6, 2:6] = 100
+    anew = pretrain.coloured_anew(pixels, torch.Generator().manual_seed(0))
+    assert anew.dtype == torch.uint8 and torch.equal(anew.amax(1) > 0, pixels.amax(1) > 0)
+    lit = (anew[:, :, 3, 3] > 0).float()
+    grey, red = (lit.sum(1) == 3), (lit[:, 0] == 1) & (lit.sum(1) == 1)
+    assert 0.1 < grey.float().mean() < 0.22                          # a fifth of four fifths
+    assert 0.33 < red.float().mean() < 0.5                           # a fifth stays, of the other four fifths (0.64) a third
+
+
+def test_a_part_holds_all_patches_of_its_object():
+    rng = np.random.default_rng(0)
+    for index in range(200):
+        objects = pretrain.drawn_anew(world.scene("train", index), rng)
+        part, on = pretrain.part_around(objects[0], rng), pretrain.lies_on(objects)
+        rows, columns = part.reshape(4, 4)[:, 0] // 8, part.reshape(4, 4)[0] % 8
+        assert (rows == np.arange(rows[0], rows[0] + 4)).all() and (columns == np.arange(columns[0], columns[0] + 4)).all()
+        assert 0 <= part.min() and part.max() < 64 and set(np.flatnonzero(on == 0)) <= set(part)
+        o = objects[0]
+        assert columns[0] * 8 <= o.x and o.x + o.side <= columns[-1] * 8 + 8 and rows[0] * 8 <= o.y and o.y + o.side <= rows[-1] * 8 + 8
+        for i, o in enumerate(objects):
+            middles = [(n // 8 * 8 + 4, n % 8 * 8 + 4) for n in np.flatnonzero(on == i)]
+            assert middles and all(o.y < y < o.y + o.side and o.x < x < o.x + o.side for y, x in middles)
+
+
+def test_contrast_is_the_cross_entropy_among_the_keys_that_count():
+    queries, keys = (F.normalize(torch.randn(n, 4, generator=torch.Generator().manual_seed(n)), dim=-1) for n in (3, 5))
+    own, others = torch.tensor([4, 0, 2]), torch.rand(3, 5, generator=torch.Generator().manual_seed(1)) < 0.5
+    others[torch.arange(3), own] = True
+    expected = 0
+    for query, at, counts in zip(queries, own, others):
+        weights = [math.exp(10 * float(query @ key)) for key in keys]
+        expected -= math.log(weights[at] / sum(w for w, c in zip(weights, counts) if c)) / 3
+    assert pretrain.contrast(queries, keys, own, others).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_crops_are_parts_of_the_picture():
