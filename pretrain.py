@@ -113,6 +113,21 @@ def around_largest(drawn, side):
     return torch.stack(parts)
 
 
+def crops(pixels, size, scale, generator):
+    """A random square crop of every picture, (B, 3, 64, 64) -> uint8 (B, 3, size, size); its side is `scale` of the picture's.
+    Flipped and changed in brightness at random; colours stay, they carry meaning here."""
+    B = len(pixels)
+    side = torch.empty(B).uniform_(*scale, generator=generator)
+    centre = (torch.rand(B, 2, generator=generator) * 2 - 1) * (1 - side)[:, None]
+    flip = torch.randint(0, 2, (B,), generator=generator) * 2 - 1
+    theta = torch.zeros(B, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = side * flip, side, centre
+    grid = F.affine_grid(theta, (B, 3, size, size), align_corners=False)
+    cropped = F.grid_sample(pixels.float(), grid, align_corners=False, padding_mode="reflection")
+    light = torch.empty(B, 1, 1, 1).uniform_(0.7, 1.3, generator=generator)
+    return (cropped * light).clamp(0, 255).byte()
+
+
 def write(model, folder, config, **extra):
     """Save in Hugging Face layout, in half precision: 14 MB hold all five."""
     model.half().save_pretrained(folder)
@@ -293,21 +308,6 @@ def contrast(queries, keys, own, others):
     that it is held against; all of unit length."""
     scores = (queries @ keys.T / 0.1).masked_fill(~others, -torch.inf)
     return F.cross_entropy(scores, own)
-
-
-def crops(pixels, size, scale, generator):
-    """A random square crop of every picture, (B, 3, 64, 64) -> uint8 (B, 3, size, size); its side is `scale` of the picture's.
-    Flipped and changed in brightness at random; colours stay, they carry meaning here."""
-    B = len(pixels)
-    side = torch.empty(B).uniform_(*scale, generator=generator)
-    centre = (torch.rand(B, 2, generator=generator) * 2 - 1) * (1 - side)[:, None]
-    flip = torch.randint(0, 2, (B,), generator=generator) * 2 - 1
-    theta = torch.zeros(B, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = side * flip, side, centre
-    grid = F.affine_grid(theta, (B, 3, size, size), align_corners=False)
-    cropped = F.grid_sample(pixels.float(), grid, align_corners=False, padding_mode="reflection")
-    light = torch.empty(B, 1, 1, 1).uniform_(0.7, 1.3, generator=generator)
-    return (cropped * light).clamp(0, 255).byte()
 
 
 def pretrain_dinov2(config, folder, whole_from=0.6, whole_batch=48):
