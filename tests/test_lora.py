@@ -15,7 +15,8 @@ import pytest
 import torch
 from conftest import ROOT, relative_error
 from safetensors.torch import load_file
-from test_train import as_found, flags, losses, near, ragged, refused, weights        # the fixtures, too
+from test_train import as_found, flags, losses, near, ragged, weights        # the fixtures, too
+from test_train_errors import refused
 
 import checkpoint
 import cli

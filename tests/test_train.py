@@ -1,4 +1,4 @@
-"""train.py and checkpoint.py: the loss, who learns, stops of every kind and going on after them, ranks, and bad input.
+"""train.py: the loss, who learns, ranks, and what computes the same. test_resume.py has its stops, test_train_errors.py bad input.
 
 Runs are real ones, in process, on random checkpoints a few thousand parameters large; only what has to die does so in a
 process of its own. Losses "the same" are compared bit for bit where the arithmetic is the same, and else within SAME.
@@ -18,14 +18,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import checkpoint
 import cli
 import train
 from conftest import ROOT
 from connector import ConnectorConfig
 from data import Loader
 from dialogue import IGNORE, encode
-from dinov2 import DINOv2, DINOv2Config
 from hub import InputError
 from mllm import MLLM
 
@@ -116,6 +114,28 @@ def ragged(folder, count=14):
         turns = [("<image>\nWhat is this?" if i % 2 else "What is this?", " ".join(["red circle square"] * (i % 4)) or "yes")]
         samples.append((picture if i % 2 else None, turns + [("And now?", "small blue cross")] * (i % 6)))
     return dialogues(folder, samples)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_folders, tmp_path_factory):
+    """flags' default run without a stop: (folder of the run, its checkpoint of stage 2)."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    train.main([f"--vision={tiny_folders['clip']}", f"--llm={tiny_folders['llama']}", "--connector=dense", "--batch1=4",
+                "--batch2=4", "--micro_batch=4", "--steps1=2", "--steps2=6", "--save_every=2", "--log_every=1",
+                "--evaluate=false", "--device=cpu", f"--out={folder / 'run'}"])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return folder / "run"
+
+
+def assert_as_uninterrupted(uninterrupted, run="run"):
+    assert losses(run) == losses(uninterrupted)
+    assert model_bytes(run) == model_bytes(uninterrupted)
+    for name in ("trained", "optimizer"):
+        file = f"checkpoints/stage2-0000006/{name}.safetensors"
+        assert (Path(run) / file).read_bytes() == (uninterrupted / file).read_bytes()
+    assert sorted(path.name for path in (Path(run) / "checkpoints").iterdir()) == ["stage1-0000002", "stage2-0000006"]
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -290,356 +310,6 @@ def test_the_peak_of_each_stage_is_its_own(flags):
     train.main(flags(steps1=2, steps2=2, lr1=0.01, lr2=0.002, warmup=0))
     assert {record["stage"]: max(r["lr"] for r in records() if r["stage"] == record["stage"]) for record in records()} == \
         {1: pytest.approx(0.01), 2: pytest.approx(0.002)}
-
-
-# --- stops, and going on ------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def uninterrupted(tiny_folders, tmp_path_factory):
-    """flags' default run without a stop: (folder of the run, its checkpoint of stage 2)."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    train.main([f"--vision={tiny_folders['clip']}", f"--llm={tiny_folders['llama']}", "--connector=dense", "--batch1=4",
-                "--batch2=4", "--micro_batch=4", "--steps1=2", "--steps2=6", "--save_every=2", "--log_every=1",
-                "--evaluate=false", "--device=cpu", f"--out={folder / 'run'}"])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return folder / "run"
-
-
-def assert_as_uninterrupted(uninterrupted, run="run"):
-    assert losses(run) == losses(uninterrupted)
-    assert model_bytes(run) == model_bytes(uninterrupted)
-    for name in ("trained", "optimizer"):
-        file = f"checkpoints/stage2-0000006/{name}.safetensors"
-        assert (Path(run) / file).read_bytes() == (uninterrupted / file).read_bytes()
-    assert sorted(path.name for path in (Path(run) / "checkpoints").iterdir()) == ["stage1-0000002", "stage2-0000006"]
-
-
-KILLS = {
-    "before the first save": ("write = train.Log.write\ndef die(self, record):\n    write(self, record)\n"
-                              "    if record['stage'] == 1: os.kill(os.getpid(), signal.SIGKILL)\ntrain.Log.write = die", []),
-    "between two saves": ("write = train.Log.write\ndef die(self, record):\n    write(self, record)\n"
-                          "    if (record['stage'], record['step']) == (2, 4): os.kill(os.getpid(), signal.SIGKILL)\ntrain.Log.write = die",
-                          ["stage1-0000002", "stage2-0000004"]),
-    "during a save": ("save, files = checkpoint.save_safetensors, []\ndef die(tensors, path):\n    save(tensors, path)\n"
-                      "    files.append(path)\n    if len(files) == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-                      "checkpoint.save_safetensors = die",               # two files a save: the first of stage 2's second save
-                      ["stage1-0000002", "stage2-0000002", "stage2-0000004.partial"]),
-    "before the former checkpoint is gone": ("checkpoint.shutil.rmtree = lambda path, **options: None if options else "
-                                             "os.kill(os.getpid(), signal.SIGKILL)",
-                                             ["stage1-0000002", "stage2-0000002", "stage2-0000004"])}
-
-
-@pytest.mark.parametrize("before, left", KILLS.values(), ids=KILLS)
-def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(before, left, flags, uninterrupted):
-    done = in_a_process(flags(), before)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    found = Path("run/checkpoints")
-    assert sorted(path.name for path in (found.iterdir() if found.exists() else ())) == left
-    assert not Path("run/model").exists()
-    train.main([*flags(), "--resume"])
-    assert_as_uninterrupted(uninterrupted)
-
-
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
-@pytest.mark.parametrize("at", [(1, 0), (1, 1), (2, 2)])
-def test_a_signal_saves_and_stops_and_resume_completes_the_run(number, at, flags, uninterrupted, monkeypatch, capsys):
-    write = train.Log.write
-    def interrupt(self, record):
-        write(self, record)
-        if (record["stage"], record["step"]) == at:
-            os.kill(os.getpid(), number)
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Log, "write", interrupt)
-        train.main(flags())
-    printed = capsys.readouterr().out
-    if at == (1, 1):                                                 # after stage 1's last step: stage 2 stops at its first
-        at = (2, -1)
-    assert f"stopped at step {at[1] + 2} of stage {at[0]}, saved; go on with --resume" in printed
-    assert Path(f"run/checkpoints/stage{at[0]}-{at[1] + 2:07d}").exists() and not Path("run/model").exists()
-    train.main([*flags(), "--resume"])
-    assert f"resumed from run/checkpoints/stage{at[0]}-{at[1] + 2:07d} at step {at[1] + 2}" in capsys.readouterr().out
-    assert_as_uninterrupted(uninterrupted)
-
-
-def test_a_second_signal_stops_at_once(flags, monkeypatch):
-    ranks = train.Ranks("cpu")
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert ranks.stop
-    with pytest.raises(SystemExit) as stopped:
-        os.kill(os.getpid(), signal.SIGTERM)
-        for _ in range(1000):                                        # a handler runs between two instructions
-            pass
-    assert stopped.value.code == 128 + signal.SIGTERM
-
-
-def test_one_stage_after_the_other_is_both_in_a_row(flags, uninterrupted):
-    train.main(flags(stage=1))
-    connector_only = model_bytes()
-    train.main(flags(stage=2))
-    assert_as_uninterrupted(uninterrupted)
-    assert connector_only != model_bytes()
-
-
-def test_stage_2_starts_from_the_checkpoint_that_is_named(flags, uninterrupted):
-    train.main(flags(stage=2, init=uninterrupted / "checkpoints" / "stage1-0000002"))
-    theirs = {key: loss for key, loss in losses(uninterrupted).items() if key[0] == 2}
-    assert losses() == theirs and model_bytes() == model_bytes(uninterrupted)
-
-
-def test_a_finished_run_resumed_is_left_as_it_is(flags, uninterrupted, capsys):
-    shutil.copytree(uninterrupted, "run")
-    train.main([*flags(), "--resume"])
-    assert_as_uninterrupted(uninterrupted)
-    assert len(records()) == len(records(uninterrupted))
-    train.main([*flags(stage=2), "--resume"])
-    assert_as_uninterrupted(uninterrupted)
-
-
-def test_stage_1_resumed_does_not_write_over_the_model_of_stage_2(flags, uninterrupted):
-    shutil.copytree(uninterrupted, "run")
-    with pytest.raises(InputError, match="run: holds a run of stage 2 already; leave out --stage=1 to go on with it"):
-        train.main([*flags(stage=1), "--resume"])
-    assert_as_uninterrupted(uninterrupted)
-
-
-def test_a_run_takes_the_next_free_name_and_resume_the_newest(flags):
-    def unnamed(**options):
-        return [flag for flag in flags(steps1=1, steps2=1, connector="mlp", **options) if not flag.startswith("--out")]
-    train.main(unnamed(stage=1))
-    train.main(unnamed(stage=2))                                     # goes on in out/mlp
-    assert [path.name for path in Path("out").iterdir()] == ["mlp"] and len(records("out/mlp")) == 2
-    train.main(unnamed())
-    assert sorted(path.name for path in Path("out").iterdir()) == ["mlp", "mlp-2"]
-    before = {path: path.stat().st_mtime_ns for path in Path("out/mlp").rglob("*")}
-    shutil.rmtree("out/mlp-2/model")
-    train.main([*unnamed(), "--resume"])
-    assert Path("out/mlp-2/model").exists()
-    assert before == {path: path.stat().st_mtime_ns for path in Path("out/mlp").rglob("*")}
-
-
-@pytest.mark.parametrize("again", [{}, {"stage": 1}, {"stage": 2}, {"stage": 2, "init": "new"}], ids=str)
-def test_a_finished_run_is_never_written_over(again, flags, uninterrupted):
-    shutil.copytree(uninterrupted, "run")
-    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
-    with pytest.raises(InputError, match="run: holds a run of stage .* already; --resume goes on with it, another --out"):
-        train.main(flags(**again))
-    assert before == {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
-
-
-def test_a_finished_run_without_a_name_is_not_written_over_either(flags):
-    def unnamed(**options):
-        return [flag for flag in flags(steps1=1, steps2=1, connector="mlp", **options) if not flag.startswith("--out")]
-    train.main(unnamed())
-    before = model_bytes("out/mlp")
-    with pytest.raises(InputError, match="holds a run of stage 2 already"):
-        train.main(unnamed(stage=2, lr2=1))
-    assert model_bytes("out/mlp") == before
-
-
-def test_a_run_of_stage_2_alone_is_not_written_over_by_both(flags):
-    train.main(flags(stage=2, init="new", steps2=1))
-    before = model_bytes()
-    with pytest.raises(InputError, match="holds a run of stage 2 already"):
-        train.main(flags())
-    assert model_bytes() == before
-
-
-# --- losses that are not numbers ----------------------------------------------------------------------------------------
-
-def spoil(monkeypatch, steps, value=math.nan):
-    """Forwards number `steps` (from 0; a step is one forward here) give this loss."""
-    forward, calls = MLLM.forward, []
-    def spoiled(self, *batch):
-        loss, number = forward(self, *batch)
-        calls.append(1)
-        return loss * (value if len(calls) - 1 in steps else 1), number
-    monkeypatch.setattr(MLLM, "forward", spoiled)
-
-
-@pytest.mark.parametrize("value", (math.nan, math.inf))
-def test_a_step_without_a_finite_loss_is_skipped_and_its_samples_are_named(value, flags, monkeypatch, capsys):
-    train.main(flags(out="whole", stage=1, steps1=3, batch1=2, save_every=1))
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", lambda *args, **options: None)    # keep every checkpoint
-        spoil(patch, [2], value)
-        train.main(flags(stage=1, steps1=4, batch1=2, save_every=1, warmup=0, lr1=1e-2))
-    said = capsys.readouterr().err
-    line, = [line for line in said.splitlines() if "step skipped" in line]
-    config = cli.parse(train.Config, flags(stage=1, steps1=4, batch1=2))
-    model = train.build_model(config, torch.device("cpu"))
-    loader = iter(Loader(train.build_data(config, 1), model.tokenizer, "plain", model.spec, 16, 2048, 2, 4, 1))
-    expected = [name for _ in range(2) for batch in next(loader) for name in batch.ids], next(loader)[0].ids
-    assert line.startswith("step 2: loss") and line.endswith("among " + ", ".join(expected[1])) and expected[0] != expected[1]
-    saved = {n: [load_file(f"run/checkpoints/stage1-000000{n}/{kind}.safetensors") for kind in ("trained", "optimizer")] for n in (2, 3, 4)}
-    assert not changed(saved[2][0], saved[3][0]) and not changed(saved[2][1], saved[3][1])    # weights, moments, Adam's step
-    assert changed(saved[3][0], saved[4][0]) == set(saved[3][0])     # and the run goes on
-
-
-def test_ten_bad_steps_in_a_row_stop_the_run_and_the_last_checkpoint_is_good(flags, monkeypatch):
-    arguments = flags(stage=1, steps1=30, batch1=1)
-    with monkeypatch.context() as patch:
-        spoil(patch, range(5, 99))
-        with pytest.raises(InputError, match="ten steps in a row without a finite loss, stopped at step 14; .* run/checkpoints is good"):
-            train.main(arguments)
-    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["stage1-0000014"]
-    train.main([*arguments, "--resume"])
-    found = {record["step"]: record["loss"] is not None for record in records()}
-    assert [step for step in range(30) if not found[step]] == list(range(5, 14))     # 14 was done again, and was good
-    assert all(tensor.isfinite().all() for tensor in weights().values())
-
-
-def test_nine_bad_steps_do_not_stop_the_run(flags, monkeypatch):
-    spoil(monkeypatch, [*range(0, 9), *range(10, 19)])
-    train.main(flags(stage=1, steps1=20, batch1=1))
-    assert all(tensor.isfinite().all() for tensor in weights().values())
-
-
-# --- bad pictures -------------------------------------------------------------------------------------------------------
-
-def with_bad(folder, count, bad):
-    names = pictures(folder, count)
-    for name in names[:bad]:
-        (folder / name).write_bytes((folder / name).read_bytes()[:30])
-    return dialogues(folder, [(name, [("<image>\nWhat is this?", "a red circle")]) for name in names])
-
-
-def test_corrupt_pictures_are_skipped_and_named(flags, tmp_path, capsys):
-    data = with_bad(tmp_path, 12, 3)
-    (tmp_path / "2.png").unlink()
-    train.main(flags(stage=1, data1=data, template1="tiny", steps1=3))
-    said = capsys.readouterr().err
-    assert sorted(line.split(":")[0] for line in said.splitlines()) == ["skipped s0", "skipped s1", "skipped s2"]
-    assert "2.png: no such image" in said and "0.png: not a readable image" in said
-    assert records()[-1]["skipped"] == 3
-
-
-def test_too_many_corrupt_pictures_stop_the_run(flags, tmp_path):
-    with pytest.raises(InputError, match="4 samples with bad images, more than 1% of those seen; .*s3"):
-        train.main(flags(stage=1, data1=with_bad(tmp_path, 12, 4), template1="tiny", steps1=3))
-    assert not Path("run/model").exists()
-
-
-def test_a_dataset_that_teaches_nothing_stops_the_run(flags, tmp_path):
-    """Here no turn fits: every sample is skipped, and a loss of zero tokens is not zero."""
-    with pytest.raises(InputError, match="no sample of the dataset can be learnt from; the last one: .* not even the first turn fits"):
-        train.main(flags(stage=1, max_length=8))
-    assert not Path("run/model").exists()
-
-
-def test_a_dialogue_is_cut_to_the_llms_own_context(flags, tiny_folders, tmp_path, capsys):
-    """Positions that the LLM was not made for are not trained, and it would refuse to generate there."""
-    shutil.copytree(tiny_folders["llama"], "short")
-    config = json.loads(Path("short/config.json").read_text())
-    Path("short/config.json").write_text(json.dumps(config | {"max_position_embeddings": 50}))
-    name, = pictures(tmp_path, 1)
-    question, answer = "Where is the red circle?", "[0.10,0.20,0.30,0.40]"
-    data = dialogues(tmp_path, [(name, [(f"<image>\n{question}", answer)] + [(question, answer)] * 9)])
-    train.main(flags(stage=1, llm="short", data1=data, template1="tiny", steps1=1, batch1=1))
-    record, = records()
-    assert 30 < record["tokens"] <= 50 and record["supervised"] == 14     # two whole turns: [, four numbers, ], </s>
-
-
-# --- wrong input, in one line -------------------------------------------------------------------------------------------
-
-def refused(arguments):
-    with pytest.raises(InputError) as error:
-        train.main(arguments)
-    assert "\n" not in str(error.value)
-    assert not Path("run/model").exists() and not list(Path(".").rglob("stage*"))
-    return str(error.value)
-
-
-@pytest.mark.parametrize("options, message", {
-    "mistyped recipe": (dict(connector="config/dense_7b.tml"), "config/dense_7b.tml: no such recipe; they are files that end in .toml"),
-    "unknown connector": (dict(connector="dens"), "connector kind 'dens' is unknown, nearest 'dense'"),
-    "layer of a dense connector": (dict(layer=3), "connector layer is 3, but only linear and mlp read a single layer, not dense"),
-    "no such layer": (dict(connector="mlp", layer=7), "connector layer is 7, a tower of 6 blocks has hidden[0] to hidden[6]"),
-    "unknown merge": (dict(connector="comm", merge="all"), "connector merge 'all' is unknown, nearest 'lln'"),
-    "unknown template": (dict(template="vicuna"), "no template 'vicuna': there are plain, vicuna_v1"),
-    "unknown template of stage 1": (dict(template1="plane"), "no template 'plane'"),
-    "template without its tokens": (dict(template="chatml"), "the tokenizer has no token <|im_start|>"),
-    "stage 2 first": (dict(stage=2), "stage 2 starts from stage 1's connector, and run/checkpoints has none"),
-    "stage 3": (dict(stage=3), "--stage=3: 1, 2, or 0 for both"),
-    "no such init": (dict(stage=2, init="nowhere"), "nowhere: no such folder"),
-    "no data": (dict(data1=""), "--data1 is empty"),
-    "no such data": (dict(data1="missing.json"), "missing.json: cannot be read"),
-    "no such data of stage 2": (dict(data2="missing.json"), "missing.json: cannot be read"),
-    "boxes of crops": (dict(data1="rec:x.jsonl", image_mode="crop"), "with --image_mode=crop they are wrong"),
-    "image mode": (dict(image_mode="fold"), "--image_mode=fold: pad, crop or stretch"),
-    "unknown part": (dict(train2="tower"), "--train2=tower: what learns is one or more of vision, connector, llm"),
-    "nothing trained": (dict(train1=""), "--train1=: what learns is one or more of vision"),
-    "a start for both stages": (dict(init="new"), "--init says where stage 2 starts: it goes with --stage=2"),
-    "no such tower": (dict(vision="./nowhere"), "./nowhere: no such folder"),
-    "two towers for one": (dict(connector="mlp", two=True), "connector mlp reads one tower, it was given 2"),
-    "no samples": (dict(batch1=0), "--batch1=0: should be 1 or more"),
-    "negative seed": (dict(seed=-3), "--seed=-3: should be 0 or more"),
-    "no such device": (dict(device="abacus"), "--device=abacus: cannot be used"),
-    "unknown log": (dict(log="paper"), "--log=paper: tensorboard or wandb")}.values(), ids=lambda value: None)
-def test_a_wrong_option_is_one_line_before_anything_is_trained(options, message, flags, tiny_folders):
-    if options.pop("two", False):
-        options |= {"vision": f"{tiny_folders['clip']},{tiny_folders['dinov2']}"}
-    assert message in refused(flags(**options))
-
-
-def test_nothing_to_resume_and_nothing_to_go_on_with_are_named(flags):
-    arguments = [flag for flag in flags() if not flag.startswith("--out")]
-    assert "nothing to go on with under out/dense" in refused([*arguments, "--resume"])
-    assert "nothing to go on with under out/dense" in refused([*arguments, "--stage=2"])
-
-
-def test_folders_that_hold_no_usable_checkpoint_are_named(flags, tiny_folders, tmp_path):
-    (tmp_path / "empty").mkdir()
-    assert "empty/config.json: no such file" in refused(flags(vision="empty"))
-    shutil.copytree(tiny_folders["llama"], "mute")
-    os.remove("mute/tokenizer.json")
-    assert "mute: no tokenizer.json, and no tokenizer.model: a language model needs its tokenizer" in refused(flags(llm="mute"))
-    assert "empty: no tokenizer.json" in refused(flags(tokenizer="empty"))
-    shutil.copytree(tiny_folders["llama"], "hollow")
-    os.remove("hollow/model.safetensors")
-    assert "hollow: no checkpoint in this folder" in refused(flags(llm="hollow"))
-    shutil.copytree(tiny_folders["llama"], "pickled")
-    os.rename("pickled/model.safetensors", "pickled/pytorch_model.bin")
-    assert "pickled: only pickled weights (pytorch_model.bin)" in refused(flags(llm="pickled"))
-    shutil.copytree(tiny_folders["clip"], "short")
-    whole = Path("short/model.safetensors").read_bytes()
-    Path("short/model.safetensors").write_bytes(whole[:len(whole) // 2])
-    assert "short/model.safetensors: not a readable safetensors file, truncated" in refused(flags(vision="short"))
-
-
-def test_towers_whose_grids_differ_are_an_error_under_comm(flags, tiny_folders):
-    DINOv2(DINOv2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=64, patch_size=8)).save_pretrained("fine")
-    message = refused(flags(connector="comm", vision=f"{tiny_folders['clip']},fine"))
-    assert "grids differ: CLIP gives 4x4 (16 patches), DINOv2 8x8 (64 patches)" in message
-    assert "swap the two towers" in refused(flags(connector="comm", vision=f"{tiny_folders['dinov2']},{tiny_folders['clip']}"))
-
-
-@pytest.mark.parametrize("option, shown", [("lr2=1e-5", "--lr2=0.002, not 1e-05"), ("connector=mlp", "--connector=dense, not mlp"),
-                                           ("batch2=2", "--batch2=4, not 2"), ("seed=1", "--seed=0, not 1"),
-                                           ("train2=llm", "--train2=['connector', 'llm'], not ['llm']")])
-def test_a_run_is_not_resumed_with_other_options(option, shown, flags, uninterrupted):
-    shutil.copytree(uninterrupted, "run")
-    for stage in ({}, {"stage": 2}):
-        with pytest.raises(InputError, match="run/checkpoints/stage.*: was trained with") as error:
-            train.main([*flags(**stage), f"--{option}", "--resume"])
-        assert shown in str(error.value)
-    assert_as_uninterrupted(uninterrupted)
-
-
-def test_options_that_change_no_result_may_change_on_resume(flags, uninterrupted):
-    done = in_a_process(flags(), KILLS["between two saves"][0])
-    assert done.returncode == -signal.SIGKILL
-    os.rename("run", "moved")
-    train.main([*flags(out="moved", workers=1, log_every=2, save_every=50), "--resume"])
-    assert model_bytes("moved") == model_bytes(uninterrupted)
-
-
-def test_another_models_checkpoint_does_not_load(flags, uninterrupted):
-    message = refused(flags(stage=2, connector="linear", init=uninterrupted / "checkpoints" / "stage1-0000002"))
-    assert "stage1-0000002: tensor connector.mm_projector.0.bias does not fit: this is the checkpoint of another model" in message
-    message = refused(flags(stage=2, connector="mlp", init=uninterrupted / "checkpoints" / "stage1-0000002"))
-    assert "tensor connector.mm_projector.0.weight has shape (32, 96), the model's (32, 32)" in message
 
 
 # --- other ways to compute the same ---------------------------------------------------------------------------------------
