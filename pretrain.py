@@ -63,7 +63,7 @@ def train(model, loss_of, config, adamw=0.5, weight_decay=0.05):
     """Warm-up and cosine on loss_of(step, progress) -> (loss, text to print), progress from 0 to 1. The matrices learn by Muon,
     the rest by AdamW, whose rate is `adamw` times Muon's; in a short trial on LLaMA that was clearly ahead of AdamW alone."""
     learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for name, p in learns.items() if p.dim() == 2 and "embed" not in name and "prototypes" not in name]
+    matrices = [p for name, p in learns.items() if p.dim() == 2 and "embed" not in name]
     others = [p for p in learns.values() if not any(p is q for q in matrices)]
     optimizers = [torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
