@@ -45,6 +45,7 @@ from connector import half_side, halve_grid
 from dialogue import MARK
 from hub import InputError, dtype_to_answer, locate, newest_model
 from images import parse_box
+from linear import pack
 from mllm import MLLM
 from questions import pictures, read_object
 from scores import iou, score as score_benchmark, share
@@ -253,6 +254,8 @@ def benchmark(config, rank, size):
         if device.type == "cuda" and size > 1:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         model = MLLM.from_pretrained(name, dtype_to_answer(name, device, config.bf16), device)
+        if size == 1:                                                # several processes share the mapped file instead
+            pack(model)
         if config.pool:
             pool(model, config.pool)
     for i in range(0, len(mine), config.batch):
@@ -347,6 +350,7 @@ def main(arguments):
     device = cli.pick_device(config.device)
     folder = config.model or newest_model()
     model = MLLM.from_pretrained(folder, dtype_to_answer(folder, device, config.bf16), device)
+    pack(model)
     start = time.time()
     results = evaluate(model, config.count, config.batch, config.blind, config.seed)
     print(f"{folder}: {config.count} questions a task on held-out scenes, {time.time() - start:.0f} s\n\n{table(results)}")

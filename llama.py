@@ -295,8 +295,8 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Parameters are named as in the checkpoints, without their prefix "model."."""
     config_class = LlamaConfig
-    linear = staticmethod(F.linear)                                  # these two, and step, are what compiled.py exchanges
-    room_of = 1                                                      # the cache's length is a multiple of this
+    linear = staticmethod(F.linear)                                  # linear.py may exchange this, compiled.py step and
+    room_of = 1                                                      # this: the cache's length is a multiple of it
 
     def __init__(self, config):
         super().__init__()

@@ -1,6 +1,6 @@
-"""`decode`: a LLaMA of 1.1B (TinyLlama's shape), PROMPT tokens in, ANSWER out, greedily. `ours_compiled` is what
-sample.py --compile does (compiled.compile_decoding), transformers' forms are generate with its dynamic cache, its static one, and
-the dynamic one with a compiled forward. The warm-up, three tokens, contains what is compiled.
+"""`decode`: a LLaMA of 1.1B (TinyLlama's shape), PROMPT tokens in, ANSWER out, greedily. `ours_fast` is what
+sample.py --fast does (on a CPU linear.pack, on CUDA compiled.compile_step), transformers' forms are generate with its dynamic cache,
+its static one, and the dynamic one with a compiled forward. The warm-up contains the preparation, and three tokens.
 """
 import statistics
 import tempfile
@@ -10,19 +10,21 @@ import torch
 
 from benches.load import tiny_llama, write_llama
 from benches.turns import fastest, limits, peak_memory, spread, take_turns, wait
-from hub import InputError
 
 PROMPT, ANSWER = 700, 64                                             # tokens in, tokens out
 
 
 def decode_ours(folder, device, dtype, form):
-    from compiled import compile_decoding
+    from compiled import compile_step
+    from linear import pack
     from llama import Llama
     model = Llama.from_pretrained(folder, dtype=dtype, device=device)
-    if form == "compiled" and not compile_decoding(model):
-        raise InputError("there is no C++ compiler (g++)")
+    if form == "fast" and device != "cpu":
+        compile_step(model, mode="reduce-overhead")
 
     def generate(tokens, new, told):
+        if form == "fast":
+            pack(model)                                              # the first time; then, and on CUDA, there is nothing to do
         for _ in model.stream(tokens, max_new_tokens=new, eos=[]):
             told()
     return generate
@@ -53,7 +55,7 @@ def decode_transformers(folder, device, dtype, form):
                                                     do_sample=False, streamer=Teller(told), **cache)
 
 
-GENERATORS = {"ours": decode_ours, "ours_compiled": decode_ours, "transformers": decode_transformers,
+GENERATORS = {"ours": decode_ours, "ours_fast": decode_ours, "transformers": decode_transformers,
               "transformers_static": decode_transformers, "transformers_compiled": decode_transformers}
 
 

@@ -21,12 +21,13 @@ def fill(model, device, dtype):
     return model
 
 
-def tower_ours(name, device, dtype, compiled):
+def tower_ours(name, device, dtype, form):
     from clip import CLIP_MEAN, CLIP_STD, CLIPVision, CLIPVisionConfig
     from connector import ConnectorConfig, layers_needed
     from dinov2 import DINOv2, DINOv2Config
     from hub import on_meta
     from compiled import compile_blocks
+    from linear import by_convolution, pack
     from vit import Normalize
     kind, shape = {"clip": (CLIPVision, CLIPVisionConfig), "dinov2": (DINOv2, DINOv2Config)}[name]
     with on_meta():
@@ -34,12 +35,19 @@ def tower_ours(name, device, dtype, compiled):
     tower = fill(tower, device, dtype)
     tower.normalize = Normalize(CLIP_MEAN, CLIP_STD).to(device)      # to_empty has forgotten it, too
     (layers,) = layers_needed(ConnectorConfig(READ[name]), [tower.config.num_hidden_layers])
-    if compiled:
+    if form != "packed" and dtype == torch.float32:
+        by_convolution(tower)
+    if form == "compiled":
         compile_blocks(tower.blocks)
-    return tower, lambda pixels: tower(pixels, layers)
+
+    def see(pixels):
+        if form == "packed":
+            pack(tower)                                              # the first time; then there is nothing left to do
+        return tower(pixels, layers)
+    return tower, see
 
 
-def tower_transformers(name, device, dtype, compiled):
+def tower_transformers(name, device, dtype, form):
     import transformers
 
     from clip import CLIP_MEAN, CLIP_STD
@@ -48,11 +56,11 @@ def tower_transformers(name, device, dtype, compiled):
                    "dinov2": (transformers.Dinov2Model, transformers.Dinov2Config)}[name]
     model = kind._from_config(shape(**TOWERS[name]), attn_implementation="sdpa", dtype=dtype).to(device).eval()
     normalize = Normalize(CLIP_MEAN, CLIP_STD).to(device)
-    forward = torch.compile(model) if compiled else model
+    forward = torch.compile(model) if form == "compiled" else model
     return model, lambda pixels: forward(pixel_values=normalize(pixels, dtype), output_hidden_states=True).hidden_states
 
 
-SEERS = {"ours": tower_ours, "ours_compiled": tower_ours, "transformers": tower_transformers,
+SEERS = {"ours": tower_ours, "ours_compiled": tower_ours, "ours_packed": tower_ours, "transformers": tower_transformers,
          "transformers_compiled": tower_transformers}
 
 
@@ -61,7 +69,8 @@ def one_turn(config):
     if config.contender == "limits":
         return limits(config)
     name, _, form = config.contender.partition("_")
-    model, see = SEERS[name](config.tower, config.device, getattr(torch, config.dtype), form == "compiled")
+    model, see = SEERS[name](config.tower, config.device, getattr(torch, config.dtype), form)
+    parameters = sum(p.numel() for p in model.parameters())
     pixels = torch.randint(0, 256, (config.batch, 3, SIDE, SIDE), dtype=torch.uint8, device=config.device)
     with torch.inference_mode():
         start = wait(config.device)
@@ -71,7 +80,7 @@ def one_turn(config):
             see(pixels)
             times.append(wait(config.device))
     return {"warm_up": times[0] - start, "seconds": statistics.median(after - before for before, after in zip(times, times[1:])),
-            "parameters": sum(p.numel() for p in model.parameters()), "memory": peak_memory(config.device)}
+            "parameters": parameters, "memory": peak_memory(config.device)}
 
 
 def tower_flops(shape, side, blocks):

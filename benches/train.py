@@ -61,13 +61,16 @@ def dialogues(side, tokens_per_image, texts=TEXTS):
     return examples
 
 
-def train_ours(folder, stage, device, texts=TEXTS, compiled=False):
+def train_ours(folder, stage, device, texts=TEXTS, compiled=False, dtype="bfloat16"):
     """-> the model, and a function that gives the loss of the dialogues."""
     from data import collate
     from compiled import compile_blocks
+    from linear import by_convolution
     from mllm import MLLM
     from train import choose_trained
     model = MLLM.from_pretrained(folder, device=device).train()
+    if dtype == "float32":                                           # as train.py does
+        by_convolution(model)
     if compiled:                                                     # as train.py --compile=true
         for blocks in (model.llm.layers, *(tower.blocks for tower in model.vision)):
             compile_blocks(blocks)
@@ -120,6 +123,8 @@ def one_turn(config):
     if config.contender == "limits":
         return limits(config)
     options = {"checkout": config.nanovlm} if config.contender == "nanovlm" else {}
+    if config.contender.startswith("ours"):
+        options = {"dtype": config.dtype}
     model, loss_of = TRAINERS[config.contender](config.folder, config.stage, config.device, **options)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0, fused=True)
 

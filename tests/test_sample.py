@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import linear
 import sample
 from conftest import ROOT
 from hub import InputError
@@ -182,6 +183,19 @@ def test_the_same_seed_draws_the_same_answer(model_folder, capsys):
         sample.main([*flags, f"--seed={seed}"])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != said[2]
+
+
+def test_fast_gives_the_same_answer_and_says_where_it_changes_nothing(model_folder, monkeypatch, capsys):
+    flags = ["--image=none", "--prompt=Is there a red cross?", "--device=cpu"]
+    sample.main(flags)
+    said = capsys.readouterr().out
+    sample.main([*flags, "--fast"])                                  # maps of 128: too narrow to gain
+    assert capsys.readouterr() == (said, "note: --fast changes nothing for this model on cpu (linear.py says where it does)\n")
+    if torch.backends.mkldnn.is_available():
+        monkeypatch.setattr(linear, "slow_in", lambda dtype: True)
+        monkeypatch.setattr(linear, "WIDE", 1)
+        sample.main([*flags, "--fast"])
+        assert capsys.readouterr() == (said, "")
 
 
 @pytest.mark.parametrize("flags, message", [
