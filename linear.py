@@ -104,7 +104,7 @@ class Convolution(nn.Linear):
 
 def by_convolution(model):
     """Let the large linear maps of a model that trains in float32 be computed by `linear`, in place; where nothing is gained
-    by it, nothing changes."""
+    by it, nothing changes. Not together with torch.compile, which would compile a convolution anew for every length."""
     for module in model.modules():
         if type(module) is nn.Linear and gains(module.weight) and module.weight.dtype == torch.float32:
             module.__class__ = Convolution                           # the same parameters under the same names

@@ -370,11 +370,11 @@ def main(arguments):
         datasets = {stage: build_data(config, stage) for stage in stages}
         for stage in stages:
             model = build_stage(config, stage, run, ranks.device, ranks.rank == 0, sharded)
-            if not uses_bf16(config, ranks.device):
-                by_convolution(model)                                # float32 on a CPU: some compute it twice as fast so
             if ranks.device.type == "cuda" if config.compile is None else config.compile:
                 for blocks in [model.llm.layers, *(tower.blocks for tower in model.vision)]:
                     compile_blocks(blocks)
+            elif not uses_bf16(config, ranks.device):
+                by_convolution(model)                                # float32, which some CPUs compute twice as fast so
             run.mkdir(parents=True, exist_ok=True)
             finished = train_stage(config, stage, model, datasets[stage], run, ranks)
             ranks.barrier()                                          # stage 2 reads what rank 0 saved

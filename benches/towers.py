@@ -35,10 +35,10 @@ def tower_ours(name, device, dtype, form):
     tower = fill(tower, device, dtype)
     tower.normalize = Normalize(CLIP_MEAN, CLIP_STD).to(device)      # to_empty has forgotten it, too
     (layers,) = layers_needed(ConnectorConfig(READ[name]), [tower.config.num_hidden_layers])
-    if form != "packed" and dtype == torch.float32:
-        by_convolution(tower)
     if form == "compiled":
         compile_blocks(tower.blocks)
+    elif form != "packed" and dtype == torch.float32:
+        by_convolution(tower)                                        # as in training
 
     def see(pixels):
         if form == "packed":

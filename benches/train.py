@@ -69,11 +69,11 @@ def train_ours(folder, stage, device, texts=TEXTS, compiled=False, dtype="bfloat
     from mllm import MLLM
     from train import choose_trained
     model = MLLM.from_pretrained(folder, device=device).train()
-    if dtype == "float32":                                           # as train.py does
-        by_convolution(model)
     if compiled:                                                     # as train.py --compile=true
         for blocks in (model.llm.layers, *(tower.blocks for tower in model.vision)):
             compile_blocks(blocks)
+    elif dtype == "float32":                                         # and as without
+        by_convolution(model)
     choose_trained(model, ["connector"] if stage == 1 else ["connector", "llm"])
     batch = collate(dialogues(model.spec.size, model.tokens_per_image, texts), [], model.spec.size)
     pixels, tokens, labels, shown = (tensor.to(device) for tensor in (batch.pixels, batch.tokens, batch.labels, batch.shown))

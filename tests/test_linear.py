@@ -5,7 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import linear
-from compiled import compile_blocks
+import train
 from conftest import relative_error
 from dialogue import IGNORE, IMAGE
 from linear import Convolution, Packed, by_convolution, pack
@@ -126,24 +126,6 @@ def test_a_frozen_map_keeps_nothing_for_the_backward_pass_but_its_weight():
     assert [tensor.shape for tensor in kept] == [weight.shape]
 
 
-@pytest.mark.parametrize("learns", (True, False))
-def test_convolutions_are_compiled_once_for_rows_of_any_lengths(everywhere, learns):
-    """By the backend that only traces."""
-    torch._dynamo.reset()
-    plain, compiled = small(), small()
-    compiled.layers.requires_grad_(learns)
-    by_convolution(compiled)
-    compile_blocks(compiled.layers, backend="aot_eager")
-    for number, lengths in enumerate(([9, 4], [3, 30, 2, 8, 1], [25], [6, 6, 6])):
-        row = prompts(1, sum(lengths))
-        with torch._dynamo.config.patch(error_on_recompile=number > 0):
-            logits = compiled(row, lengths=lengths)
-            logits.logsumexp(-1).sum().backward()
-            assert learns == (compiled.layers[0].self_attn.q_proj.weight.grad is not None)
-        assert relative_error(logits, plain(row, lengths=lengths)) < 1e-5
-    torch._dynamo.reset()
-
-
 def test_small_maps_and_machines_that_gain_nothing_stay_as_they_are(monkeypatch):
     for gain in (True, False):
         monkeypatch.setattr(linear, "slow_in", lambda dtype: gain)
@@ -159,3 +141,13 @@ def test_what_is_frozen_in_bfloat16_is_not_computed_by_convolution(everywhere):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.bfloat16))
     by_convolution(model)
     assert [type(module) for module in model] == [Convolution, nn.Linear]
+
+
+@pytest.mark.parametrize("flags, number", (([], 1), (["--bf16=true"], 0), (["--compile=true"], 0)), ids=str)
+def test_training_goes_by_convolution_in_float32_and_not_compiled(tmp_path, monkeypatch, flags, number):
+    called = []
+    monkeypatch.setattr(train, "by_convolution", called.append)
+    monkeypatch.setattr(train, "compile_blocks", lambda blocks: None)
+    train.main(["--connector=mlp", "--stage=1", "--steps1=1", "--batch1=2", "--evaluate=false", "--device=cpu",
+                f"--out={tmp_path / 'run'}", *flags])
+    assert len(called) == number
