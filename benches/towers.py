@@ -1,5 +1,6 @@
 """`towers`: CLIP-L/14 and DINOv2-L/14 at 336 pixels, a batch of 4; ours gives the layers that COMM reads, transformers all of
-them, so that the same 24 blocks run. Compiled is ours block by block, theirs as a whole.
+them, so that the same 24 blocks run. Compiled is ours block by block, theirs as a whole; packed is ours as it generates on a CPU
+(linear.py).
 """
 import statistics
 
