@@ -26,7 +26,9 @@ def slow_in(dtype):
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     about = Path("/proc/cpuinfo")
-    words = about.read_text() if dtype == torch.float32 and torch.backends.mkl.is_available() and about.exists() else ""
+    if dtype != torch.float32 or not torch.backends.mkl.is_available() or not about.exists():
+        return False
+    words = about.read_text()
     return "AuthenticAMD" in words and "avx512f" in words
 
 
@@ -98,6 +100,8 @@ class Product(torch.autograd.Function):
 
 
 class Convolution(nn.Linear):
+    """nn.Linear by `linear`."""
+
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
@@ -105,8 +109,9 @@ class Convolution(nn.Linear):
 def by_convolution(model):
     """Let the large linear maps of a model that trains in float32 be computed by `linear`, in place; where nothing is gained
     by it, nothing changes. Not together with torch.compile, which would compile a convolution anew for every length."""
+    wins = lambda weight: weight.dtype == torch.float32 and gains(weight)
     for module in model.modules():
-        if type(module) is nn.Linear and gains(module.weight) and module.weight.dtype == torch.float32:
+        if type(module) is nn.Linear and wins(module.weight):
             module.__class__ = Convolution                           # the same parameters under the same names
-        if getattr(module, "linear", None) is F.linear and gains(module.embed_tokens.weight):
+        if getattr(module, "linear", None) is F.linear and wins(module.embed_tokens.weight):
             module.linear = linear                                   # a Llama's head, where it is its embedding

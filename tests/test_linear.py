@@ -15,13 +15,6 @@ from train import Config, build_model, choose_trained
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True)
-def forget():
-    linear.slow_in.cache_clear()
-    yield
-    linear.slow_in.cache_clear()
-
-
 @pytest.fixture
 def everywhere(monkeypatch):
     """As on a machine where all dtypes gain, with maps of any size."""
@@ -126,6 +119,19 @@ def test_a_frozen_map_keeps_nothing_for_the_backward_pass_but_its_weight():
     assert [tensor.shape for tensor in kept] == [weight.shape]
 
 
+@pytest.mark.parametrize("vendor, flags, gain", (("AuthenticAMD", "avx2 avx512f", True), ("AuthenticAMD", "avx2", False),
+                                                 ("GenuineIntel", "avx2 avx512f", False)))
+def test_float32_gains_on_an_amd_with_avx_512_alone(monkeypatch, vendor, flags, gain):
+    for backend in (torch.backends.mkldnn, torch.backends.mkl):
+        monkeypatch.setattr(backend, "is_available", lambda: True)
+    monkeypatch.setattr(linear.Path, "exists", lambda path: True)
+    monkeypatch.setattr(linear.Path, "read_text", lambda path: f"vendor_id : {vendor}\nflags : fpu {flags}\n")
+    slow_in = linear.slow_in.__wrapped__                             # without the cache, which is this machine's
+    assert slow_in(torch.float32) == gain and not slow_in(torch.float16)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not slow_in(torch.float32) and not slow_in(torch.bfloat16)
+
+
 def test_small_maps_and_machines_that_gain_nothing_stay_as_they_are(monkeypatch):
     for gain in (True, False):
         monkeypatch.setattr(linear, "slow_in", lambda dtype: gain)
@@ -138,9 +144,9 @@ def test_small_maps_and_machines_that_gain_nothing_stay_as_they_are(monkeypatch)
 
 
 def test_what_is_frozen_in_bfloat16_is_not_computed_by_convolution(everywhere):
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.bfloat16))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.bfloat16), small(tie_word_embeddings=True).bfloat16())
     by_convolution(model)
-    assert [type(module) for module in model] == [Convolution, nn.Linear]
+    assert [type(module) for module in model[:2]] == [Convolution, nn.Linear] and model[2].linear is F.linear
 
 
 @pytest.mark.parametrize("flags, number", (([], 1), (["--bf16=true"], 0), (["--compile=true"], 0)), ids=str)
