@@ -4,6 +4,7 @@ medians are reported, with the least and the most.
     python bench.py decode --vs=transformers      # a prompt's first token, and the steps after it (prefill: the same)
     python bench.py towers --vs=transformers      # the vision towers' hidden states
     python bench.py train --vs=transformers       # a training step of each stage (--vs=transformers,nanovlm: benches/nanovlm.py)
+    python bench.py train --size=1b --connector=dense --batch=16 --profile     # for a GPU: the step that is yours, and its parts
     python bench.py load --vs=transformers        # from a checkpoint on the disk to the first token
     python bench.py loader --vs=transformers      # from a JPEG file to pixels
     python bench.py connectors                    # every kind of connector
@@ -29,15 +30,20 @@ class BenchConfig:
     nanovlm: str = ""         # train --vs=nanovlm: the folder of a checkout of nanoVLM
     repeats: int = 5          # turns of every contender; the median is reported
     layers: int = 22          # load, prefill, decode: blocks of the LLaMA, 22: 2.2 GB
-    batch: int = 0            # rows of prefill and decode (0: 1), pictures of towers and connectors (0: 4)
+    batch: int = 0            # rows of prefill and decode (0: 1), dialogues of train (0: 8), pictures of the others (0: 4)
     dtype: str = "bfloat16"   # or float32; decode, towers, connectors: of the weights; train: bfloat16 is autocast
     tower: str = ""           # towers: clip or dinov2 alone; empty: both
+    size: str = "160m"        # train: the LLM, 160m (with CLIP-B/16 at 224), 1b or 7b (with CLIP-L/14 at 336)
+    connector: str = "mlp"    # train: of ours
+    lora_rank: int = 0        # train: in stage 2 our LLM learns by adapters of this rank; 0: all of it
+    stage: int = 0            # train: 1, 2, or 0 for both
+    profile: bool = False     # train: where our time goes
+    gpu_flops: float = 989    # train: peak of the GPU in TFLOP/s, of which MFU is the share; 989: an H100 in bf16
     device: str = "auto"      # auto, cpu, cuda, mps
     json: bool = False        # print one JSON object last
     # what a contender's own process is told
     contender: str = ""       # ours, transformers, floor or limits: one turn of it, on `folder`
     folder: str = ""          # the checkpoint
-    stage: int = 1            # train: 1 or 2
 
 
 # Each file of benches/ opens with what it compares. Its bench(config) gives the turns and prints a table; one_turn(config) is what
@@ -64,9 +70,9 @@ def main(arguments):
         raise InputError(f"--dtype={config.dtype}: bfloat16 or float32")
     if config.tower and config.tower not in towers.TOWERS:
         raise InputError(f"--tower={config.tower}: {' or '.join(towers.TOWERS)}")
-    if config.repeats < 1 or config.layers < 1 or config.batch < 0:
-        raise InputError("--repeats and --layers must be 1 or more, --batch 0 or more")
-    config.batch = config.batch or (1 if config.what in ("prefill", "decode") else 4)
+    if config.repeats < 1 or config.layers < 1 or config.batch < 0 or config.lora_rank < 0:
+        raise InputError("--repeats and --layers must be 1 or more, --batch and --lora_rank 0 or more")
+    config.batch = config.batch or {"prefill": 1, "decode": 1, "train": 8}.get(config.what, 4)
     config.device = str(cli.pick_device(config.device))
     section = BENCHES[config.what]
     if config.contender:

@@ -36,6 +36,7 @@ from attention import attention
 from hub import InputError, fields_of, load_weights, locate, on_meta, read_config, read_json, save_checkpoint
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
+GROUPED = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}       # PyTorch 2.11 takes fewer heads without being told
 ROPE_KEYS = {"default": (), "linear": ("factor",),
              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 
@@ -200,7 +201,7 @@ def attend_in_one_kernel(q, k, v, packed, grouped):
     q, k, v = (heads[0].transpose(0, 1) for heads in (q, k, v))      # (T, H, D); k and v: (T, G, D)
     back = -1 if packed.window is None else packed.window - 1        # how many before itself a token sees, -1: all
     x = varlen_attn(q, k, v, packed.starts, packed.starts, packed.longest, packed.longest, window_size=(back, 0),
-                    enable_gqa=grouped)
+                    **(GROUPED if grouped else {}))
     return x.flatten(1)[None]  # (1, T, H·D)
 
 

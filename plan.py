@@ -279,7 +279,8 @@ def memory(run, form):
 
 
 def flops(run, form):
-    """-> {part: FLOPs of a forward and its backward on one card}; "again": what activation checkpointing repeats."""
+    """-> {part: FLOPs of a forward and its backward on one card}; "again": what the backward pass repeats of the forward, blocks
+    under activation checkpointing and logits of more than a chunk."""
     model, load, c, kind = run.model, run.load, run.model.llm.config, run.model.connector_config.kind
     learns, seen, numbers = "llm" in run.trained and not form.rank, 0, lambda weights: sum(weight.numel() for weight in weights)
     for tower, layers in zip(model.vision, model.layers):
@@ -292,11 +293,12 @@ def flops(run, form):
     joined = 3 * projected - entry if "connector" in run.trained else projected
     attention = c.num_hidden_layers * 2 * c.num_attention_heads * c.head_dim * load.squares
     last = numbers(layer.mlp.down_proj.weight for layer in model.llm.layers)
-    head = c.vocab_size * c.hidden_size * (2 + learns + (load.supervised > LOGITS // c.vocab_size))      # chunks: again
+    head, in_chunks = c.vocab_size * c.hidden_size, load.supervised > LOGITS // c.vocab_size
     return {"towers": load.pictures * seen, "connector": 2 * load.pictures * tokens_joined(model) * joined,
             "llm": 2 * load.tokens * (block * (2 + learns) + 3 * adapters(model, form)), "attention": 3 * attention,
-            "logits": 2 * load.supervised * head,
-            "again": run.config.activation_checkpointing * (2 * load.tokens * (block - last) + attention)}
+            "logits": 2 * load.supervised * head * (2 + learns),
+            "again": run.config.activation_checkpointing * (2 * load.tokens * (block - last) + attention)
+            + in_chunks * 2 * load.supervised * head}
 
 
 def sent(run, form):

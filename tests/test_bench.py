@@ -7,12 +7,12 @@ import torch
 
 import bench
 from benches import connectors, decode, loader, towers, train, turns
-from clip import CLIPVisionConfig
 from conftest import ROOT
 from connector import ConnectorConfig, layers_needed, make_connector
 from dialogue import IGNORE, IMAGE
 from hub import InputError
 from llama import Llama, LlamaConfig
+from train import Config, llm_dtype
 
 
 def test_loading_a_small_llama_is_timed_and_copies_nothing(tmp_path, monkeypatch, capsys):
@@ -29,8 +29,8 @@ def test_loading_a_small_llama_is_timed_and_copies_nothing(tmp_path, monkeypatch
 
 
 HEADS = dict(hidden_size=32, num_attention_heads=4, intermediate_size=64)
-TOWER = CLIPVisionConfig(num_hidden_layers=3, image_size=64, patch_size=16, **HEADS)
-LLM = LlamaConfig(vocab_size=3000, num_hidden_layers=2, num_key_value_heads=2, **HEADS)
+SMALL = (dict(num_hidden_layers=3, image_size=64, patch_size=16, **HEADS),
+         dict(vocab_size=3000, num_hidden_layers=2, num_key_value_heads=2, **HEADS))
 
 
 LIMITS = {"flops": 1e9, "read": 1e9}
@@ -57,8 +57,7 @@ def in_order(one, *figures):
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
 def test_a_training_step_of_a_small_llava_is_timed(dtype, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    write = train.write_llava
-    monkeypatch.setattr(train, "write_llava", lambda folder: write(folder, TOWER, LLM))
+    monkeypatch.setitem(train.SIZES, "160m", SMALL)
     keep(monkeypatch, train, "TRAINERS", "ours")
     result = run(monkeypatch, capsys, "train", f"--dtype={dtype}")
     for stage in ("stage1", "stage2"):
@@ -68,6 +67,39 @@ def test_a_training_step_of_a_small_llava_is_timed(dtype, tmp_path, monkeypatch,
         assert 7 < ours["loss"] < 10                                 # log 3000 = 8.0: random weights
     assert result["stage1"]["flops"] < result["stage2"]["flops"]
     assert not list(tmp_path.glob("bench-*"))
+
+
+@pytest.mark.parametrize("connector, lora_rank", (("dense", 0), ("comm", 4)))
+def test_a_training_step_of_ones_own_is_timed_and_taken_apart(connector, lora_rank, monkeypatch, capsys):
+    """Another connector, adapters, more dialogues; the profile's shares are of one step each."""
+    monkeypatch.setitem(train.SIZES, "1b", SMALL)
+    keep(monkeypatch, train, "TRAINERS", "ours")
+    monkeypatch.setattr(train, "turn", lambda config, name, **options: train.one_turn(
+        bench.BenchConfig("train", device="cpu", dtype=config.dtype, contender=name, **options | {"profile": True})))
+    result = run(monkeypatch, capsys, "train", "--size=1b", f"--connector={connector}", f"--lora_rank={lora_rank}", "--stage=2",
+                 "--batch=3", "--profile")
+    assert "stage1" not in result
+    ours, flops = result["stage2"]["ours"], result["stage2"]["flops"]
+    assert ours["tokens_per_second"] * ours["seconds"] == pytest.approx(sum(train.TEXTS[:3]) + 3 * 16)
+    assert ours["mfu"] == pytest.approx(flops / ours["seconds"] / 989e12)
+    phases, kinds = ours["profile"]["phases"], ours["profile"]["kinds"]
+    assert set(phases) == {"forward", "backward", "optimizer"} and set(kinds) == {*train.KINDS, "rest"}
+    assert all(seconds > 0 for seconds in (*phases.values(), *kinds.values()))
+    assert kinds["products"] > kinds["optimizer"] and sum(kinds.values()) < 3 * sum(phases.values())
+
+
+def test_what_learns_and_in_what_dtype_is_as_train_py_has_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.SIZES, "160m", SMALL)
+    train.write_llava(tmp_path / "llava")
+    for stage, rank, dtype, expected in ((1, 0, "bfloat16", torch.bfloat16), (2, 0, "bfloat16", torch.float32),
+                                         (2, 4, "bfloat16", torch.bfloat16), (1, 0, "float32", torch.float32)):
+        model, _ = train.train_ours(tmp_path / "llava", stage, "cpu", dtype=dtype, connector="comm", lora_rank=rank)
+        config = Config(connector="comm", lora_rank=rank, bf16=dtype == "bfloat16")
+        assert model.llm.embed_tokens.weight.dtype == expected == llm_dtype(config, stage, "cpu")
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == {name for name, _ in model.named_parameters() if name.startswith("connector.") or
+                           stage == 2 and name.startswith("llm.") and (not rank or ".lora_" in name)}
+        assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
 def test_prefill_and_decode_of_a_small_llama_are_timed(monkeypatch, capsys):
@@ -151,17 +183,22 @@ def test_the_reference_dialogues_are_those_that_the_docstring_names():
         assert all(label in (IGNORE, token) for token, label in zip(tokens, labels, strict=True))
 
 
-def test_flops_by_formula_are_those_that_torch_counts(tmp_path):
+@pytest.mark.parametrize("connector", ("mlp", "dense", "comm"))
+def test_flops_by_formula_are_those_that_torch_counts(connector, tmp_path, monkeypatch):
     """FlopCounterMode counts the products of a real step, to the last; all but attention, whose CPU kernel it does not know."""
     from torch.utils.flop_counter import FlopCounterMode
-    train.write_llava(tmp_path / "llava", TOWER, LLM)
-    texts = (40, 25)
+    monkeypatch.setitem(train.SIZES, "160m", SMALL)
+    monkeypatch.setattr(train, "TEXTS", (40, 25))
+    train.write_llava(tmp_path / "llava")
+    config = bench.BenchConfig("train", device="cpu", dtype="float32", batch=2, connector=connector, lora_rank=4)
     for stage in (1, 2):
-        model, loss_of = train.train_ours(tmp_path / "llava", stage, "cpu", texts)
+        model, loss_of = train.train_ours(tmp_path / "llava", stage, "cpu", (40, 25), "float32", connector=connector, lora_rank=4)
         with FlopCounterMode(display=False) as counter:
             loss_of().backward()
-        attention = 2 * 4 * 2 * 17 ** 2 * 32 + 3 * 2 * 2 * 32 * sum((16 + length) ** 2 for length in texts)  # tower, LLM
-        assert train.train_flops(tmp_path / "llava", stage, texts) - attention == counter.get_total_flops()
+        deepest = [max(layers) for layers in model.layers]
+        attention = sum(2 * 4 * layers * 17 ** 2 * 32 for layers in deepest) + 3 * 2 * 2 * 32 * sum((16 + n) ** 2 for n in (40, 25))
+        flops, _, lengths = train.planned(config, stage)
+        assert flops - attention == counter.get_total_flops() and lengths == [56, 41]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -173,6 +210,9 @@ def test_flops_by_formula_are_those_that_torch_counts(tmp_path):
     (["train", "--vs=nanovlm"], "needs --nanovlm=FOLDER; it should be a checkout of https://github.com/huggingface/nanoVLM"),
     (["train", "--vs=nanovlm", "--nanovlm=nowhere"], "--nanovlm=nowhere: no such folder; it should be a checkout"),
     (["train", "--vs=nanovlm", f"--nanovlm={ROOT}"], "not nanoVLM, it has no models/vision_language_model.py; it should be"),
+    (["train", "--size=3b"], "--size=3b: 160m, 1b, 7b"), (["train", "--stage=3"], "--stage=3: 1, 2, or 0 for both"),
+    (["train", "--connector=q-former"], "q-former"), (["--lora_rank=-1"], "--lora_rank 0 or more"),
+    (["train", "--vs=nanovlm", f"--nanovlm={ROOT}", "--size=1b"], "not nanoVLM"),
     (["towers", "--tower=vit"], "--tower=vit: clip or dinov2"), (["--repeats=0"], "must be 1 or more")])
 def test_what_cannot_be_measured_is_one_line(arguments, message):
     with pytest.raises(InputError, match=message):

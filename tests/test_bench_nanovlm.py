@@ -9,13 +9,12 @@ import pytest
 
 import bench
 from benches import train, turns
-from clip import CLIPVisionConfig
 from conftest import ROOT
 from llama import Llama, LlamaConfig
 
 HEADS = dict(hidden_size=32, num_attention_heads=4, intermediate_size=64)
-TOWER = CLIPVisionConfig(num_hidden_layers=3, image_size=64, patch_size=16, **HEADS)
-LLM = LlamaConfig(vocab_size=3000, num_hidden_layers=2, num_key_value_heads=2, **HEADS)
+LLM = dict(vocab_size=3000, num_hidden_layers=2, num_key_value_heads=2, **HEADS)
+SMALL = dict(num_hidden_layers=3, image_size=64, patch_size=16, **HEADS), LLM
 TEXTS = (30, 9, 21, 700, 14, 500)                                    # with 16 visual tokens each: two rows of 1024
 
 # One step in each dtype, in a process of its own, for nanoVLM's `data` is not ours.
@@ -25,7 +24,7 @@ sys.path.insert(0, {root!r})
 import torch
 from benches import nanovlm, train
 checkout, folder, stage = sys.argv[1], sys.argv[2], int(sys.argv[3])
-model, loss_of = train.train_nanovlm(folder, stage, "cpu", {texts}, checkout)
+model, loss_of = train.train_nanovlm(folder, stage, "cpu", {texts}, checkout=checkout)
 found = {{"trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}}
 for dtype in ("float32", "bfloat16"):
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -52,13 +51,14 @@ def checkout():
 
 
 @pytest.mark.parametrize("stage", (1, 2))
-def test_nanovlm_trains_the_same_parts_on_the_same_tokens(stage, checkout, tmp_path):
-    train.write_llava(tmp_path / "llava", TOWER, LLM)
+def test_nanovlm_trains_the_same_parts_on_the_same_tokens(stage, checkout, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.SIZES, "160m", SMALL)
+    train.write_llava(tmp_path / "llava")
     step = STEP.format(root=str(ROOT), texts=TEXTS)
     done = subprocess.run([sys.executable, "-c", step, checkout, tmp_path / "llava", str(stage)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    llm = sum(p.numel() for p in Llama(LLM).parameters())
+    llm = sum(p.numel() for p in Llama(LlamaConfig(**LLM)).parameters())
     assert found["trained"] == 32 * 32 + (llm if stage == 2 else 0)  # its projector is one map without bias
     assert found["learning"] == (["MP"] if stage == 1 else ["MP", "decoder"]) and found["finite"]
     for dtype in ("float32", "bfloat16"):
@@ -70,9 +70,9 @@ def test_nanovlm_trains_the_same_parts_on_the_same_tokens(stage, checkout, tmp_p
 
 def test_nanovlm_is_timed_beside_ours(checkout, tmp_path, monkeypatch, capsys):
     """The command itself, on small sizes; the limits alone are made up."""
-    write, turn = train.write_llava, turns.turn
+    turn = turns.turn
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(train, "write_llava", lambda folder: write(folder, TOWER, LLM))
+    monkeypatch.setitem(train.SIZES, "160m", SMALL)
     monkeypatch.setattr(train, "TRAINERS", {name: train.TRAINERS[name] for name in ("ours", "transformers", "nanovlm")})
     monkeypatch.setattr(turns, "turn", lambda config, name, **options: {"flops": 1e9, "read": 1e9} if name == "limits" else
                         turn(config, name, **options))

@@ -139,8 +139,8 @@ def test_the_one_kernel_gets_what_it_documents(window, monkeypatch):
     packed = Packed(torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32), max(LENGTHS), window)
     q, k, v = (torch.randn(1, heads, sum(LENGTHS), 8, generator=seeded(heads)) for heads in (4, 2, 2))
 
-    def plain(q, k, v, starts, key_starts, longest, longest_key, window_size, enable_gqa):
-        assert starts is key_starts and longest == longest_key == 12 and enable_gqa
+    def plain(q, k, v, starts, key_starts, longest, longest_key, window_size, enable_gqa=False):
+        assert starts is key_starts and longest == longest_key == 12 and enable_gqa == (torch.__version__ >= "2.12")
         sequence = torch.bucketize(torch.arange(len(q)), starts[1:], right=True)
         behind = torch.arange(len(q))[:, None] - torch.arange(len(q))
         mask = (sequence[:, None] == sequence) & (behind >= -window_size[1]) & ((behind <= window_size[0]) | (window_size[0] < 0))
