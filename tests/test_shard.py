@@ -34,7 +34,8 @@ sys.path.insert(0, {root!r})
 import torch, torch.distributed as dist, cli, mllm, train
 from mllm import MLLM
 mllm.LOGITS = 2 ** 14                                                # five or so at once: the loss goes in chunks
-steps, forward, reduce = train.Loader.__iter__, MLLM.forward, dist.reduce_scatter_single
+NAME = "reduce_scatter_" + ("single" if torch.__version__ >= "2.13" else "tensor")     # what FSDP reduces gradients with
+steps, forward, reduce = train.Loader.__iter__, MLLM.forward, getattr(dist, NAME)
 reduced, rank = [], os.environ.get("RANK", "0")
 asked = lambda what, loader, step: os.environ.get(what) == f"{{rank}} {{loader.seed}} {{step}}"
 spoiled = []
@@ -58,7 +59,8 @@ def counted(*arguments, **options):
     reduced.append(1)
     return reduce(*arguments, **options)
 
-train.Loader.__iter__, MLLM.forward, dist.reduce_scatter_single = noted, spoiling, counted
+train.Loader.__iter__, MLLM.forward = noted, spoiling
+setattr(dist, NAME, counted)
 cli.run(train.main)
 print(f"rank {{rank}} reduced {{len(reduced)}} times")
 '''
