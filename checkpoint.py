@@ -1,6 +1,6 @@
 """What a training run saves, so that a kill at any moment loses nothing that was saved: --resume goes on bit for bit.
 
-A checkpoint is a folder, run/checkpoints/stage2-0000500, that appears whole or not at all:
+A checkpoint is a folder, run/checkpoints/stage2-0000500, say, that appears whole or not at all:
     trained.safetensors     the parameters that are trained; the frozen ones are where they came from
     optimizer.safetensors   AdamW's moments and steps, and the random state
     state.json              stage, step, and the configuration; the place in the data is step x batch
@@ -110,7 +110,7 @@ def load(folder, model, optimizer=None):
                 for key, moment in moments.items():
                     saved.read_into(moment, f"{key}.{name}")
                 step = saved.whole(f"step.{name}")
-                optimizer.state[parameter] = {"step": step.to(parameter.device) if parameter.is_cuda else step} | moments
+                optimizer.state[parameter] = {"step": step.to(parameter.device)} | moments
     return state
 
 

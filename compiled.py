@@ -10,7 +10,10 @@ import llama
 
 def compile_blocks(blocks, **options):
     """torch.compile, block by block: quick to compile, and no break at a block's borders. Attention sequence by sequence stays
-    outside, or it would be compiled anew for every set of lengths."""
+    outside, or it would be compiled anew for every set of lengths. DDP would cut the blocks' graphs where a bucket of gradients
+    is full: a block is small enough to be sent as it is."""
+    import torch._dynamo
+    torch._dynamo.config.optimize_ddp = False
     llama.attend_each = torch.compiler.disable(llama.attend_each)    # not at import: this imports the compiler
     for block in blocks:
         block.compile(dynamic=True, **options)
@@ -24,7 +27,7 @@ def compile_step(llm, **options):
     compiled = torch.compile(llm.step, fullgraph=True, **options)
 
     def step(token, positions, cache):
-        for tensor in (cache.keys, cache.values):
+        for tensor in (*cache.keys, *cache.values):
             torch._dynamo.mark_static_address(tensor)                # else a graph that writes into it would not be captured
         torch.compiler.cudagraph_mark_step_begin()                   # what the step before returned may be written over
         return compiled(token, positions, cache)

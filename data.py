@@ -21,7 +21,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from dialogue import IGNORE, IMAGE, MARK, cut_to_length, encode
 from hub import InputError
-from images import BadImage, format_box, open_image, pad_box, to_pixels
+from images import BadImage, format_box, open_image, pad_box, to_pixels, upright_size
 
 
 class Sample(NamedTuple):
@@ -50,6 +50,8 @@ def read_records(path):
                 records.append((f"{path}, line {number}", json.loads(part)))
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: not JSON, line {number + error.lineno - 1}: {error.msg}") from None
+        except (ValueError, RecursionError) as error:                # a number of thousands of digits, or lists in lists in ...
+            raise InputError(f"{path}: cannot be read as JSON, line {number} ({error})") from None
     if array:
         records = [(f"{path}, sample {i}", record) for i, record in enumerate(records[0][1])]
     for where, record in records:
@@ -81,6 +83,8 @@ class LlavaData:
                 raise InputError(f'{where}: every message needs a role, "from": "human" or "gpt"')
             if not isinstance(message.get("value"), str):
                 raise InputError(f'{where}: every message needs a text, "value"')
+            if any(0xd800 <= ord(letter) < 0xe000 for letter in message["value"]):
+                raise InputError(f"{where}: holds half of a character (a lone surrogate, as of an emoji that was cut)")
         messages = messages[1:] if messages[0]["from"] == "gpt" else messages
         if any(message["from"] != ("human", "gpt")[i % 2] for i, message in enumerate(messages)):
             raise InputError(f"{where}: human and gpt should take turns")
@@ -145,7 +149,7 @@ class ShikraData(LlavaData):
     def __init__(self, path, image_dir, task="rec"):
         if task not in self.QUESTIONS:
             raise InputError(f"no task {task!r} in Shikra's data: rec or reg")
-        self.task = task
+        self.task, self.sides = task, []                             # of every picture: width, height
         super().__init__(path, image_dir)
 
     def parse(self, record, where, index):
@@ -153,7 +157,15 @@ class ShikraData(LlavaData):
         text = format_box(pad_box(box, width, height))
         question = self.QUESTIONS[self.task][index % 4].replace("<expr>", expression).replace("<boxes>", text)
         turns = [(f"{MARK}\n{question}", text if self.task == "rec" else expression)]
+        self.sides.append((width, height))
         return self.sample([image], turns, f"{image}#{index}", where)
+
+    def __getitem__(self, index):
+        sample, (width, height) = super().__getitem__(index), self.sides[index]
+        shown = upright_size(sample.images[0])                       # None: cannot be read, which is told when it is opened
+        if shown and abs(shown[0] * height - shown[1] * width) > 0.02 * shown[0] * height:
+            raise BadImage(f"{sample.images[0]}: is {shown[0]}x{shown[1]} upright, its boxes are of {width}x{height}")
+        return sample
 
 
 # --- Batches and the loader --------------------------------------------------------------------------------------
@@ -169,7 +181,7 @@ class Batch:
     lengths: list                                                    # in tokens, of every dialogue
     shown: torch.Tensor                                              # (marks,); which of the I pictures each mark shows
     ids: list                                                        # the samples' names, B of them (0 for a stand-in)
-    skipped: list                                                    # (id, InputError) of the samples left out
+    skipped: list                                                    # (index, id, InputError) of the samples left out
 
 
 class Batches(torch.utils.data.Dataset):
@@ -188,7 +200,7 @@ class Batches(torch.utils.data.Dataset):
                 images, turns, name = self.dataset[index]
                 examples.append((name, *self.example(images, turns, opened)))
             except InputError as error:
-                skipped.append((name, error))
+                skipped.append((index, name, error))
         return collate(examples, skipped, self.spec.size)
 
     def example(self, images, turns, opened):
@@ -226,18 +238,20 @@ def collate(examples, skipped, size):
 def order(n, seed, epoch, lengths=None, global_batch=1, window=16):
     """The order in which an epoch visits samples 0..n-1: a pure function of its arguments. Shuffled; then, given
     lengths, every `window` global batches are sorted by length and cut into batches of alike samples (micro-batches and
-    ranks then have as much to do), and the batches are shuffled. A last batch that is not full stays last, so that the
-    others stay whole."""
+    ranks then have as much to do), and the batches are shuffled. A last batch that is not full stays last, and the next
+    epoch begins with what fills it, so that the others stay whole."""
     generator = np.random.default_rng([seed, epoch])
     indices = generator.permutation(n).tolist()
     if lengths is None:
         return indices
-    batches = []
+    fill, batches = -epoch * n % global_batch, []
+    first, indices = indices[:fill], indices[fill:]
+    n = len(indices)
     for i in range(0, n, window * global_batch):
         alike = sorted(indices[i:i + window * global_batch], key=lengths.__getitem__)
         batches += [alike[j:j + global_batch] for j in range(0, len(alike), global_batch)]
     last = batches.pop() if n % global_batch else []
-    return [index for i in generator.permutation(len(batches)) for index in batches[i]] + last
+    return first + [index for i in generator.permutation(len(batches)) for index in batches[i]] + last
 
 
 def lengths_of(dataset):
@@ -250,8 +264,8 @@ class Loader:
     all epochs are one stream; step k of a run takes the global_batch samples from start + k * global_batch on, rank r
     every world_size-th of them. So a run continues at any sample, and workers change nothing but the speed.
 
-    A sample with a bad picture, or with nothing to learn from, leaves a gap in its batch. `skipped` names them ({id:
-    InputError}), `seen` counts all samples. Bad pictures stop the run when they are more than three and more than 1% of
+    A sample with a bad picture, or with nothing to learn from, leaves a gap in its batch. `skipped` holds them ({index:
+    (id, InputError)}), `seen` counts all samples. Bad pictures stop the run when they are more than three and more than 1% of
     the samples seen (taken as 1000 at the least, and as the whole dataset at the most); so does a dataset of which no
     sample is left."""
 
@@ -290,14 +304,14 @@ class Loader:
 
     def count(self, batch):
         self.seen += len(batch.ids) + len(batch.skipped)
-        for name, error in batch.skipped:
+        for index, name, error in batch.skipped:
             if not isinstance(error, (BadImage, NothingToLearn)):
                 raise error
-            self.skipped[name] = error
-        bad = [f"{name} ({error})" for name, error in self.skipped.items() if isinstance(error, BadImage)]
+            self.skipped[index] = name, error                        # ids need not be unique
+        bad = [f"{name} ({error})" for name, error in self.skipped.values() if isinstance(error, BadImage)]
         if len(bad) > max(3, 0.01 * min(max(self.seen, 1000), len(self.lengths))):
             raise InputError(f"{len(bad)} samples with bad images, more than 1% of those seen; the last ones: "
                              f"{'; '.join(bad[-3:])}")
         if len(self.skipped) == len(self.lengths):
-            name, error = list(self.skipped.items())[-1]
+            name, error = list(self.skipped.values())[-1]
             raise InputError(f"no sample of the dataset can be learnt from; the last one: {name} ({error})")

@@ -225,8 +225,8 @@ def main(arguments):
         raise InputError(f"--format={config.format}: {', '.join(FORMATS)}")
     if config.dtype not in ("", *DTYPES):
         raise InputError(f"--dtype={config.dtype}: {', '.join(DTYPES)}")
-    if Path(config.to).exists() and not (Path(config.to) / "config.json").exists():
-        raise InputError(f"--to={config.to}: exists and is no checkpoint; name a folder that may be written")
+    if Path(config.to).exists() and (not Path(config.to).is_dir() or any(Path(config.to).iterdir())):
+        raise InputError(f"--to={config.to}: exists already; name a new folder")
     source = locate(config.model or newest_model())
     if (source / "state.json").exists():
         model = read_run(source).to(DTYPES[config.dtype or "float32"])

@@ -352,7 +352,7 @@ def in_bf16(files):
                 shutil.rmtree(partial, ignore_errors=True)           # of a process that was killed
                 save_in_files(partial, tensors(), {}, limit=1e8)
                 partial.rename(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, InputError) as error:
         print(f"{folder}: cannot be written ({error}); every process holds its own copy", file=sys.stderr, flush=True)
         shutil.rmtree(partial, ignore_errors=True)
         return files
@@ -432,8 +432,12 @@ def save_in_files(folder, named, config, limit=5e9):
 def save_safetensors(tensors, path):
     """{name: tensor} -> one safetensors file, whole or not there at all (temporary file, fsync, rename)."""
     partial = Path(f"{path}.partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)                                             # safetensors would leave it to its owner alone
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)                                         # safetensors would leave it to its owner alone
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+    except (OSError, SafetensorError) as error:                      # no room on the disk, above all
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path}: could not be written ({error})") from None
     partial.replace(path)

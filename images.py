@@ -116,6 +116,16 @@ def open_frames(path, count):
     return frames
 
 
+def upright_size(path):
+    """(width, height) of a picture file as open_image gives it, of its header alone; None if that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)       # by a quarter
+            return image.size[::-1] if turned else image.size
+    except Exception:                                                # as in open_image
+        return None
+
+
 def to_rgb(image):
     """PIL image of any mode -> RGB: turned as EXIF says, 16 bits to 8, transparency on white (as transformers does)."""
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:       # else exif_transpose would copy it

@@ -12,6 +12,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -31,11 +32,14 @@ class Ranks:
         self.doing = "the start"                                     # for in_contact
         self.device = cli.pick_device(device)
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if "LOCAL_RANK" in os.environ:                           # torchrun's: one card a process
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
+            self.device = torch.device("cuda", torch.cuda.current_device())
             torch.set_float32_matmul_precision("high")
         if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            nccl = self.device.type == "cuda"                        # its ten minutes are short for rank 0 writing a large model
+            dist.init_process_group("nccl" if nccl else "gloo", timeout=timedelta(minutes=30), device_id=self.device if nccl else None)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
 
@@ -84,14 +88,22 @@ def say(main, text):
         print(text, flush=True)
 
 
+def last_written(run):
+    """When the run last wrote a checkpoint or a line of its log."""
+    return max(path.stat().st_mtime for path in (run, run / "checkpoints", run / "log.jsonl") if path.exists())
+
+
 def run_folder(config):
     """Where this run lives. A run that is there already is never written over."""
     goes_on = config.resume or (config.stage == 2 and not config.init)
     name = lambda i: Path("out") / (config.connector + (f"-{i}" if i > 1 else ""))
-    free = next(i for i in range(1, 10_000) if not name(i).exists())
-    if goes_on and free == 1 and not config.out:
+    there = [name(i) for i in range(1, 10_000) if name(i).exists()]
+    if goes_on and not there and not config.out:
         raise InputError(f"nothing to go on with under {name(1)}: name the run with --out, or run stage 1 first")
-    run = Path(config.out) if config.out else name(free - 1 if goes_on else free)
+    run = Path(config.out) if config.out else (max(there, key=last_written) if goes_on else
+                                               next(name(i) for i in range(1, 10_000) if name(i) not in there))
+    if run.exists() and not run.is_dir():
+        raise InputError(f"--out={run}: is a file; a run needs a folder")
     held = [stage for stage in (1, 2) if checkpoint.newest_last(run / "checkpoints", stage)]
     last = (config.stage or 2) if config.resume else (config.stage or 1) - 1     # the last stage that may be there
     if held and held[-1] > last or not goes_on and (run / "model").exists():

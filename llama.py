@@ -146,7 +146,7 @@ def rope_frequencies(config):
 
 def rotate(x, cos, sin):
     """RoPE: turn the pairs (x[i], x[i + D/2]) of every head. x: (B, heads, T, D); cos, sin: (B or 1, 1, T, D/2).
-    The tables make this float32 whatever x is: bfloat16 cannot tell position 257 from 258."""
+    The tables make this float32 whatever x is: bfloat16 cannot tell position 256 from 257."""
     first, second = x.chunk(2, dim=-1)  # (B, heads, T, D/2) each
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -214,12 +214,12 @@ def attend_each(q, k, v, packed, grouped):
 
 
 class KVCache:
-    """Keys and values of all blocks, (L, B, G, max_length, D) each. A token's place in it is its position."""
+    """Keys and values of every block, L tensors (B, G, max_length, D) each. A token's place in them is its position."""
 
     def __init__(self, config, batch, max_length, dtype=torch.float32, device="cpu"):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)   # zeros, since a NaN spoils even a masked sum
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
+        new = lambda: [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.keys, self.values = new(), new()                        # zeros, since a NaN spoils even a masked sum
         self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1)
 
     def write(self, layer, k, v, positions):
@@ -356,8 +356,8 @@ class Llama(nn.Module):
         rope = angles.cos(), angles.sin()  # (B or 1, 1, T, D/2) each
         whole = near = None                                          # masks of the blocks without and with a window;
         if cache is not None and positions is not None:              # None is plain causal, which SDPA does by itself
-            whole = visible(positions, cache.keys.shape[3])  # (B, 1, T, max_length)
-            near = whole if window is None else visible(positions, cache.keys.shape[3], window)
+            whole = visible(positions, cache.keys[0].shape[2])  # (B, 1, T, max_length)
+            near = whole if window is None else visible(positions, cache.keys[0].shape[2], window)
         elif lengths is not None:
             whole, near = (Packed(starts, max(lengths), far) for far in (None, window))
         else:

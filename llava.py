@@ -223,6 +223,12 @@ def load_connector(model, path):
                 if ours.startswith(("mm_projector.", "connector.")):
                     found[ours.removeprefix("connector.")] = name, opened.get_tensor(name)
     kind = f"the {model.connector_config.kind} connector"
+    config = read_config(path) if path.is_dir() and (path / "config.json").exists() else {}
+    if config.get("model_type") == "mllm":                           # our own says more than names and shapes do
+        theirs, here = (replace(of, kind=of.kind.replace("dense", "dci")) for of in
+                        (ConnectorConfig(**config["connector"]), model.connector_config))
+        if theirs != here:
+            raise InputError(f"{path}: has another connector, {theirs}, not {here}")
     for name in parameters.keys() - found.keys():
         raise InputError(f"{path}: tensor {name} of {kind} is missing")
     for ours, (name, tensor) in found.items():

@@ -14,6 +14,7 @@ Stage 1 teaches the connector to speak the LLM's language, on captions; stage 2 
 run writes, under --out: log.jsonl, checkpoints/ (only what is trained, with the optimizer: for --resume and for the next
 stage), model/ (the whole model, for sample.py and eval.py) and with LoRA adapter/ (what it adds to the LLM, alone).
 """
+import gc
 import math
 import sys
 import time
@@ -88,7 +89,7 @@ class Config:
     warmup: float = 0.03                 # share of the steps in which the learning rate rises; then a cosine to zero
     weight_decay: float = 0.0            # AdamW's
     beta2: float = 0.98                  # AdamW's second moment; the papers use 0.999
-    clip: float = 1.0                    # largest norm of the gradient
+    clip: float = 1.0                    # largest norm of the gradient; 0: it is not clipped
     seed: int = 0                        # of the connector's start and the order of the data
     # how it runs
     out: str = ""                        # folder of the run; empty: out/<connector>, with a number where that is taken
@@ -116,7 +117,8 @@ def uses_bf16(config, device):
     if config.bf16 is None and kind == "cpu" and config.llm:
         numbers, halved = stored(config.llm)
         return halved and numbers >= LARGE
-    return kind == "cuda" if config.bf16 is None else config.bf16
+    fast = kind == "cuda" and not (torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False))
+    return fast if config.bf16 is None else config.bf16              # a card before Ampere has no bfloat16
 
 
 def settings(config, stage):
@@ -160,6 +162,7 @@ def build_stage(config, stage, run, device, main=True, sharded=False):
         state = checkpoint.load(former[-1], model)
         if state["step"] < state["steps"]:
             say(main, f"note: {former[-1]} is unfinished, step {state['step']} of {state['steps']}")
+        check_start(config, former[-1], state, main)
         alpha = state["config"].get("lora_alpha", 0)                 # 0: its LLM learnt without adapters, if at all
         if "llm" in state["config"][f"train{state['stage']}"] and config.lora_rank and alpha not in (0, config.lora_alpha):
             raise InputError(f"{former[-1]}: was trained with --lora_alpha={alpha}, not {config.lora_alpha}: its adapters "
@@ -167,6 +170,22 @@ def build_stage(config, stage, run, device, main=True, sharded=False):
     if "llm" not in settings(config, stage)["train"] and not sharded:
         lora.merge(model.llm)                                        # stage 1's, which this stage leaves as they are
     return model
+
+
+def check_start(config, folder, state, main):
+    """InputError where stage 2 would start from a checkpoint of another connector, or one that lacks what its run had learnt."""
+    saved = asdict(Config()) | state["config"]
+    plainly = lambda key, value: "dense" if (key, value) == ("connector", "dci") else value
+    for key in ("connector", "groups", "merge", "dino_depth", "dino_expansion", "layer"):
+        if plainly(key, saved[key]) != plainly(key, getattr(config, key)):
+            raise InputError(f"{folder}: was trained with --{key}={saved[key]}, not {getattr(config, key)}: its connector means "
+                             "something else")
+    lacks = {"connector", *saved["train1"]} - set(saved[f"train{state['stage']}"])
+    if config.init and lacks:
+        raise InputError(f"{folder}: holds what stage {state['stage']} trained, and not {', '.join(sorted(lacks))}: name the "
+                         "checkpoint of the stage that trained it, or a run's model/ as --init, whose connector is taken")
+    if saved["vision"] != config.vision:
+        say(main, f"note: {folder} was trained with --vision={','.join(saved['vision']) or 'the tiny towers'}")
 
 
 def build_data(config, stage):
@@ -199,7 +218,7 @@ def choose_trained(model, parts):
         adapter.requires_grad_("llm" in parts)
     for tower, layers in zip(model.vision, model.layers):            # nothing beyond the deepest layer read can learn
         for name, parameter in tower.named_parameters():
-            depth = int(name.split(".")[1]) if name.startswith("blocks.") else 0
+            depth = int(name.split(".")[1]) if name.startswith("blocks.") else -1       # embeddings: before all blocks
             if depth >= max(layers) or name.startswith(("norm.", "norm_post.", "classifier", "distillation_c", "mask_token")):
                 parameter.requires_grad_(False)
     trained = {part: [p for p in getattr(model, part).parameters() if p.requires_grad] for part in parts}
@@ -225,7 +244,11 @@ def train_stage(config, stage, model, dataset, run, ranks):
                                   betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
     start = 0
     if config.resume and (saved := checkpoint.newest_last(run / "checkpoints", stage)):
-        start = checkpoint.load(saved[-1], model, optimizer)["step"]
+        state = checkpoint.load(saved[-1], model, optimizer)
+        start = state["step"]
+        if state.get("samples", len(dataset)) != len(dataset):
+            raise InputError(f"{saved[-1]}: was trained on {state['samples']:,} samples, and the data now has {len(dataset):,}: its "
+                             "order would be another; start anew with another --out")
         say(main, f"resumed from {saved[-1]} at step {start}")
         if start >= steps:
             return True
@@ -252,11 +275,11 @@ def train_stage(config, stage, model, dataset, run, ranks):
               f"peak learning rate {own['lr']:g}, {'bfloat16' if use_bf16 else 'float32'} on {ranks.size} x {ranks.device.type}"
               + ", FSDP" * sharded)
 
-    writer, bad_steps, skipped, began = Log(config, run, main), 0, 0, time.time()
+    writer, bad_steps, empty_steps, skipped, began = Log(config, run, main), 0, 0, 0, time.time()
     tokens_seen, since = 0, time.time()
     save = lambda step: (main or sharded) and checkpoint.save(
         run / "checkpoints" / f"stage{stage}-{step:07d}", model, optimizer,
-        {"stage": stage, "step": step, "steps": steps, "config": asdict(config)}, ranks if sharded else None)
+        {"stage": stage, "step": step, "steps": steps, "samples": len(dataset), "config": asdict(config)}, ranks if sharded else None)
     for step, micro_batches in zip(range(start, steps), loader):
         ranks.doing = f"step {step} of stage {stage}"
         factor = learning_rate(step, steps, config.warmup)
@@ -279,7 +302,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
                 (loss * (ranks.size / max(1, supervised))).backward()
                 losses.append(loss.detach())
         loss = ranks.sum(torch.stack(losses).sum()).item() / max(1, supervised)
-        norm = shard.whole(torch.nn.utils.clip_grad_norm_([p for part in trained.values() for p in part], config.clip)).item()
+        norm = shard.whole(torch.nn.utils.clip_grad_norm_([p for part in trained.values() for p in part], config.clip or math.inf)).item()
         if math.isfinite(loss) and math.isfinite(norm):              # both are the same on every rank, so all decide alike
             optimizer.step()
             bad_steps = 0
@@ -293,9 +316,13 @@ def train_stage(config, stage, model, dataset, run, ranks):
                                  f"{run}/checkpoints is good: lower the learning rate, then --resume")
         optimizer.zero_grad(set_to_none=True)
         tokens_seen += held
-        for name, error in list(loader.skipped.items())[skipped:]:
+        empty_steps = 0 if supervised else empty_steps + 1
+        for name, error in list(loader.skipped.values())[skipped:]:
             print(f"skipped {name}: {error}", file=sys.stderr)
         skipped = len(loader.skipped)
+        if empty_steps == min(10, steps - start):
+            raise InputError(f"{empty_steps} steps in a row without a token to learn from, stopped at step {step}; a picture takes "
+                             f"{model.tokens_per_image} tokens, a dialogue may have {longest}")
         if step % config.log_every == 0 or step + 1 == steps or stop:
             now = time.time()
             left = (now - began) / (step + 1 - start) * (steps - step - 1)
@@ -342,9 +369,14 @@ def check(config):
         raise InputError(f"--image_mode={config.image_mode}: pad, crop or stretch")
     least = dict(batch1=1, batch2=1, micro_batch=1, log_every=1, save_every=1, max_length=1, steps1=0, steps2=0, seed=0,
                  workers=0, lora_rank=0, lora_alpha=0, lora_lr2=0)
-    for key, value in least.items():
-        if getattr(config, key) < value:
+    for key, value in (least | dict(clip=0, lr1=0, lr2=0, connector_lr2=0, warmup=0, weight_decay=0, image_size=0)).items():
+        if not value <= getattr(config, key) < 2 ** 63:              # nor NaN
             raise InputError(f"--{key}={getattr(config, key)}: should be {value} or more")
+    if not 0 <= config.beta2 < 1:
+        raise InputError(f"--beta2={config.beta2}: should be 0 or more, and less than 1")
+    for stage in (1, 2):
+        if config.stage in (0, stage) and not settings(config, stage)["steps"] and not 0 < settings(config, stage)["epochs"] < math.inf:
+            raise InputError(f"--epochs{stage}={settings(config, stage)['epochs']}: should be more than 0 where --steps{stage} is 0")
     for key in ("train1", "train2"):
         parts = getattr(config, key)
         if not parts or set(parts) - set(PARTS):
@@ -369,8 +401,11 @@ def main(arguments):
         say(ranks.rank == 0, f"{config.connector} connector, run folder {run}")
         datasets = {stage: build_data(config, stage) for stage in stages}
         for stage in stages:
+            model = None                                             # stage 1's, which FSDP's cycles of references would keep
+            gc.collect()
             model = build_stage(config, stage, run, ranks.device, ranks.rank == 0, sharded)
-            if ranks.device.type == "cuda" if config.compile is None else config.compile:
+            compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
+            if compiled:
                 for blocks in [model.llm.layers, *(tower.blocks for tower in model.vision)]:
                     compile_blocks(blocks)
             elif not uses_bf16(config, ranks.device):
@@ -387,8 +422,10 @@ def main(arguments):
         say(True, f"\nwrote {run}/model after {time.time() - began:.0f} s")
         if config.evaluate and "world" in (config.data1 if config.stage == 1 else config.data2) and not sharded:
             from eval import evaluate, table
-            say(True, "\nscores on held-out scenes, and blind: the same questions with the pictures exchanged\n"
-                      + table(evaluate(model, count=200)))
+            # texts of all lengths would compile the blocks over and over
+            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+                scores = evaluate(model, count=200)
+            say(True, "\nscores on held-out scenes, and blind: the same questions with the pictures exchanged\n" + table(scores))
         say(True, f"\nnext: python sample.py --model={run}/model   (answers beside the truth, and a picture with boxes)\n"
                   f"      python eval.py --model={run}/model"
                   + "     (the scores: this run's model is spread over its ranks)" * sharded)

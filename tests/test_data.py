@@ -243,6 +243,41 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
     assert all(first != other for other in others)
 
 
+def test_steps_of_later_epochs_hold_samples_of_like_length_too():
+    """101 samples in steps of 8: every epoch begins within a step."""
+    stream = [index for epoch in range(3) for index in order(101, 0, epoch, list(range(101)), 8)]
+    assert sorted(stream) == sorted([*range(101)] * 3)
+    steps = [stream[i:i + 8] for i in range(0, len(stream) - 7, 8)]
+    spreads = [max(step) - min(step) for step in steps]
+    within = [spread for i, spread in enumerate(spreads) if not any(i * 8 < epoch * 101 < i * 8 + 8 for epoch in (1, 2))]
+    assert len(within) == len(steps) - 2 and max(within) < 16        # of 128 sorted ones; by chance it would be about 80
+
+
+def test_boxes_of_a_picture_that_exif_turns_are_not_taken_for_those_of_the_upright_one(tmp_path):
+    from images import BadImage
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                 # the file is 40 x 20, and shown 20 x 40
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("RGB", (40, 20)).save(tmp_path / "plain.jpg")
+    of = lambda name, width, height: {"img_path": name, "expression": "a dog", "bbox": [1, 2, 9, 8], "width": width, "height": height}
+    rows = [of("plain.jpg", 40, 20), of("plain.jpg", 400, 199), of("turned.jpg", 20, 40), of("turned.jpg", 40, 20), of("gone.jpg", 40, 20)]
+    (tmp_path / "boxes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ShikraData(tmp_path / "boxes.jsonl", tmp_path)
+    assert [data[i].id for i in (0, 1, 2, 4)]                        # a smaller copy of the picture will do
+    with pytest.raises(BadImage, match="turned.jpg: is 20x40 upright, its boxes are of 40x20"):
+        data[3]
+
+
+@pytest.mark.parametrize("text, message", [
+    ('[{"conversations": [{"from": "human", "value": "What \\ud83d?"}, {"from": "gpt", "value": "a"}]}]', "half of a character"),
+    ("[" * 100_000, "cannot be read as JSON|not JSON"), ('[{"id": ' + "9" * 5000 + "}]", "cannot be read as JSON")], ids=("surrogate", "deep", "long"))
+def test_what_json_can_hold_and_no_text_can_is_one_line(text, message, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        LlavaData(tmp_path / "a.json", tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_grouping_by_length_gives_ranks_and_micro_batches_alike_work(small):
     class Blind(Listed):
         def length(self, i):
@@ -302,10 +337,18 @@ def test_a_bad_picture_is_skipped_counted_and_named(small, rgb, tmp_path):
     loading = loader(LlavaData(write(tmp_path / "a.json", records), tmp_path), small)
     step, = take(loading, 1)
     assert sorted(names([step])[0]) == ["n0", "n1", "n3", "n4", "n7"] and loading.seen == 8
-    assert sorted(loading.skipped) == sorted(name for batch in step for name, _ in batch.skipped) == ["n2", "n5", "n6"]
-    assert "2.png: not a readable image" in str(loading.skipped["n2"])
-    assert "5.png: no such image" in str(loading.skipped["n5"])
-    assert "no supervised token: its answers are empty" in str(loading.skipped["n6"])
+    assert sorted(loading.skipped) == sorted(index for batch in step for index, _, _ in batch.skipped) == [2, 5, 6]
+    assert all(loading.skipped[i][0] == f"n{i}" for i in (2, 5, 6))
+    assert "2.png: not a readable image" in str(loading.skipped[2][1])
+    assert "5.png: no such image" in str(loading.skipped[5][1])
+    assert "no supervised token: its answers are empty" in str(loading.skipped[6][1])
+
+
+def test_samples_that_share_an_id_are_counted_each(small, tmp_path):
+    """In public files a picture's id stands at all of its dialogues."""
+    records = [{"id": "same", "image": "gone.png", "conversations": talk("<image>q", "a")} for _ in range(20)]
+    with pytest.raises(InputError, match="samples with bad images, more than 1%"):
+        take(loader(LlavaData(write(tmp_path / "a.json", records), tmp_path), small), 2)
 
 
 def test_more_than_one_percent_of_bad_pictures_stop_the_run(small):
@@ -326,10 +369,11 @@ def test_more_than_one_percent_of_bad_pictures_stop_the_run(small):
 def test_samples_with_nothing_to_learn_are_skipped_and_do_not_stop_the_run(small):
     loading = loader(Listed(40, empty=range(20)), small)
     take(loading, 5)
-    assert loading.seen == 40 and sorted(loading.skipped) == sorted(f"n{i}" for i in range(20))
+    assert loading.seen == 40 and sorted(loading.skipped) == list(range(20))
     short = Loader(Listed(8, lambda i: 300 if i == 3 else 3), small, "tiny", ImageSpec(8), 4, 100, 8, 8)
     take(short, 1)
-    assert "n3" in short.skipped and "not even the first turn fits into 100 tokens" in str(short.skipped["n3"])
+    name, error = short.skipped[3]
+    assert name == "n3" and "not even the first turn fits into 100 tokens" in str(error)
 
 
 def test_a_dataset_of_which_nothing_is_left_stops_the_run(small):

@@ -167,7 +167,9 @@ def test_the_command_keeps_the_dtype_that_is_stored(tmp_path, capsys):
 
 def test_wrong_options_are_errors(tmp_path, model_folder):
     (tmp_path / "photos").mkdir()
-    for arguments, message in ((["--to="], "--to=FOLDER"), (["--to=photos"], "exists and is no checkpoint"),
+    (tmp_path / "photos" / "1.png").write_bytes(b"")
+    for arguments, message in ((["--to="], "--to=FOLDER"), (["--to=photos"], "--to=photos: exists already; name a new folder"),
+                                   ([f"--to={model_folder}"], "exists already"),
                                (["--to=x", "--format=onnx"], "--format=onnx: llava-hf, llava"),
                                (["--to=x", "--dtype=int8"], "--dtype=int8: float32")):
         with pytest.raises(InputError, match=message):

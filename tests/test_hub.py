@@ -366,3 +366,17 @@ def test_a_damaged_tensor_is_named_by_whoever_copies_it(folder, of_two):
     with pytest.raises(InputError, match=f"tensor {TENSOR} has dtype torch.int32"):
         Llama.from_pretrained(folder, torch.bfloat16)
     assert [name for name in copies(of_two) if not name.endswith(".partial")] == []
+
+
+@pytest.mark.parametrize("fault", (OSError(28, "No space left on device"), hub.SafetensorError("I/O error: No space left on device")), ids=str)
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(fault, tmp_path, monkeypatch):
+    hub.save_safetensors({"x": torch.ones(3)}, tmp_path / "a.safetensors")
+    before = (tmp_path / "a.safetensors").read_bytes()
+
+    def full(tensors, path, **options):
+        Path(path).write_bytes(b"half")
+        raise fault
+    monkeypatch.setattr(hub, "save_file", full)
+    with pytest.raises(InputError, match="a.safetensors: could not be written .*No space left on device"):
+        hub.save_safetensors({"x": torch.zeros(3)}, tmp_path / "a.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"] and (tmp_path / "a.safetensors").read_bytes() == before

@@ -118,6 +118,18 @@ def test_a_run_takes_the_next_free_name_and_resume_the_newest(flags):
     assert before == {path: path.stat().st_mtime_ns for path in Path("out/mlp").rglob("*")}
 
 
+def test_a_run_without_a_name_goes_on_with_the_one_that_wrote_last(flags):
+    def unnamed(**options):
+        return [flag for flag in flags(stage=1, steps1=1, connector="mlp", **options) if not flag.startswith("--out")]
+    train.main(unnamed())
+    train.main(unnamed())
+    shutil.rmtree("out/mlp")                                         # a gap in the numbers
+    train.main(unnamed())
+    os.utime("out/mlp/log.jsonl", (0, 0)), os.utime("out/mlp/checkpoints", (0, 0)), os.utime("out/mlp", (0, 0))
+    train.main([flag for flag in flags(stage=2, steps2=1, connector="mlp") if not flag.startswith("--out")])
+    assert [path.parts[1] for path in Path("out").glob("*/checkpoints/stage2-*")] == ["mlp-2"]
+
+
 @pytest.mark.parametrize("again", [{}, {"stage": 1}, {"stage": 2}, {"stage": 2, "init": "new"}], ids=str)
 def test_a_finished_run_is_never_written_over(again, flags, uninterrupted):
     shutil.copytree(uninterrupted, "run")

@@ -247,6 +247,24 @@ def test_stage_2_moves_connector_and_llm_and_leaves_the_towers(flags):
     assert moved == {name for name in start if name.startswith(("connector.", "llm."))}
 
 
+def test_a_tower_of_which_the_embeddings_are_read_learns_them(flags):
+    arguments = flags(connector="mlp", layer=0, stage=2, init="new", steps2=2, lr2=1e-2, train2="vision")
+    start = train.build_model(cli.parse(train.Config, arguments), torch.device("cpu")).state_dict()
+    train.main(arguments)
+    moved = changed(start, weights())
+    assert {"vision.0.patch.weight", "vision.0.position_embedding"} <= moved and not any(".blocks." in name for name in moved)
+
+
+def test_without_a_largest_norm_a_gradient_stays_as_it_is(flags):
+    runs = [losses_of(flags, clip) for clip in (0, 1e9, 1e-9)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def losses_of(flags, clip):
+    train.main(flags(stage=1, steps1=3, clip=clip, out=f"clip{clip}"))
+    return [record["loss"] for record in records(f"clip{clip}")]
+
+
 @pytest.mark.parametrize("connector, read", [("mlp", {"vision.0": 5}), ("dense", {"vision.0": 5}),
                                              ("comm", {"vision.0": 6, "vision.1": 5})])
 def test_towers_that_are_trained_move_as_deep_as_they_are_read(connector, read, flags, capsys):

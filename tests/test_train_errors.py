@@ -149,12 +149,57 @@ def refused(arguments):
     "two towers for one": (dict(connector="mlp", two=True), "connector mlp reads one tower, it was given 2"),
     "no samples": (dict(batch1=0), "--batch1=0: should be 1 or more"),
     "negative seed": (dict(seed=-3), "--seed=-3: should be 0 or more"),
+    "negative norm": (dict(clip=-1), "--clip=-1.0: should be 0 or more"),
+    "no learning rate": (dict(lr1="nan"), "--lr1=nan: should be 0 or more"),
+    "beta of 1": (dict(beta2=1), "--beta2=1.0: should be 0 or more, and less than 1"),
+    "no steps and no epochs": (dict(steps1=0, epochs1=0), "--epochs1=0.0: should be more than 0 where --steps1 is 0"),
+    "a file for a folder": (dict(out=__file__), "is a file; a run needs a folder"),
     "no such device": (dict(device="abacus"), "--device=abacus: cannot be used"),
     "unknown log": (dict(log="paper"), "--log=paper: tensorboard or wandb")}.values(), ids=lambda value: None)
 def test_a_wrong_option_is_one_line_before_anything_is_trained(options, message, flags, tiny_folders):
     if options.pop("two", False):
         options |= {"vision": f"{tiny_folders['clip']},{tiny_folders['dinov2']}"}
     assert message in refused(flags(**options))
+
+
+def test_pictures_that_leave_no_room_for_an_answer_stop_the_run(flags):
+    """16 visual tokens, 17 in all: on two ranks or in few steps no dataset is seen to its end."""
+    with pytest.raises(InputError, match="no sample of the dataset|3 steps in a row without a token to learn from, stopped at step 2; "
+                                         "a picture takes 16 tokens, a dialogue may have 17"):
+        train.main(flags(stage=1, max_length=17, steps1=3, data1="world", batch1=1))
+    assert not Path("run/model").exists()
+
+
+@pytest.mark.parametrize("first, second, message", [
+    (dict(connector="mlp", layer=2), dict(connector="mlp"), "was trained with --layer=2, not None: its connector means something else"),
+    (dict(connector="sci"), dict(connector="dense"), "was trained with --connector=sci, not dense"),
+    (dict(connector="comm", merge="mean_half"), dict(connector="comm", merge="mean_all"), "trained with --merge=mean_half, not mean_all"),
+    (dict(train1="vision"), dict(), "holds what stage 1 trained, and not connector")], ids=str)
+def test_stage_2_does_not_start_from_a_connector_that_means_something_else(first, second, message, flags):
+    train.main(flags(stage=1, steps1=1, out="first", **first))
+    with pytest.raises(InputError, match=message):
+        train.main(flags(stage=2, steps2=1, init="first/checkpoints/stage1-0000001", **second))
+    assert not Path("run/model").exists()
+
+
+def test_stage_2_does_not_start_from_a_checkpoint_without_the_connector_that_its_run_had_learnt(flags):
+    train.main(flags(steps1=1, steps2=1, train2="llm", out="first"))
+    with pytest.raises(InputError, match="stage2-0000001: holds what stage 2 trained, and not connector: name the checkpoint of the stage"):
+        train.main(flags(stage=2, steps2=1, init="first/checkpoints/stage2-0000001"))
+    train.main(flags(stage=2, steps2=1, init="first/model"))
+    with pytest.raises(InputError, match="first/model: has another connector, .*kind='dci'.* not .*kind='sci'"):
+        train.main(flags(stage=2, steps2=1, init="first/model", connector="sci", out="other"))
+
+
+def test_a_run_is_not_resumed_on_other_data(flags, tmp_path):
+    name, = pictures(tmp_path, 1)
+    data = dialogues(tmp_path, [(name, [("<image>\nWhat is this?", "a red circle")])] * 9)
+    arguments = flags(stage=1, data1=data, template1="tiny", steps1=4)
+    train.main(arguments)
+    dialogues(tmp_path, [(name, [("<image>\nWhat is this?", "a red circle")])] * 7)
+    shutil.rmtree("run/model")
+    with pytest.raises(InputError, match="stage1-0000004: was trained on 9 samples, and the data now has 7: its order would be another"):
+        train.main([*arguments, "--resume"])
 
 
 def test_nothing_to_resume_and_nothing_to_go_on_with_are_named(flags):
