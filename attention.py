@@ -12,8 +12,8 @@ LONGEST = 1024                                                       # tokens up
 
 
 def attention(q, k, v, causal=False):
-    """q (B, H, T, D) looks at k, v (B, G, S, D), every G-th part of its heads at one of theirs -> (B, H, T, D). causal: T is S,
-    and a token sees none behind itself."""
+    """q (B, H, T, D) looks at k, v (B, G, S, D) -> (B, H, T, D): each group of H/G query heads shares one head of keys and
+    values. causal: T is S, and a token sees itself and those before it only."""
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
     if slow and (q.shape[2] <= LONGEST or not torch.is_grad_enabled()):
         return attention_by_products(q, k, v, causal)

@@ -1,6 +1,6 @@
 """The command line of every command here: a dataclass is the configuration, a TOML file and `--key=value` change it.
 
-    python train.py config/dense_7b.toml --lr=1e-5 --resume
+    python train.py config/dense_7b.toml --lr2=1e-5 --resume
 
 `--help` prints the dataclass: every field, its default and the comment behind it. An unknown key or a value of the wrong
 type is one line on stderr that names the nearest key, and exit status 2; so is every other InputError.

@@ -137,7 +137,7 @@ class SigLIPVision(CLIPVision):
 
 
 class CLIPText(nn.Module):
-    """CLIP's text tower: tokens (B, T) -> hidden states, each (B, T, D)."""
+    """CLIP's text tower: tokens (B, T) -> hidden states, each (B, T, D). Raises InputError for a text longer than it reads."""
 
     def __init__(self, config):
         super().__init__()
@@ -182,7 +182,7 @@ class CLIP(nn.Module):
 
     def tokenize(self, texts):
         """List of texts -> tokens (B, T), begun and ended as the tokenizer says, cut to the tower's length.
-        Rows are filled up with end-of-text tokens: causal attention never looks at them."""
+        Rows are filled up with end-of-text tokens: causal attention never looks at them. Raises InputError without a tokenizer."""
         if self.tokenizer is None:
             raise InputError("this CLIP checkpoint has no tokenizer.json: texts cannot be read")
         rows = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]

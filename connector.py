@@ -1,4 +1,4 @@
-"""The connector: hidden states of the vision towers in, tokens that the LLM reads out.
+"""The connector: hidden states of the vision towers go in, tokens for the LLM come out.
 
 A vision tower has read the image; its patch tokens are D wide. The LLM reads tokens that are C wide. Something has to
 stand between them, and the two papers taught here ask the same question about it: why look at one layer only? A tower's
@@ -128,7 +128,7 @@ def merged_layers(merge, clip_depth, dino_depth):
 
 def layers_needed(config, depths):
     """Depths L, one a tower -> for each tower the hidden indices that its connector reads, ascending.
-    No block beyond the deepest has to run. In this order the hidden states go into the connector's forward."""
+    No block beyond the deepest has to run. In this order the hidden states go into the connector's forward. Raises InputError."""
     if config.kind == "comm":
         if len(depths) != 2:
             raise InputError(f"connector comm reads two towers, CLIP and then DINOv2; it was given {len(depths)}")

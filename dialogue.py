@@ -136,7 +136,7 @@ def load_tokenizer(folder):
 
 def encode(tokenizer, turns, template):
     """turns -> ids, labels, two lists of equal length. A picture is one IMAGE. A label is the token itself where that
-    begins in a supervised range, else IGNORE; shifting by one is left to the loss.
+    begins in a supervised range, else IGNORE; shifting by one is left to the loss. Raises InputError where a token is missing.
 
     Each chunk of text between pictures is tokenised once, on its own, as in LLaVA. (A sentencepiece tokenizer puts a
     space before every chunk: before the first word after a picture, too.)"""

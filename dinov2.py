@@ -102,7 +102,7 @@ class DINOv2(nn.Module):
 
     def positions(self, grid):
         """The position embeddings for grid x grid patches, (1, 1 + grid², D): the trained table, its patch part
-        resized bicubically if the grid is another one. In float32 also for a bf16 tower: bf16 would move them."""
+        resized bicubically if the grid is another one: in float32 also for a bf16 tower, then rounded to its type."""
         if grid == self.grid:
             return self.position_embeddings
         table = self.position_embeddings[:, 1:].unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
 """How well a model answers about pictures that it has not seen: the papers' benchmarks in small, and the benchmarks themselves.
 
     python eval.py                                      the newest model under out/, 200 questions a task
-    python eval.py --model=out/tiny --count=1000 --json
+    python eval.py --model=out/dense/model --count=1000 --json
     python eval.py --model=FOLDER --task=pope --data=coco_pope_random.json --image_dir=val2014
     torchrun --nproc_per_node=8 eval.py --model=FOLDER --task=rec --data=REC_refcoco_unc_testA.jsonl --image_dir=train2014
 

@@ -4,7 +4,7 @@
     python export.py --model=out/dense/model --to=out/dense-llava   sti, sci, dci, efficient: the Dense Connector's own layout
     python export.py --model=out/dense/model --to=out/llm --format=llama        its LLM alone: LlamaForCausalLM (or its kind)
     python export.py --model=out/comm/model --to=out/dino --format=tower --tower=1     a tower alone: CLIPVisionModel, Dinov2Model
-    python export.py --model=out/dense/checkpoints/stage2-0000500 --to=out/early        a run's checkpoint, its LoRA merged
+    python export.py --model=out/dense/checkpoints/stage2-0001500 --to=out/early        a run's checkpoint, its LoRA merged
 
 --model is anything that sample.py takes, so a public checkpoint of one layout comes out in the other. Or it is a checkpoint of a
 run, which holds only what is trained: the rest is read where that run read it. sample.py and eval.py read both layouts back.

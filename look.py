@@ -59,8 +59,8 @@ class Config:
 def principal_colours(features, before=None):
     """Patch features (N, D) -> their first three principal components as RGB (N, 3) in 0..1, and the part of the variance that
     these three hold. The sign of a component is free: it is chosen so that the colour goes with that of the layer `before`
-    (N, 3), or, where there is none, so that its longer tail is bright, which is that of the few patches unlike the rest. Each
-    is stretched from its 2nd to its 98th percentile: one odd patch must not darken all others."""
+    (N, 3) if there is one, otherwise so that the few patches unlike the rest are bright. Each component is stretched from its
+    2nd to its 98th percentile: one odd patch must not darken all others."""
     features = features.double()
     U, S, _ = torch.linalg.svd(features - features.mean(dim=0), full_matrices=False)     # (N, K) and (K,), K = min(N, D)
     scores = F.pad((U * S)[:, :3], (0, max(0, 3 - len(S))))          # (N, 3): where each patch lies along each component

@@ -456,7 +456,7 @@ def pretrain_deit(config, folder):
 @torch.no_grad()
 def probe_scores(tower, count=1000):
     """Linear probes (ridge regression) on the patches of hidden[i]: which colour and which shape lies under the middle of the
-    patch, and where in its object the patch is; accuracy and R² on held-out scenes. `count` scenes for each half."""
+    patch, and that object's box in the picture; accuracy and R² on held-out scenes. `count` scenes for each half."""
     def features(split):
         drawn = [(index, world.scene(split, index)) for index in range(count)]
         pixels = pictures(drawn, split)

@@ -182,8 +182,8 @@ def any_question(task, objects, rng):
 
 
 def dialogue(objects, rng):
-    """Questions about one picture: [(question, answer), ...]. Each is about another object: an answer that an earlier turn gives
-    away teaches to read, not to look. So a caption or a list, which gives all away, is a dialogue of its own."""
+    """Questions about one picture: [(question, answer), ...]. Each question is about another object: an answer that an earlier turn
+    gives away would teach to copy, not to look. So a caption or a list, which gives all away, is a dialogue of its own."""
     draw = rng.random()
     if draw < 0.25:
         return [question("caption", objects, rng) if draw < 0.1 else ("List the shapes.", listing(left_to_right(objects)))]
