@@ -10,7 +10,8 @@ medians are reported, with the least and the most.
     python bench.py connectors                    # every kind of connector
 
 Weights are random, nothing is downloaded. Without --vs our side runs alone. The machine's limits are measured beside every turn,
-`limits`: the FLOP/s of a 4096³ matrix product in the dtype at hand (linear.py's, where that is faster), and the bytes/s of a sum.
+`limits`: the FLOP/s of a 4096³ matrix product in the dtype at hand (linear.py's, where that is faster; 8192³ on a GPU), and the
+bytes/s of a sum.
 What a figure is `of the limit` is its share of them; FLOPs and bytes are counted by formula, those that the work cannot do
 without. It all runs on CUDA as well, but never has: there was no GPU.
 """

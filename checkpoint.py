@@ -124,3 +124,19 @@ def check_same(config, folder):
         if key not in free and saved[key] != value:
             raise InputError(f"{folder}: was trained with --{key}={saved[key]}, not {value}: resume with the "
                              "same options, or start anew with another --out")
+
+
+def check_start(config, folder, state, main):
+    """InputError where stage 2 would start from a checkpoint of another connector, or one that lacks what its run had learnt."""
+    saved = asdict(type(config)()) | state["config"]
+    plainly = lambda key, value: "dense" if (key, value) == ("connector", "dci") else value
+    for key in ("connector", "groups", "merge", "dino_depth", "dino_expansion", "layer"):
+        if plainly(key, saved[key]) != plainly(key, getattr(config, key)):
+            raise InputError(f"{folder}: was trained with --{key}={saved[key]}, not {getattr(config, key)}: its connector means "
+                             "something else")
+    lacks = {"connector", *saved["train1"]} - set(saved[f"train{state['stage']}"])
+    if config.init and lacks:
+        raise InputError(f"{folder}: holds what stage {state['stage']} trained, and not {', '.join(sorted(lacks))}: name the "
+                         "checkpoint of the stage that trained it, or a run's model/ as --init, whose connector is taken")
+    if main and saved["vision"] != config.vision:
+        print(f"note: {folder} was trained with --vision={','.join(saved['vision']) or 'the tiny towers'}", flush=True)

@@ -72,6 +72,10 @@ class LlavaData:
         self.samples = [self.parse(record, where, i) for i, (where, record) in enumerate(read_records(path))]
         if any(sample.images for sample in self.samples) and not os.path.isdir(image_dir):
             raise InputError(f"{image_dir}: no such folder; the pictures of {path} should be in it")
+        for folder in {os.path.dirname(image) for sample in self.samples for image in sample.images}:
+            if not self.is_inside(os.path.realpath(folder), os.path.realpath(image_dir)):
+                raise InputError(f"{folder}: is a link out of the image folder {self.image_dir}, which may only hold what lies in it: "
+                                 "move the pictures there (or mount them), or let --image_dir name the folder that holds them all")
 
     def parse(self, record, where, index):
         where += f" (id {record['id']})" if "id" in record else ""
@@ -105,8 +109,11 @@ class LlavaData:
             self.check_inside(path, self.image_dir, where)
         return Sample(paths, turns, name)
 
+    def is_inside(self, path, folder):
+        return os.path.commonpath([path, folder]) == folder
+
     def check_inside(self, path, folder, where):
-        if os.path.commonpath([path, folder]) != folder:
+        if not self.is_inside(path, folder):
             raise InputError(f"{where}: the image path {path} leaves the image folder {self.image_dir}")
 
     def __len__(self):

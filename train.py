@@ -3,9 +3,9 @@
     python train.py                                                        the embedded world, on a laptop, in minutes
     python train.py --connector=comm                                       COMM's merge of CLIP and DINOv2
     python train.py config/dense_7b.toml --data1=... --image_dir=...       a paper's recipe on your data
-    torchrun --nproc_per_node=8 train.py config/dense_7b.toml              the same on 8 GPUs
+    torchrun --nproc_per_node=8 train.py config/dense_7b.toml              the same on 8 GPUs; the 7B and 8B recipes set --fsdp
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...    on two nodes
-    torchrun --nproc_per_node=8 train.py config/dense_7b.toml --fsdp       what is larger than one card (shard.py)
+    torchrun --nproc_per_node=8 train.py --fsdp ...                        what is larger than one card (shard.py)
     python train.py config/dense_7b.toml --lora_rank=128 ...               the LLM by adapters (lora.py)
     python train.py --resume                                               go on after a stop, bit for bit
     python train.py config/dense_7b.toml --plan --gpus=8 --gpu_memory=80   what it would take: memory, FLOPs, hours
@@ -162,7 +162,7 @@ def build_stage(config, stage, run, device, main=True, sharded=False):
         state = checkpoint.load(former[-1], model)
         if state["step"] < state["steps"]:
             say(main, f"note: {former[-1]} is unfinished, step {state['step']} of {state['steps']}")
-        check_start(config, former[-1], state, main)
+        checkpoint.check_start(config, former[-1], state, main)
         alpha = state["config"].get("lora_alpha", 0)                 # 0: its LLM learnt without adapters, if at all
         if "llm" in state["config"][f"train{state['stage']}"] and config.lora_rank and alpha not in (0, config.lora_alpha):
             raise InputError(f"{former[-1]}: was trained with --lora_alpha={alpha}, not {config.lora_alpha}: its adapters "
@@ -170,22 +170,6 @@ def build_stage(config, stage, run, device, main=True, sharded=False):
     if "llm" not in settings(config, stage)["train"] and not sharded:
         lora.merge(model.llm)                                        # stage 1's, which this stage leaves as they are
     return model
-
-
-def check_start(config, folder, state, main):
-    """InputError where stage 2 would start from a checkpoint of another connector, or one that lacks what its run had learnt."""
-    saved = asdict(Config()) | state["config"]
-    plainly = lambda key, value: "dense" if (key, value) == ("connector", "dci") else value
-    for key in ("connector", "groups", "merge", "dino_depth", "dino_expansion", "layer"):
-        if plainly(key, saved[key]) != plainly(key, getattr(config, key)):
-            raise InputError(f"{folder}: was trained with --{key}={saved[key]}, not {getattr(config, key)}: its connector means "
-                             "something else")
-    lacks = {"connector", *saved["train1"]} - set(saved[f"train{state['stage']}"])
-    if config.init and lacks:
-        raise InputError(f"{folder}: holds what stage {state['stage']} trained, and not {', '.join(sorted(lacks))}: name the "
-                         "checkpoint of the stage that trained it, or a run's model/ as --init, whose connector is taken")
-    if saved["vision"] != config.vision:
-        say(main, f"note: {folder} was trained with --vision={','.join(saved['vision']) or 'the tiny towers'}")
 
 
 def build_data(config, stage):

@@ -413,6 +413,11 @@ def test_a_link_out_of_the_image_folder_stops_the_run_in_one_line(workers, small
     dataset = LlavaData(write(tmp_path / "a.json", [GOOD]), images)
     with pytest.raises(InputError, match="^sample good: the image path .*secret.png leaves the image folder .*images$"):
         take(loader(dataset, small, workers=workers), 1)
+    (tmp_path / "elsewhere").mkdir()
+    (images / "coco").symlink_to(tmp_path / "elsewhere")
+    linked = write(tmp_path / "b.json", [GOOD, GOOD | {"image": "coco/b.jpg"}])
+    with pytest.raises(InputError, match="images/coco: is a link out of the image folder .*images, .* move the pictures"):
+        LlavaData(linked, images)                                    # at once, not at that sample
     (tmp_path / "link").symlink_to(images)                           # a link to the folder itself is fine
     (images / "a.jpg").unlink()
     saved(rgb, images / "a.jpg", format="PNG")
