@@ -30,12 +30,10 @@ class Ranks:
     def __init__(self, device):
         self.rank, self.size, self.stop = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), False
         self.doing = "the start"                                     # for in_contact
-        self.device = cli.pick_device(device)
+        own_card = device in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available()
+        self.device = cli.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_card else device)     # under torchrun: one each
         if self.device.type == "cuda":
-            if "LOCAL_RANK" in os.environ:                           # torchrun's: one card a process
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
-            self.device = torch.device("cuda", torch.cuda.current_device())
             torch.set_float32_matmul_precision("high")
         if self.size > 1:
             nccl = self.device.type == "cuda"                        # its ten minutes are short for rank 0 writing a large model

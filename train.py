@@ -304,7 +304,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
         for name, error in list(loader.skipped.values())[skipped:]:
             print(f"skipped {name}: {error}", file=sys.stderr)
         skipped = len(loader.skipped)
-        if empty_steps == min(10, steps - start):
+        if empty_steps == min(10, steps):
             raise InputError(f"{empty_steps} steps in a row without a token to learn from, stopped at step {step}; a picture takes "
                              f"{model.tokens_per_image} tokens, a dialogue may have {longest}")
         if step % config.log_every == 0 or step + 1 == steps or stop:

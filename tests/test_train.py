@@ -456,3 +456,25 @@ def test_the_scores_stand_at_the_end_of_a_run_on_the_world(flags, monkeypatch, c
                         {"rec": {"samples": count, "scores": {"mean IoU": 0.5}, "blind": None}})
     train.main(flags(stage=2, init="new", steps2=1, evaluate="true"))
     assert "mean IoU" in capsys.readouterr().out
+
+
+def test_the_closing_scores_compile_nothing(flags, monkeypatch):
+    """Texts of all lengths, a token at a time: the compiled blocks would be compiled anew for each."""
+    import torch._dynamo
+    import eval as evaluation
+    graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compile_blocks, found = train.compile_blocks, []
+    monkeypatch.setattr(train, "compile_blocks", lambda blocks: compile_blocks(blocks, backend="eager"))
+
+    def evaluate(model, count):
+        before = graphs()
+        texts = model.generate([None, None], ["How many things are there?", "Why?"], max_new_tokens=3)
+        found.append((before, graphs(), len(texts)))
+        return {"rec": {"samples": count, "scores": {"mean IoU": 0.5}, "blind": None}}
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train.main(flags(stage=2, init="new", steps2=2, evaluate="true", compile="true"))
+    (before, after, texts), = found
+    assert before == after > 0 and texts == 2
+    torch._dynamo.reset()
