@@ -540,7 +540,7 @@ def test_a_save_that_breaks_off_leaves_the_good_folder(build, tmp_path, monkeypa
     for owner, name in ((hub, "save_file"), (mllm, "replace_folder"), (mllm.os, "fsync")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, break_off)
-            with pytest.raises(OSError):
+            with pytest.raises((OSError, InputError)):
                 other.save(tmp_path / "model")
         assert MLLM.from_pretrained(tmp_path / "model").connector_config.kind == "mlp"
     other.save(tmp_path / "model")                                   # and what broke off is no hindrance later
