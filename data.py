@@ -11,6 +11,7 @@ Formats: LLaVA's (arXiv 2304.08485, 2310.03744) and Shikra's (arXiv 2306.15195).
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,9 @@ class Sample(NamedTuple):
     images: list                                                     # one a mark: path, PIL image or uint8 (H, W, 3)
     turns: list                                                      # (question, answer), in order
     id: str                                                          # names the sample in messages
+
+
+HALF = re.compile("[\ud800-\udfff]")                                 # a surrogate alone: JSON can hold it, no tokenizer takes it
 
 
 class NothingToLearn(InputError):
@@ -87,7 +91,7 @@ class LlavaData:
                 raise InputError(f'{where}: every message needs a role, "from": "human" or "gpt"')
             if not isinstance(message.get("value"), str):
                 raise InputError(f'{where}: every message needs a text, "value"')
-            if any(0xd800 <= ord(letter) < 0xe000 for letter in message["value"]):
+            if HALF.search(message["value"]):
                 raise InputError(f"{where}: holds half of a character (a lone surrogate, as of an emoji that was cut)")
         messages = messages[1:] if messages[0]["from"] == "gpt" else messages
         if any(message["from"] != ("human", "gpt")[i % 2] for i, message in enumerate(messages)):

@@ -122,7 +122,7 @@ def upright_size(path):
         with Image.open(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)       # by a quarter
             return image.size[::-1] if turned else image.size
-    except Exception:                                                # as in open_image
+    except Exception:                                                # decoders raise anything; open_image will say what
         return None
 
 

@@ -67,6 +67,8 @@ def write_llava(folder, size="160m", device="cpu"):
     with torch.device(device):
         model = llava_of(size)
     export(model.to(torch.bfloat16 if size == "7b" else torch.float32), folder)
+    del model
+    torch.cuda.empty_cache()                                         # the contenders' processes need the whole card
 
 
 def shapes(folder):
