@@ -165,21 +165,21 @@ def newest_model(root="out"):
 def read_json(path):
     """A JSON file -> its object; InputError names the file, and the line where the JSON breaks."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        read = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a checkpoint folder needs one") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not JSON, line {error.lineno}: {error.msg}") from None
-    except (UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:           # no UTF-8, numbers or nesting beyond Python's limits
         raise InputError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(read, dict):
+        raise InputError(f"{path}: should hold an object, holds a {type(read).__name__}")
+    return read
 
 
 def read_config(folder):
     """The checkpoint's config.json -> dict."""
-    config = read_json(Path(folder) / "config.json")
-    if not isinstance(config, dict):
-        raise InputError(f"{folder}/config.json: should hold an object, holds a {type(config).__name__}")
-    return config
+    return read_json(Path(folder) / "config.json")
 
 
 def fields_of(cls, config, folder, rename={}):
@@ -225,7 +225,7 @@ def tensor_files(folder):
 def read_index(path):
     """model.safetensors.index.json -> {tensor name: name of the shard that holds it}."""
     index = read_json(path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError(f"{path}: has no weight_map from tensor names to shards")
     return weight_map

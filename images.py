@@ -130,6 +130,8 @@ def to_rgb(image):
     """PIL image of any mode -> RGB: turned as EXIF says, 16 bits to 8, transparency on white (as transformers does)."""
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:       # else exif_transpose would copy it
         image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise BadImage("its pixels are floats, whose white is not known: save it with 8 bits a colour")
     if image.mode.startswith("I"):                                   # 16-bit grey; convert() would clip it at 255
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
         image = Image.fromarray(grey.astype(np.uint8))

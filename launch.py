@@ -113,11 +113,25 @@ def run_folder(config):
     return run
 
 
-class Log:
-    """log.jsonl, and TensorBoard or wandb where asked for; rank 0 alone writes."""
+def is_before(line, stage, step):
+    """Whether a line of log.jsonl tells of a step before this one; the last line of a killed run may be half a line."""
+    try:
+        record = json.loads(line)
+        return (record["stage"], record["step"]) < (stage, step)
+    except (ValueError, TypeError, KeyError):
+        return False
 
-    def __init__(self, config, run, main):
+
+class Log:
+    """log.jsonl, and TensorBoard or wandb where asked for; rank 0 alone writes. A stage begins, or goes on, at step `start`."""
+
+    def __init__(self, config, run, main, stage, start):
         self.main, self.path, self.board, self.wandb = main, run / "log.jsonl", None, None
+        if main and config.resume and self.path.exists():            # what a killed run did after its last checkpoint comes again
+            kept = [line for line in self.path.read_text().splitlines(True) if is_before(line, stage, start)]
+            partial = self.path.with_name("log.jsonl.partial")
+            partial.write_text("".join(kept))
+            partial.replace(self.path)
         for name in config.log:
             if name not in ("tensorboard", "wandb"):
                 raise InputError(f"--log={name}: tensorboard or wandb")

@@ -235,6 +235,8 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
+    """x (..., C) by the root of its mean square, times a learnt weight (C,): no mean is taken off, and there is no bias."""
+
     def __init__(self, size, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
@@ -247,6 +249,9 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with RoPE, (B, T, C) -> (B, T, C): H heads ask, and H/G of them share each head of keys and values.
+    rope: cosines and sines (B or 1, 1, T, D/2) of the positions; mask: what `attend` takes; cache: a KVCache, or None."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
@@ -269,6 +274,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU, (B, T, C) -> (B, T, C): one map to the wider middle gates, channel by channel, what another one gives."""
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -281,6 +288,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A layer, (B, T, C) -> (B, T, C): attention and MLP, each normed before and added to the stream ("pre-norm")."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.self_attn = Attention(config, layer)
@@ -386,7 +395,8 @@ class Llama(nn.Module):
         """Yield the next token of every row, (B,) a step, until all rows have ended or there are max_new_tokens.
 
         tokens (B, T) or embeds (B, T, C): prompts, padded on the right where `lengths` (B,) says so.
-        eos: id or ids that end a row; None: the config's; []: none. A row that has ended goes on yielding eos."""
+        eos: id or ids that end a row; None: the config's; []: none. A row that has ended goes on yielding eos.
+        InputError: an empty prompt, one too long for the model, an id outside the vocabulary, sampling out of its range."""
         B, T = (tokens if embeds is None else embeds).shape[:2]
         device, dtype = self.embed_tokens.weight.device, self.embed_tokens.weight.dtype
         lengths = torch.full((B,), T, device=device) if lengths is None else torch.as_tensor(lengths, device=device)
@@ -423,7 +433,7 @@ class Llama(nn.Module):
                  embeds=None, lengths=None, eos=None, generator=None):
         """Prompts -> the ids after them, (B, new). Rows that end early are filled up with eos. Prompts of different
         length are padded: on the right with `lengths` (B,), or on any side with `attention_mask` (B, T), 1 for a token
-        and 0 for padding."""
+        and 0 for padding. The rest, and its errors: `stream`."""
         if attention_mask is not None:
             order = attention_mask.long().argsort(dim=1, descending=True, stable=True)  # (B, T), tokens to the left
             rows, lengths = torch.arange(len(order), device=order.device)[:, None], attention_mask.long().sum(1)
@@ -434,6 +444,8 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
+        """A folder or hub id -> the model; where dtype is the file's, its tensors are the mapped file. InputError names the
+        folder and what of it is missing, left over or of another shape."""
         folder = locate(folder_or_id)
         config = cls.config_class.from_dict(read_config(folder), folder)
         generation = folder / "generation_config.json"               # some chat models list their end tokens only here

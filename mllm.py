@@ -187,7 +187,8 @@ class MLLM(nn.Module):
 
     def generate(self, images, prompts, max_new_tokens=256, **sampling):
         """images: one entry a prompt, a PIL picture, a list of them, or None. prompts: texts, or dialogues [(question,
-        answer), ..., (question, None)]. sampling: temperature=0 (greedy), top_k, top_p, generator. -> list of answers."""
+        answer), ..., (question, None)]. sampling: temperature=0 (greedy), top_k, top_p, generator. -> list of answers.
+        InputError: entries and prompts of different number, more marks than pictures, and as Llama.stream."""
         steps = list(self.stream(images, prompts, max_new_tokens, **sampling))
         return [self.text(row) for row in torch.stack(steps, dim=1).tolist()]
 

@@ -259,7 +259,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
               f"peak learning rate {own['lr']:g}, {'bfloat16' if use_bf16 else 'float32'} on {ranks.size} x {ranks.device.type}"
               + ", FSDP" * sharded)
 
-    writer, bad_steps, empty_steps, skipped, began = Log(config, run, main), 0, 0, 0, time.time()
+    writer, bad_steps, empty_steps, skipped, began = Log(config, run, main, stage, start), 0, 0, 0, time.time()
     tokens_seen, since = 0, time.time()
     save = lambda step: (main or sharded) and checkpoint.save(
         run / "checkpoints" / f"stage{stage}-{step:07d}", model, optimizer,

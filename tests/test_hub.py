@@ -162,7 +162,8 @@ def test_folder_without_config_is_an_error(folder):
     assert "config.json" in error_of(folder)
 
 
-@pytest.mark.parametrize("text, named", [('{"a": 1,\n"b"}', "line 2"), ("[]", "object"), ("\xff", "config.json")])
+@pytest.mark.parametrize("text, named", [('{"a": 1,\n"b"}', "line 2"), ("[]", "object"), ("\xff", "config.json"),
+                                         ("[" * 100_000, "config.json"), ('{"a":' + "1" * 5000 + "}", "config.json")])
 def test_config_that_is_not_an_object_is_an_error(folder, text, named):
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     assert named in error_of(folder)
@@ -215,7 +216,7 @@ def test_tensor_that_a_shard_holds_but_the_index_does_not_list_is_missing(folder
 def test_index_without_a_map_from_tensors_to_shards_is_an_error(folder, text):
     shard(folder)
     (folder / "model.safetensors.index.json").write_text(text)
-    assert "model.safetensors.index.json: has no weight_map" in error_of(folder)
+    assert f"model.safetensors.index.json: {'should hold an object' if text == '[]' else 'has no weight_map'}" in error_of(folder)
 
 
 @pytest.mark.parametrize("place", ["../model-0.safetensors", "/model-0.safetensors", "sub/model-0.safetensors", "..", ""])

@@ -52,6 +52,12 @@ def test_sixteen_bits_become_eight(tmp_path):
         assert np.array_equal(np.asarray(open_image(path))[..., 0], np.arange(256).reshape(16, 16))
 
 
+def test_floats_are_refused_since_their_white_is_not_known(tmp_path):
+    path = saved(Image.fromarray(np.random.default_rng(0).random((8, 8), dtype=np.float32)), tmp_path / "floats.tiff")
+    with pytest.raises(BadImage, match=r"floats\.tiff: not a readable image \(BadImage: its pixels are floats"):
+        open_image(path)
+
+
 @pytest.mark.parametrize("orientation, upright", [
     (1, lambda a: a), (2, lambda a: a[:, ::-1]), (3, lambda a: a[::-1, ::-1]), (4, lambda a: a[::-1]),
     (5, lambda a: a.swapaxes(0, 1)), (6, lambda a: np.rot90(a, -1)), (7, lambda a: a[::-1, ::-1].swapaxes(0, 1)),
@@ -147,7 +153,7 @@ def test_preprocessing_is_read_from_published_configs(config, expected, tmp_path
                                     {"size": {"height": 224, "width": 448}, **MEAN}])
 def test_a_preprocessing_that_cannot_be_followed_is_an_error(config, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="preprocessor_config.json: (not the description|only square)"):
+    with pytest.raises(InputError, match="preprocessor_config.json: (not the description|only square|should hold)"):
         ImageSpec.from_folder(tmp_path)
 
 

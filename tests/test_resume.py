@@ -37,8 +37,13 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(before, left, 
     found = Path("run/checkpoints")
     assert sorted(path.name for path in (found.iterdir() if found.exists() else ())) == left
     assert not Path("run/model").exists()
+    if Path("run/log.jsonl").exists():
+        with open("run/log.jsonl", "a") as log:
+            log.write('{"stage": 1, "st')                            # a kill while a line is written
     train.main([*flags(), "--resume"])
     assert_as_uninterrupted(uninterrupted)
+    steps = [(record["stage"], record["step"]) for record in records()]
+    assert steps == [(record["stage"], record["step"]) for record in records(uninterrupted)]     # each once, in order
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))

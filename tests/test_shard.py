@@ -230,8 +230,6 @@ def test_a_killed_rank_ends_the_run_in_one_line_and_one_process_finishes_it(fsdp
     assert said.strip() == ("error: rank 0: lost contact with another rank in step 3 of stage 2; the last checkpoint is "
                             "run/checkpoints/stage2-0000002: start again with --resume, on any number of ranks")
     assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["stage1-0000002", "stage2-0000002"]
-    log = Path("run/log.jsonl")
-    log.write_text("".join(log.read_text().splitlines(True)[:4]))    # without the step that is done again
     train.main([*arguments, "--resume"])
     assert_same("run", one / "run")
 
