@@ -9,11 +9,10 @@ medians are reported, with the least and the most.
     python bench.py loader --vs=transformers      # from a JPEG file to pixels
     python bench.py connectors                    # every kind of connector
 
-Weights are random, nothing is downloaded. Without --vs our side runs alone. The machine's limits are measured beside every turn,
-`limits`: the FLOP/s of a 4096³ matrix product in the dtype at hand (linear.py's, where that is faster; 8192³ on a GPU), and the
-bytes/s of a sum.
-What a figure is `of the limit` is its share of them; FLOPs and bytes are counted by formula, those that the work cannot do
-without. It all runs on CUDA as well, but never has: there was no GPU.
+Weights are random, nothing is downloaded. Without --vs our side runs alone. Each process measures the machine's limits right after
+its own work: the FLOP/s of a 4096³ matrix product in the dtype at hand (linear.py's, where that is faster; 8192³ on a GPU), and
+the bytes/s of a sum. What a figure is `of the limit` is its share of them; FLOPs and bytes are counted by formula, those that the
+work cannot do without. It all runs on CUDA as well, but never has: there was no GPU.
 """
 import importlib.util
 import json
@@ -43,7 +42,7 @@ class BenchConfig:
     device: str = "auto"      # auto, cpu, cuda, mps
     json: bool = False        # print one JSON object last
     # what a contender's own process is told
-    contender: str = ""       # ours, transformers, floor or limits: one turn of it, on `folder`
+    contender: str = ""       # ours, transformers or floor: one turn of it, on `folder`
     folder: str = ""          # the checkpoint
 
 

@@ -25,8 +25,6 @@ def one_turn(config):
     """A connector of its own process, on hidden states of CLIP-L/336 (comm: and DINOv2-L's) -> seconds forward, and forward with
     backward to its own parameters."""
     from connector import ConnectorConfig, layers_asked, make_connector
-    if config.contender == "limits":
-        return limits(config)
     shape, dtype = (24, 1024, 576), getattr(torch, config.dtype)
     shapes, connector_config = [shape] * (1 + (config.contender == "comm")), ConnectorConfig(config.contender)
     connector = make_connector(connector_config, shapes, WIDTH).to(config.device, dtype)
@@ -45,7 +43,7 @@ def one_turn(config):
         found["seconds"].append(wait(config.device) - start)
     return {key: statistics.median(times[1:]) for key, times in found.items()} | {
         "tokens": tokens.shape[1], "parameters": sum(p.numel() for p in connector.parameters()),
-        "memory": peak_memory(config.device)}
+        "memory": peak_memory(config.device)} | limits(config)
 
 
 def bench(config):
@@ -54,7 +52,7 @@ def bench(config):
     print(f"{config.batch} pictures, CLIP-L/14 at 336 (comm: and DINOv2-L/14) to an LLM of width {WIDTH}, {config.dtype}")
     for kind in CONNECTORS:
         one, flops = result[kind], config.batch * connector_flops(kind)
-        one |= {"flops": flops, "of_the_limit": flops / one["forward"] / result["limits"]["flops"]}
+        one |= {"flops": flops, "of_the_limit": flops / one["forward"] / one["limit_flops"]}
         print(f"{kind:10} {one['tokens']:.0f} tokens, {one['parameters'] / 1e6:5.1f}M parameters, "
               f"{flops / config.batch / 1e9:4.0f} GFLOP a picture; forward {spread(one, 'forward')}, "
               f"{one['of_the_limit']:.0%} of the limit; with backward {spread(one)}; {one['memory'] / 2 ** 30:.1f} GiB")

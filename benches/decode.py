@@ -62,8 +62,6 @@ GENERATORS = {"ours": decode_ours, "ours_fast": decode_ours, "transformers": dec
 def one_turn(config):
     """The contender's own process: load, three tokens to warm up, then PROMPT tokens in and ANSWER out; the first token is the
     median of three, two of them of short answers."""
-    if config.contender == "limits":
-        return limits(config)
     name, _, form = config.contender.partition("_")
     generate = GENERATORS[name](config.folder, config.device, getattr(torch, config.dtype), form)
     tokens = torch.randint(3, 32000, (config.batch, PROMPT), generator=torch.Generator().manual_seed(0)).to(config.device)
@@ -76,7 +74,7 @@ def one_turn(config):
         firsts.append(times[1] - times[0])
     steps = [after - before for before, after in zip(times[1:], times[2:])]
     return {"warm_up": warm_up, "first": statistics.median(firsts), "token": statistics.median(steps),
-            "memory": peak_memory(config.device)}
+            "memory": peak_memory(config.device)} | limits(config)
 
 
 def decode_work(config, batch, width):
@@ -101,8 +99,8 @@ def bench(config):
     result |= {"parameters": size // 2, "flops": flops, "bytes_read": read}
     for name in contenders:
         one = result[name]
-        one["of_the_limit"] = {"first": flops / one["first"] / result["limits"]["flops"],
-                               "token": read / one["token"] / result["limits"]["read"]}
+        one["of_the_limit"] = {"first": flops / one["first"] / one["limit_flops"],
+                               "token": read / one["token"] / one["limit_read"]}
         print(f"{name:22} first token {spread(one, 'first')}, {one['of_the_limit']['first']:.0%} of the limit; then "
               f"{spread(one, 'token', 1e3, 'ms')} a step, {read / one['token'] / 1e9:.1f} GB/s, "
               f"{one['of_the_limit']['token']:.0%} of the limit; warm-up {one['warm_up']:.1f} s, "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benches.turns import limits, peak_memory, spread, take_turns
+from benches.turns import peak_memory, spread, take_turns
 
 PICTURES, SIZE = 32, (640, 480)                                      # JPEG files of COCO's usual size
 SIDE = 336                                                           # of the pixels that come out
@@ -50,8 +50,6 @@ LOADS = {"ours": loader_ours, "ours_pad": loader_ours, "transformers": loader_tr
 
 def one_turn(config):
     """One thread, all files twice, the second time counts -> seconds a picture."""
-    if config.contender == "limits":
-        return limits(config)
     torch.set_num_threads(1)
     name, _, form = config.contender.partition("_")
     load = LOADS[name](form or "crop" if name == "ours" else form)

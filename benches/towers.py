@@ -67,8 +67,6 @@ SEERS = {"ours": tower_ours, "ours_compiled": tower_ours, "ours_packed": tower_o
 
 def one_turn(config):
     """The contender's own process: build, a forward to warm up, three that are timed."""
-    if config.contender == "limits":
-        return limits(config)
     name, _, form = config.contender.partition("_")
     model, see = SEERS[name](config.tower, config.device, getattr(torch, config.dtype), form)
     parameters = sum(p.numel() for p in model.parameters())
@@ -81,7 +79,7 @@ def one_turn(config):
             see(pixels)
             times.append(wait(config.device))
     return {"warm_up": times[0] - start, "seconds": statistics.median(after - before for before, after in zip(times, times[1:])),
-            "parameters": parameters, "memory": peak_memory(config.device)}
+            "parameters": parameters, "memory": peak_memory(config.device)} | limits(config)
 
 
 def tower_flops(shape, side, blocks):
@@ -100,7 +98,7 @@ def bench(config):
         found = result[tower] = take_turns(config, contenders, tower=tower, batch=config.batch) | {"flops": flops}
         for name in contenders:
             one = found[name]
-            one["of_the_limit"] = flops / one["seconds"] / found["limits"]["flops"]
+            one["of_the_limit"] = flops / one["seconds"] / one["limit_flops"]
             print(f"{tower:7} {name:22} {spread(one)}, {one['of_the_limit']:.0%} of the limit for {flops / 1e12:.2f} TFLOP, "
                   f"{one['parameters'] / 1e6:.0f}M parameters, warm-up {one['warm_up']:.1f} s, {one['memory'] / 2 ** 30:.1f} GiB",
                   flush=True)

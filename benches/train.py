@@ -171,10 +171,8 @@ def texts_of(config):
 
 
 def one_turn(config):
-    """The contender's own process: build, two steps to warm up (in the second the allocator still grows), two steps -> seconds of
-    one, seconds of the first, bytes at the highest, the first loss; with --profile what `where_time_goes` says."""
-    if config.contender == "limits":
-        return limits(config)
+    """The contender's own process: build, three steps to warm up (in the third the allocator may still grow), three steps -> seconds
+    of the middle one, seconds of the first, bytes at the highest, the first loss; with --profile what `where_time_goes` says."""
     options = {"checkout": config.nanovlm} if config.contender == "nanovlm" else {}
     if config.contender.startswith("ours"):
         options = {"connector": config.connector, "lora_rank": config.lora_rank}
@@ -194,10 +192,13 @@ def one_turn(config):
         optimizer.zero_grad(set_to_none=True)
         mark()
         return loss.item(), wait(config.device) - start
-    (loss, warm_up), _ = step(), step()
+    (loss, warm_up), _, _ = step(), step(), step()
     if config.profile:
         return where_time_goes(step, config.device)
-    return {"seconds": statistics.mean(step()[1] for _ in range(2)), "warm_up": warm_up, "memory": peak_memory(config.device), "loss": loss}
+    seconds = statistics.median(step()[1] for _ in range(3))
+    found = {"seconds": seconds, "warm_up": warm_up, "memory": peak_memory(config.device), "loss": loss}
+    del model, loss_of, optimizer                                    # the limits need room
+    return found | limits(config)
 
 
 def where_time_goes(step, device):
@@ -269,7 +270,7 @@ def bench(config):
             for name in contenders:
                 one = found[name]
                 one["tokens_per_second"] = sum(lengths) / one["seconds"]
-                one["of_the_limit"] = flops / one["seconds"] / found["limits"]["flops"]
+                one["of_the_limit"] = flops / one["seconds"] / one["limit_flops"]
                 one["mfu"] = flops / one["seconds"] / (config.gpu_flops * 1e12)
                 of_the_card = f", MFU {one['mfu']:.0%} of {config.gpu_flops:g} TFLOP/s" if cuda else ""
                 the_plan = f" ({one['memory'] / peak - 1:+.0%} of the plan's)" if cuda and name.startswith("ours") else ""

@@ -16,22 +16,28 @@ COMMAND = Path(__file__).parents[1] / "bench.py"
 
 
 def take_turns(config, contenders, **options):
-    """Turns of all contenders, and of the limits, for what a moment of the machine yields -> {name: the medians of what its
-    turns say}, and beside each figure `figure_range`, the least and the most. Memory: the most."""
-    turns = {name: [] for name in ("limits", *contenders)}
+    """Turns of all contenders -> {name: the medians of what its turns say}, and beside each figure `figure_range`, the least and the
+    most. Memory: the most. "limits": those of all turns."""
+    turns = {name: [] for name in contenders}
     for _ in range(config.repeats):
         for name in turns:
             turns[name].append(turn(config, name, **options))
     result = {}
     for name, all_of_it in turns.items():
-        result[name] = {key: statistics.median(one[key] for one in all_of_it) for key in all_of_it[0]}
-        result[name] |= {f"{key}_range": [f(one[key] for one in all_of_it) for f in (min, max)] for key in all_of_it[0]}
+        result[name] = medians(all_of_it)
         if "memory" in result[name]:
             result[name]["memory"] = max(one["memory"] for one in all_of_it)
-    found = result["limits"]
-    print(f"limits: {spread(found, 'flops', 1e-9, 'GFLOP/s')} in {config.dtype}, {spread(found, 'read', 1e-9, 'GB/s')} read, "
-          f"on {config.device}", flush=True)
+    every = [one for all_of_it in turns.values() for one in all_of_it]
+    if "limit_flops" in every[0]:
+        found = result["limits"] = medians([{"flops": one["limit_flops"], "read": one["limit_read"]} for one in every])
+        print(f"limits: {spread(found, 'flops', 1e-9, 'GFLOP/s')} in {config.dtype}, {spread(found, 'read', 1e-9, 'GB/s')} read, "
+              f"on {config.device}", flush=True)
     return result
+
+
+def medians(turns):
+    found = {key: statistics.median(one[key] for one in turns) for key in turns[0]}
+    return found | {f"{key}_range": [f(one[key] for one in turns) for f in (min, max)] for key in turns[0]}
 
 
 def turn(config, contender, **options):
@@ -55,9 +61,12 @@ def fastest(result, side, key="seconds"):
 
 
 def limits(config):
-    """What the machine can do at best -> {"flops": FLOP/s of a large matrix product in the dtype, "read": bytes/s of a sum}."""
+    """What the machine can do at best -> {"limit_flops": FLOP/s of a large matrix product in the dtype, "limit_read": bytes/s of a
+    sum}. Every contender's process measures it, right after its own work: a machine's rates may halve for minutes."""
     dtype = getattr(torch, config.dtype)
+    from cli import keep_freed_memory
     from linear import Packed, gains
+    keep_freed_memory()                                              # or a product's time is that of fresh memory, too
     side, often = (8192, 20) if config.device.startswith("cuda") else (4096, 1)     # a GPU's product is over in a millisecond
     a, b = (torch.randn(side, side, device=config.device).to(dtype) for _ in range(2))
     product = Packed(b) if gains(b) else lambda x: x @ b             # the faster one
@@ -72,7 +81,7 @@ def limits(config):
                 work()
             times.append((wait(config.device) - start) / often)
         return min(times)
-    return {"flops": 2 * side ** 3 / best(lambda: product(a)), "read": large.numel() * 4 / best(large.sum)}
+    return {"limit_flops": 2 * side ** 3 / best(lambda: product(a)), "limit_read": large.numel() * 4 / best(large.sum)}
 
 
 def wait(device):

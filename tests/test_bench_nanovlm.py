@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import bench
-from benches import train, turns
+from benches import train
 from conftest import ROOT
 from llama import Llama, LlamaConfig
 
@@ -69,13 +69,10 @@ def test_nanovlm_trains_the_same_parts_on_the_same_tokens(stage, checkout, tmp_p
 
 
 def test_nanovlm_is_timed_beside_ours(checkout, tmp_path, monkeypatch, capsys):
-    """The command itself, on small sizes; the limits alone are made up."""
-    turn = turns.turn
+    """The command itself, on small sizes."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setitem(train.SIZES, "160m", SMALL)
     monkeypatch.setattr(train, "TRAINERS", {name: train.TRAINERS[name] for name in ("ours", "transformers", "nanovlm")})
-    monkeypatch.setattr(turns, "turn", lambda config, name, **options: {"flops": 1e9, "read": 1e9} if name == "limits" else
-                        turn(config, name, **options))
     bench.main(["train", "--vs=nanovlm", f"--nanovlm={checkout}", "--repeats=1", "--device=cpu", "--json"])
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
