@@ -31,7 +31,7 @@ from connector import SIDES, ConnectorConfig, TowerShape, layers_asked, layers_n
 from dialogue import IGNORE, IMAGE, MARK, encode, end_ids, find_template, load_tokenizer
 from dinov2 import DINOv2, DINOv2Config
 from hub import InputError, fields_of, load_weights, locate, on_meta, read_config, read_json, save_in_files
-from images import ImageSpec, to_pixels
+from images import ImageSpec, open_image, to_pixels
 from llama import Llama
 from phi import Phi
 from vit import ViT, ViTConfig
@@ -59,10 +59,15 @@ def llm_class(model_type, where):
     return LLMS[model_type]
 
 
-def check_towers(towers, kind):
-    """COMM reads CLIP first and DINOv2 second; widths and depths may not tell them apart, so their kinds are compared."""
+def check_towers(towers, kind, side):
+    """COMM reads CLIP first and DINOv2 second; widths and depths may not tell them apart, so their kinds are compared. A DINOv2
+    takes pictures of any side that its patches divide."""
     if kind == "comm" and len(towers) == 2 and isinstance(towers[0], DINOv2) and not isinstance(towers[1], DINOv2):
         raise InputError("connector comm takes CLIP first and DINOv2 second: swap the two towers")
+    for tower in towers:
+        if isinstance(tower, DINOv2) and side % tower.config.patch_size:
+            raise InputError(f"pictures of {side} x {side} for a DINOv2 with patches of {tower.config.patch_size}: --image_size "
+                             "should be a multiple of them")
 
 
 class MLLM(nn.Module):
@@ -70,7 +75,7 @@ class MLLM(nn.Module):
         """towers: list of vision towers; llm: a Llama or Phi; template: a name in dialogue.TEMPLATES; spec: images.ImageSpec, the
         side R and how a picture is brought to it. The connector is new. Raises InputError where the parts do not fit."""
         super().__init__()
-        check_towers(towers, connector_config.kind)
+        check_towers(towers, connector_config.kind, spec.size)
         self.connector_config, self.tokenizer, self.template, self.spec = connector_config, tokenizer, template, spec
         if tokenizer.get_vocab_size() > llm.config.vocab_size:
             raise InputError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the LLM only {llm.config.vocab_size}: "
@@ -159,7 +164,7 @@ class MLLM(nn.Module):
     # --- generation --------------------------------------------------------------------------------------------------
 
     def prompt(self, images, turns):
-        """Pictures (PIL or uint8 arrays) and turns whose last answer is None -> (pixels (I, 3, R, R), token ids with every
+        """Pictures (PIL, uint8 arrays (H, W, 3), or files) and turns whose last answer is None -> (pixels (I, 3, R, R), token ids with every
         picture as M times IMAGE). Pictures without a mark in the text stand before the first question."""
         missing = len(images) - sum(text.count(MARK) for turn in turns for text in turn if text)
         if missing < 0:
@@ -167,6 +172,7 @@ class MLLM(nn.Module):
         turns = [(f"{MARK}\n" * missing + turns[0][0], turns[0][1]), *turns[1:]]
         ids, _ = encode(self.tokenizer, turns, self.template)
         ids = [i for token in ids for i in ([token] * self.tokens_per_image if token == IMAGE else [token])]
+        images = [open_image(image) if isinstance(image, (str, Path)) else image for image in images]
         pixels = [to_pixels(image, self.spec) for image in images]
         return torch.stack(pixels) if pixels else torch.zeros(0, 3, self.spec.size, self.spec.size, dtype=torch.uint8), ids
 
@@ -186,8 +192,9 @@ class MLLM(nn.Module):
                                    eos=end_ids(self.tokenizer, self.template), **sampling)
 
     def generate(self, images, prompts, max_new_tokens=256, **sampling):
-        """images: one entry a prompt, a PIL picture, a list of them, or None. prompts: texts, or dialogues [(question,
-        answer), ..., (question, None)]. sampling: temperature=0 (greedy), top_k, top_p, generator. -> list of answers.
+        """images: one entry a prompt, a picture (PIL, a uint8 array, or a file's name), a list of them, or None. prompts: texts, or
+        dialogues [(question, answer), ..., (question, None)]. sampling: temperature=0 (greedy), top_k, top_p, generator. -> list of
+        answers.
         InputError: entries and prompts of different number, more marks than pictures, and as Llama.stream."""
         steps = list(self.stream(images, prompts, max_new_tokens, **sampling))
         return [self.text(row) for row in torch.stack(steps, dim=1).tolist()]

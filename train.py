@@ -372,7 +372,7 @@ def check(config):
 
 
 def main(arguments):
-    if "--plan" in arguments:                                        # say what the run would take, and train nothing
+    if {"--plan", "--plan=true"} & {*arguments}:                     # say what the run would take, and train nothing
         import plan
         return plan.main(arguments)
     config = cli.parse(Config, arguments, __doc__)

@@ -333,12 +333,17 @@ def test_the_answer_depends_on_the_picture(build):
     assert ask(model, [([0], "What is this?")]) == answers[:1]
 
 
-def test_pictures_may_be_pil_or_arrays_one_or_a_list_or_none(build):
+def test_pictures_may_be_pil_arrays_or_files_one_or_a_list_or_none(build, tmp_path):
     model = build()
     array = picture(0)
     expected = model.generate([[array]], ["What is this?"], 8)
     assert model.generate([array], ["What is this?"], 8) == expected
     assert model.generate([Image.fromarray(array)], ["What is this?"], 8) == expected
+    Image.fromarray(array).save(tmp_path / "scene.png")
+    assert model.generate([tmp_path / "scene.png"], ["What is this?"], 8) == expected
+    assert model.generate([[str(tmp_path / "scene.png")]], ["What is this?"], 8) == expected
+    with pytest.raises(InputError, match="none.png: no such image"):
+        model.generate([str(tmp_path / "none.png")], ["What is this?"], 8)
     assert model.generate([(Image.fromarray(array),)], ["<image>\nWhat is this?"], 8) == expected    # where it stands unasked
     assert model.generate([None], ["What is red?"], 8) == model.generate([[]], ["What is red?"], 8)
 
@@ -406,9 +411,12 @@ def test_what_cannot_be_generated_is_one_line(build, images, prompts, message):
     ("comm", ("dinov2", "clip"), "CLIP first and DINOv2 second: swap the two"),
     ("comm", ("clip",), "reads two towers"),
     ("dense", ("clip", "dinov2"), "reads one tower"),
-    ("comm", ("clip", "vit14"), "grids differ: CLIP gives 4x4 .* DINOv2 8x8")])
+    ("comm", ("clip", "fine"), "grids differ: CLIP gives 4x4 .* DINOv2 8x8"),
+    ("comm_dino", ("odd",), "pictures of 64 x 64 for a DINOv2 with patches of 14: --image_size should be a multiple")])
 def test_towers_that_do_not_fit_are_an_error(build, monkeypatch, kind, towers, message):
-    monkeypatch.setitem(MAKE, "vit14", lambda: DINOv2(DINOv2Config(num_hidden_layers=4, mlp_ratio=2, image_size=64, patch_size=8, **HEADS)))
+    for name, patch in (("fine", 8), ("odd", 14)):
+        monkeypatch.setitem(MAKE, name, lambda patch=patch: DINOv2(DINOv2Config(num_hidden_layers=4, mlp_ratio=2, image_size=64,
+                                                                               patch_size=patch, **HEADS)))
     with pytest.raises(InputError, match=message):
         build(kind, towers)
 
