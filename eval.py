@@ -15,8 +15,8 @@ Without --task: on the embedded world's test split (world.py), each task with th
     attribute, relation   accuracy                                                    (GQA)
 
 An answer that cannot be read (neither yes nor no, no box) is wrong, and counted. Beside every score stands the **blind**
-one: the same model, the same questions, each with another question's picture. What is left is what can be guessed from
-the question alone; a model that only looks as if it saw has a blind score as high as the other.
+one: the same model, the same questions, each with another question's picture. What is left does not come from the picture; a
+model that only looks as if it saw has a blind score as high as the other. It is no best guess: who sees believes the wrong picture.
 
 With --task: a public benchmark, from its own files (benchmarks.py says which), scored as its official scorer does (scores.py).
 Under --out lie then answers.jsonl, scores.json and, where a server scores, its submission. The run goes on where it was stopped:
