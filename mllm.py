@@ -164,8 +164,8 @@ class MLLM(nn.Module):
     # --- generation --------------------------------------------------------------------------------------------------
 
     def prompt(self, images, turns):
-        """Pictures (PIL, uint8 arrays (H, W, 3), or files) and turns whose last answer is None -> (pixels (I, 3, R, R), token ids with every
-        picture as M times IMAGE). Pictures without a mark in the text stand before the first question."""
+        """Pictures (PIL, uint8 arrays (H, W, 3), or files) and turns whose last answer is None -> (pixels (I, 3, R, R), token ids
+        with every picture as M times IMAGE). Pictures without a mark in the text stand before the first question."""
         missing = len(images) - sum(text.count(MARK) for turn in turns for text in turn if text)
         if missing < 0:
             raise InputError(f"{-missing} more {MARK} marks than pictures")

@@ -36,6 +36,7 @@ def take_turns(config, contenders, **options):
 
 
 def medians(turns):
+    """What each turn says, [{key: number}] -> {key: its median, f"{key}_range": [the least, the most]}."""
     found = {key: statistics.median(one[key] for one in turns) for key in turns[0]}
     return found | {f"{key}_range": [f(one[key] for one in turns) for f in (min, max)] for key in turns[0]}
 

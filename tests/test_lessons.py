@@ -187,3 +187,15 @@ def test_the_lessons_walk_through_every_file_of_the_model():
     for name in ("vit", "dinov2", "clip", "llama", "connector", "mllm", "dialogue", "images", "data", "world", "train", "launch",
                  "checkpoint", "sample", "look", "eval"):
         assert f"`{name}.py`" in told, name
+
+
+def test_the_best_guessers_scores_are_those_that_readme_and_answers_tell(capsys):
+    page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/lessons/answers.md", "README.md"))
+    (code,) = (text for _, _, kind, text in BLOCK.findall(page) if kind == "python")
+    exec(code, {})
+    scores = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert list(scores) == ["presence", "count", "attribute", "relation"]
+    assert "It prints {}, {}, {} and {}.".format(*scores.values()) in page
+    told = "reaches {:.1f} in presence, {:.1f} in count, {:.1f} in attribute and {:.1f} in relation".format(
+        *(100 * float(score) for score in scores.values()))
+    assert told in " ".join(readme.split())
