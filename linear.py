@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 WIDE = 256                                                           # what a map takes and gives; narrower ones win nothing
 ROWS = 256                                                           # of x; with fewer the weights' new layout costs more
+FEWEST = 4                                                           # rows of x for which a packed weight is read fastest
 
 
 @cache
@@ -47,7 +48,12 @@ class Packed(nn.Module):
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        rows = x.flatten(0, -2)  # (T, C)
+        T = len(rows)
+        if T < FEWEST:                                               # oneDNN's kernels for one and two rows are slower
+            rows = F.pad(rows, (0, 0, 0, FEWEST - T))
+        y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+        return y[:T].view(*x.shape[:-1], y.shape[-1])  # (..., N)
 
 
 def pack(model):
