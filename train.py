@@ -103,7 +103,7 @@ class Config:
     compile: bool | None = None          # torch.compile the transformer blocks; none: on CUDA
     fsdp: bool = False                   # spread weights, gradients and optimizer over all ranks (shard.py); one rank: no effect
     activation_checkpointing: bool = False  # recompute the LLM's blocks in the backward pass: less memory, a third slower
-    workers: int = 0                     # loader processes a rank; 0: in line
+    workers: int | None = None           # loader processes a rank, 0: in line; none: 4 on CUDA, which else waits for pictures
 
     def __post_init__(self):
         self.lora_alpha = self.lora_alpha or 2 * self.lora_rank
@@ -238,8 +238,9 @@ def train_stage(config, stage, model, dataset, run, ranks):
             return True
     template = own.get("template") if stage == 1 else model.template
     longest = min(config.max_length, model.llm.config.context)
+    workers = 4 * (ranks.device.type == "cuda") if config.workers is None else config.workers
     loader = Loader(dataset, model.tokenizer, template, model.spec, model.tokens_per_image, longest, own["batch"],
-                    config.micro_batch, config.seed + stage, ranks.rank, ranks.size, config.workers, start * own["batch"])
+                    config.micro_batch, config.seed + stage, ranks.rank, ranks.size, workers, start * own["batch"])
     model.llm.gradient_checkpointing = config.activation_checkpointing
     model.train()
     network = model
@@ -354,7 +355,7 @@ def check(config):
     least = dict(batch1=1, batch2=1, micro_batch=1, log_every=1, save_every=1, max_length=1, steps1=0, steps2=0, seed=0,
                  workers=0, lora_rank=0, lora_alpha=0, lora_lr2=0)
     for key, value in (least | dict(clip=0, lr1=0, lr2=0, connector_lr2=0, warmup=0, weight_decay=0, image_size=0)).items():
-        if not value <= getattr(config, key) < 2 ** 63:              # nor NaN
+        if not value <= (getattr(config, key) or 0) < 2 ** 63:       # nor NaN
             raise InputError(f"--{key}={getattr(config, key)}: should be {value} or more")
     if not 0 <= config.beta2 < 1:
         raise InputError(f"--beta2={config.beta2}: should be 0 or more, and less than 1")
