@@ -21,6 +21,8 @@ def attention(q, k, v, causal=False):
 
 
 def attention_by_products(q, k, v, causal=False):
+    """The same by two products, ROWS queries at a time; keys and values are repeated for the heads that share them. baddbmm scales
+    and masks in the pass that multiplies."""
     B, H, T, D = q.shape
     q, k, v = (x.repeat_interleave(H // x.shape[1], 1).flatten(0, 1) for x in (q, k, v))  # (B·H, T or S, D) each
     attended = []

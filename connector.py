@@ -271,7 +271,8 @@ class OneTower(nn.Module):
 
 
 class LayerMerge(nn.Module):
-    """Many layers of a tower become one; the paper's four ways (section 3, "multi-level feature merging").
+    """Many layers of a tower become one, in four of the paper's five ways (section 3, "multi-level feature merging"); the fifth, a
+    convolution and BatchNorm in the place of LN and Linear, is left out.
 
     lln: Σ wᵢ·Linearᵢ(LNᵢ(hᵢ)), which brings the layers to one space first; layerscale: Σ wᵢ·hᵢ; mean_half and mean_all:
     the same with wᵢ = 1/n, over other layers. The paper has the weights sum to one and does not say how, nor where they
@@ -337,7 +338,8 @@ class COMM(nn.Module):
 
 def make_connector(config, towers, llm_width):
     """The connector between `towers`, one (L, D, N) each, and an LLM of width C. Its forward takes, for each tower, the
-    list of hidden states that layers_needed names, patch tokens only, and returns (B, visual_tokens(config, N), C)."""
+    list of hidden states that layers_needed names, or {layer: state} of layers_asked, patch tokens only, and returns
+    (B, visual_tokens(config, N), C)."""
     towers = [TowerShape(*tower) for tower in towers]
     layers_needed(config, [tower.num_hidden_layers for tower in towers])     # raises if the number of towers is wrong
     if config.kind in SIDES:

@@ -16,7 +16,8 @@ Without --task: on the embedded world's test split (world.py), each task with th
 
 An answer that cannot be read (neither yes nor no, no box) is wrong, and counted. Beside every score stands the **blind**
 one: the same model, the same questions, each with another question's picture. What is left does not come from the picture; a
-model that only looks as if it saw has a blind score as high as the other. It is no best guess: who sees believes the wrong picture.
+model that only looks as if it saw has a blind score as high as the other. It is not the best that guessing can do: who
+looks believes the wrong picture.
 
 With --task: a public benchmark, from its own files (benchmarks.py says which), scored as its official scorer does (scores.py).
 Under --out lie then answers.jsonl, scores.json and, where a server scores, its submission. The run goes on where it was stopped:
@@ -146,7 +147,7 @@ def score(task, answers, truths):
 # --- questions and answers ------------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=4096)                                             # all tasks ask about the same scenes
-def test_scene(index):
+def scene_and_array(index):
     objects = world.scene("test", index)
     return objects, world.draw(objects, "test", index)
 
@@ -155,7 +156,7 @@ def questions(task, count):
     """The first `count` test scenes that give a question of this task -> pictures, questions, answers."""
     found, index = [], 0
     while len(found) < count:
-        objects, picture = test_scene(index)
+        objects, picture = scene_and_array(index)
         turn = world.any_question(task, objects, world.generator("test", index, 2))
         if turn and task == "rec":                                   # held against the box itself, not its rounded text
             box = next(o.box for o in objects if o.name in turn[0])

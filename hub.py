@@ -182,11 +182,9 @@ def read_config(folder):
     return read_json(Path(folder) / "config.json")
 
 
-def fields_of(cls, config, folder, rename={}):
-    """The keys of `config` that are fields of the dataclass `cls`, as cls(**them). `rename` maps field -> key where the
-    checkpoint's key differs. A field without a default that config.json lacks is an InputError."""
-    values = {name: config[rename.get(name, name)] for name in cls.__dataclass_fields__
-              if config.get(rename.get(name, name)) is not None}
+def fields_of(cls, config, folder):
+    """The keys of `config` that are fields of the dataclass `cls`, as cls(**them). A field without a default that config.json lacks is an InputError."""
+    values = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
     try:
         return cls(**values)
     except TypeError as error:

@@ -154,7 +154,7 @@ def to_pixels(image, spec):
         square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
         image = square
     resized = tuple(int(side * edge / shortest) for edge in image.size) if spec.mode == "crop" else (side, side)
-    image = image.resize(resized, spec.resample)                     # of the crop alone: faster, but other by one level
+    image = image.resize(resized, spec.resample)                     # all of it: to resize the crop alone is faster, and off by a level
     left, top = ((edge - spec.size) // 2 for edge in image.size)
     image = image.crop((left, top, left + spec.size, top + spec.size))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
@@ -181,6 +181,11 @@ def unpad_box(box, width, height):
 def format_box(box, decimals=3):
     """Box -> "[0.390,0.483,0.884,0.866]"."""
     return "[" + ",".join(f"{value:.{decimals}f}" for value in box) + "]"
+
+
+def parse_boxes(text):
+    """All boxes in a text, four floats each."""
+    return [box for box in (parse_box(part + "]") for part in text.split("]")[:-1]) if box]
 
 
 def parse_box(text):

@@ -34,7 +34,7 @@ class Ranks:
         self.device = cli.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_card else device)     # under torchrun: one each
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
+            torch.set_float32_matmul_precision("high")               # TF32: faster float32 products of ten-bit fractions
         if self.size > 1:
             nccl = self.device.type == "cuda"                        # its ten minutes are short for rank 0 writing a large model
             dist.init_process_group("nccl" if nccl else "gloo", timeout=timedelta(minutes=30), device_id=self.device if nccl else None)

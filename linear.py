@@ -34,12 +34,13 @@ def slow_in(dtype):
 
 
 def gains(weight):
+    """Whether oneDNN is worth it for this weight: on a CPU, wide enough, of a dtype whose own product is the slower one."""
     return weight.device.type == "cpu" and min(weight.shape) >= WIDE and slow_in(weight.dtype)
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
 
-class Packed(nn.Module):
+class PackedLinear(nn.Module):
     """A linear map whose weight lies in oneDNN's blocks: a copy that only this reads, without gradients."""
 
     def __init__(self, weight, bias=None):
@@ -63,10 +64,10 @@ def pack(model):
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and gains(child.weight):
-                setattr(parent, name, Packed(child.weight, child.bias))
+                setattr(parent, name, PackedLinear(child.weight, child.bias))
                 packed += 1
         if getattr(parent, "linear", None) is F.linear and parent.config.tie_word_embeddings and gains(parent.embed_tokens.weight):
-            head = Packed(parent.embed_tokens.weight)                # a Llama whose head is its embedding
+            head = PackedLinear(parent.embed_tokens.weight)                # a Llama whose head is its embedding
             parent.linear = lambda hidden, weight, head=head: head(hidden)
             packed += 1
     return packed
@@ -105,7 +106,7 @@ class Product(torch.autograd.Function):
         return convolved(gradient, weight.t()) if x_learns else None, of_weight, rows.sum(0) if bias_learns else None
 
 
-class Convolution(nn.Linear):
+class LinearByConvolution(nn.Linear):
     """nn.Linear by `linear`."""
 
     def forward(self, x):
@@ -118,6 +119,6 @@ def by_convolution(model):
     wins = lambda weight: weight.dtype == torch.float32 and gains(weight)
     for module in model.modules():
         if type(module) is nn.Linear and wins(module.weight):
-            module.__class__ = Convolution                           # the same parameters under the same names
+            module.__class__ = LinearByConvolution                           # the same parameters under the same names
         if getattr(module, "linear", None) is F.linear and wins(module.embed_tokens.weight):
             module.linear = linear                                   # a Llama's head, where it is its embedding

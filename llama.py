@@ -173,22 +173,22 @@ class Packed(NamedTuple):
     window: int                                                      # how far back a token looks; None: to its sequence's start
 
 
-def attend(q, k, v, mask, grouped):
+def attend(q, k, v, mask):
     """q (B, H, T, D) looks at k, v (B, G, keys, D) -> (B, T, H·D). mask: bool (B or 1, 1, T, keys), None: causal, or Packed."""
     if q.shape[2] == 1:
         return attend_from_one(q, k, v, mask)
     if not isinstance(mask, Packed):
         x = (attention(q, k, v, causal=True) if mask is None else
-             F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped))
+             F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]))
         return x.transpose(1, 2).flatten(2)
     one_kernel = q.is_cuda and q.dtype != torch.float32
-    return (attend_in_one_kernel if one_kernel else attend_each)(q, k, v, mask, grouped)
+    return (attend_in_one_kernel if one_kernel else attend_each)(q, k, v, mask)
 
 
 def attend_from_one(q, k, v, mask):
     """A single token's attention, a step of generation, as two products: all queries that share a head of keys are the rows of
-    one. PyTorch's fused kernel on a CPU takes several times as long for it, a third of a step of a 1.1B LLaMA; CUDA's fused kernels
-    take no mask with grouped heads, and what stands in for them copies every key and value H/G times, in float32."""
+    one. PyTorch's fused kernel on a CPU takes several times as long (docs/speed.md); CUDA's fused kernels take no mask with grouped
+    heads, and what stands in for them copies every key and value H/G times, in float32."""
     q = q.reshape(*k.shape[:2], -1, k.shape[-1])  # (B, G, H/G, D)
     scores = q @ k.transpose(2, 3) * k.shape[-1] ** -0.5  # (B, G, H/G, keys)
     if isinstance(mask, torch.Tensor):
@@ -196,21 +196,21 @@ def attend_from_one(q, k, v, mask):
     return (scores.softmax(-1) @ v).flatten(1)[:, None]  # (B, 1, H·D)
 
 
-def attend_in_one_kernel(q, k, v, packed, grouped):
+def attend_in_one_kernel(q, k, v, packed):
     """Flash attention over all sequences of the row. Its kernel is CUDA's and has not been run: there was no GPU."""
     from torch.nn.attention.varlen import varlen_attn                # here, since it imports the compiler: that takes seconds
     q, k, v = (heads[0].transpose(0, 1) for heads in (q, k, v))      # (T, H, D); k and v: (T, G, D)
     back = -1 if packed.window is None else packed.window - 1        # how many before itself a token sees, -1: all
     x = varlen_attn(q, k, v, packed.starts, packed.starts, packed.longest, packed.longest, window_size=(back, 0),
-                    **(GROUPED if grouped else {}))
+                    **(GROUPED if q.shape[1] != k.shape[1] else {}))
     return x.flatten(1)[None]  # (1, T, H·D)
 
 
-def attend_each(q, k, v, packed, grouped):
+def attend_each(q, k, v, packed):
     """Attention sequence by sequence: a mask over the whole row would cost T² instead of the sum of their Tᵢ²."""
     lengths, pieces = packed.starts.diff().tolist(), []
     for q, k, v, length in zip(*(heads.split(lengths, dim=2) for heads in (q, k, v)), lengths):
-        pieces.append(attend(q, k, v, band(length, packed.window, q.device), grouped))
+        pieces.append(attend(q, k, v, band(length, packed.window, q.device)))
     return torch.cat(pieces, dim=1)
 
 
@@ -256,7 +256,6 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.grouped = config.num_key_value_heads < config.num_attention_heads
         wide, narrow = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         bias = config.attention_bias or config.qkv_bias
         self.q_proj = nn.Linear(config.hidden_size, wide, bias=bias)
@@ -271,7 +270,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.write(self.layer, k, v, positions)  # (B, G, max_length, D) each, at prefill as they were
-        return self.o_proj(attend(q, k, v, mask, self.grouped))  # (B, T, C)
+        return self.o_proj(attend(q, k, v, mask))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -306,8 +305,8 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Parameters are named as in the checkpoints, without their prefix "model."."""
     config_class = LlamaConfig
-    linear = staticmethod(F.linear)                                  # linear.py may exchange this, compiled.py step and
-    room_of = 1                                                      # this: the cache's length is a multiple of it
+    linear = staticmethod(F.linear)                                  # the tied head's product; linear.py puts a faster one here
+    room_of = 1                                                      # the cache's length is a multiple of it; compile_step sets 512
 
     def __init__(self, config):
         super().__init__()

@@ -88,7 +88,7 @@ def inputs_of(modules):
             hook.remove()
 
 
-def attention(q, k, mask=None):
+def attention_weights(q, k, mask=None):
     """q (B, H, T, d), k (B, G, T, d), mask bool, True where one may look -> softmax(QK^T / sqrt(d)), (B, H, T, T) float32."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)         # grouped queries: H / G heads share a key
     scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
@@ -98,7 +98,7 @@ def attention(q, k, mask=None):
 def tower_attention(module, x, is_causal=False):
     """vit.Attention and what it was called with, x (B, S, D) -> (B, H, S, S)."""
     q, k = (linear(x).unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for linear in (module.q, module.k))
-    return attention(q, k)
+    return attention_weights(q, k)
 
 
 def llm_attention(module, x, rope, mask, positions=None, cache=None):
@@ -107,7 +107,7 @@ def llm_attention(module, x, rope, mask, positions=None, cache=None):
     turned = 2 * rope[0].shape[-1]                                   # all channels of a head; in Phi the first few
     q, k = (torch.cat((rotate(heads[..., :turned], *rope), heads[..., turned:]), dim=-1) for heads in (q, k))
     causal = visible(torch.arange(x.shape[1], device=x.device)[None], x.shape[1])        # (1, 1, T, T)
-    return attention(q, k, causal if mask is None else mask)
+    return attention_weights(q, k, causal if mask is None else mask)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ LLaVA's design (arXiv 2304.08485), with the towers and connectors of COMM (2310.
       | take the places of the IMAGE ids in the text's embeddings
     embeddings (B, T, C)                 in training (1, T, C): the dialogues of a batch one behind the other, no padding
       | LLaMA (or Phi)                                                 llama.py, phi.py
-    logits (n, V) at the n supervised positions, a few hundred at a time -> sum of their cross-entropies
+    logits (n, V) at the n supervised positions, LOGITS numbers at a time -> sum of their cross-entropies
 
 A trained model is one folder that needs nothing else: config.json (towers, connector, LLM, template), model.safetensors,
 tokenizer.json and preprocessor_config.json.
@@ -71,6 +71,8 @@ def check_towers(towers, kind, side):
 
 
 class MLLM(nn.Module):
+    """Towers, connector and LLM in one: pictures and tokens in, a loss or a text out."""
+
     def __init__(self, towers, llm, connector_config, tokenizer, template, spec):
         """towers: list of vision towers; llm: a Llama or Phi; template: a name in dialogue.TEMPLATES; spec: images.ImageSpec, the
         side R and how a picture is brought to it. The connector is new. Raises InputError where the parts do not fit."""
@@ -138,7 +140,7 @@ class MLLM(nn.Module):
             return embeds + 0 * self.see(blank).sum()                # sees, or the others wait for its gradients
         visual = self.see(pixels).to(embeds.dtype)                   # (I, M, C)
         visual = (visual if shown is None else visual[shown]).flatten(0, 1)      # (marks·M, C)
-        # the i-th IMAGE of the batch is visual token i: a gather needs no transfer to the host, as masked_scatter would
+        # the i-th IMAGE of the batch is visual token i, so counting the marks finds its row
         index = (is_image.flatten().cumsum(0) - 1).clamp(0, len(visual) - 1).view_as(tokens)
         return torch.where(is_image[..., None], visual[index], embeds)
 
@@ -148,7 +150,7 @@ class MLLM(nn.Module):
         divides: by the number in the whole global batch, not this one's."""
         hidden = self.llm(embeds=self.embed(tokens, pixels, shown), lengths=lengths, hidden_only=True)     # (B, T, C)
         supervised = labels[:, 1:] != IGNORE                         # position t predicts token t + 1
-        # Logits at supervised positions only: of a dialogue that is a third, of a caption less. And not all of them at once:
+        # Logits at supervised positions only: a sixth of LLaVA's dialogues, a thirtieth of its captions. And not all at once:
         # of 2048 positions and a vocabulary of 128K they are 1 GiB in float32, their gradient another.
         hidden, labels = hidden[:, :-1][supervised], labels[:, 1:][supervised]       # (n, C), (n,)
         rows = max(1, LOGITS // self.llm.config.vocab_size)

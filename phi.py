@@ -71,7 +71,6 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim, self.rotary_dim = layer, config.head_dim, config.rotary_dim
-        self.grouped = config.num_key_value_heads < config.num_attention_heads
         wide, narrow = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, wide)
         self.k_proj = nn.Linear(config.hidden_size, narrow)
@@ -86,7 +85,7 @@ class Attention(nn.Module):
                 for heads in (q, k))
         if cache is not None:
             k, v = cache.write(self.layer, k, v, positions)  # (B, G, max_length, D) each, at prefill as they were
-        return self.dense(attend(q, k, v, mask, self.grouped))  # (B, T, C)
+        return self.dense(attend(q, k, v, mask))  # (B, T, C)
 
 
 class MLP(nn.Module):

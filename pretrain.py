@@ -128,7 +128,7 @@ def crops(pixels, size, scale, generator):
     return (cropped * light).clamp(0, 255).byte()
 
 
-def write(model, folder, config, **extra):
+def write(model, folder, **extra):
     """Save in Hugging Face layout, in half precision: 14 MB hold all five."""
     model.half().save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text()) | {"dtype": "float16"}
@@ -237,7 +237,7 @@ def pretrain_clip(config, folder):
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :B].T, target)) / 2, f"retrieved {right:.0%}"
 
     train(clip, loss_of, config, adamw=0.25)
-    write(clip, folder, config, preprocessor_config=PREPROCESSING)
+    write(clip, folder, preprocessor_config=PREPROCESSING)
     tokenizer.save(str(folder / "tokenizer.json"))
     print("held out:", clip_scores(folder))
 
@@ -374,7 +374,7 @@ def pretrain_dinov2(config, folder, whole_from=0.6, whole_batch=48):
             f"class {loss_cls.item():.3f} thing {loss_thing.item():.3f} patch {loss_patch.item():.3f}"
 
     train(student, loss_of, config)
-    write(teacher["tower"], folder, config, preprocessor_config=PREPROCESSING | {"image_processor_type": "BitImageProcessor"})
+    write(teacher["tower"], folder, preprocessor_config=PREPROCESSING | {"image_processor_type": "BitImageProcessor"})
     print("held out:", probe_scores(DINOv2.from_pretrained(folder)))
 
 
@@ -431,7 +431,7 @@ def pretrain_mae(config, folder, hidden_share=0.6):
         return F.mse_loss(said.gather(1, index), truth.gather(1, index)), "mean square"
 
     train(model, loss_of, config)
-    write(tower, folder, config, preprocessor_config=PREPROCESSING | {"image_processor_type": "BitImageProcessor"})
+    write(tower, folder, preprocessor_config=PREPROCESSING | {"image_processor_type": "BitImageProcessor"})
     print("held out:", probe_scores(ViT.from_pretrained(folder)))
 
 
@@ -449,7 +449,7 @@ def pretrain_deit(config, folder):
         return F.cross_entropy(logits, classes, label_smoothing=0.1), f"right {right:.0%}"
 
     train(tower, loss_of, config)
-    write(tower, folder, config, preprocessor_config=PREPROCESSING | {"image_processor_type": "BitImageProcessor"})
+    write(tower, folder, preprocessor_config=PREPROCESSING | {"image_processor_type": "BitImageProcessor"})
     print("held out:", probe_scores(ViT.from_pretrained(folder)))
 
 
@@ -515,7 +515,7 @@ def pretrain_llama(config, folder):
         return loss, f"right {(logits.argmax(-1) == labels[:, 1:][answers]).float().mean():.1%} of tokens"
 
     train(llama, loss_of, config)
-    write(llama, folder, config, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>",
+    write(llama, folder, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>",
                                                    "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
           generation_config={"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0})
     config_file = folder / "config.json"                             # how its dialogues are laid out stands in the checkpoint

@@ -20,7 +20,7 @@ import world
 from compiled import compile_step
 from eval import iou, normalise
 from hub import InputError, dtype_to_answer, newest_model
-from images import BadImage, open_image, parse_box, unpad_box
+from images import BadImage, open_image, parse_box, parse_boxes, unpad_box
 from linear import pack
 from mllm import MLLM
 
@@ -74,12 +74,6 @@ def test_scene(index):
     """Objects and picture of a scene that training has not seen."""
     objects = world.scene("test", index)
     return objects, Image.fromarray(world.draw(objects, "test", index))
-
-
-def find_boxes(text):
-    """All boxes in an answer, each four floats."""
-    found = [parse_box(part + "]") for part in text.split("]")[:-1]]
-    return [box for box in found if box]
 
 
 def panel(picture, boxes, lines, side=448):
@@ -146,7 +140,7 @@ def say(model, picture, turns, config, sampling):
         print(piece, end="", flush=True)
         answer += piece
     print()
-    boxes = find_boxes(answer)
+    boxes = parse_boxes(answer)
     if picture and boxes:
         colours = [COLOURS[i % len(COLOURS)] for i in range(len(boxes))]
         save_picture([panel(picture, list(zip(colours, boxes)), [(TRUE, turns[-1][0]), (COLOURS[0], answer)], 768)], config.out)

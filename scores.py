@@ -14,7 +14,7 @@ import re
 from collections import Counter
 
 from captions import caption_scores
-from images import parse_box, unpad_box
+from images import parse_boxes, unpad_box
 
 
 def share(values):
@@ -36,7 +36,7 @@ def iou(a, b):
 def only_box(text, width, height):
     """The box that an answer holds, by the side of the padded square -> pixels of the picture. None if it holds no box, or
     several (Shikra's rule: which of them would be meant?)."""
-    boxes = [box for box in (parse_box(part + "]") for part in text.split("]")[:-1]) if box]
+    boxes = parse_boxes(text)
     return unpad_box(boxes[0], width, height) if len(boxes) == 1 else None
 
 

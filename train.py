@@ -134,6 +134,7 @@ def llm_dtype(config, stage, device):
 
 
 def build_model(config, device, stage=2, sharded=False):
+    """The MLLM that the options name, its connector new. sharded: its LLM stays in its mapped files. Raises InputError."""
     tiny = [HERE / "weights" / name for name in TINY.get(config.connector, ("clip",))]
     shape = ConnectorConfig(config.connector, config.groups, config.merge, config.dino_depth, config.dino_expansion, config.layer)
     torch.manual_seed(config.seed)                                   # the connector's start
@@ -280,7 +281,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
             # DDP sums up over micro-batches first; FSDP reduces after each, for whole gradients may be larger than a card
             with nullcontext() if last or network is model else network.no_sync():
                 with torch.autocast(ranks.device.type, torch.bfloat16, enabled=use_bf16):
-                    pixels, tokens, labels, shown = (tensor.to(ranks.device, non_blocking=True) for tensor in
+                    pixels, tokens, labels, shown = (tensor.to(ranks.device) for tensor in
                                                      (batch.pixels, batch.tokens, batch.labels, batch.shown))
                     loss, _ = network(pixels, tokens, labels, batch.lengths, shown)
                 # DDP and FSDP average over ranks, ranks.size undoes that: the gradient is that of sum / number of the global batch
@@ -299,7 +300,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
             if bad_steps == 10:
                 raise InputError(f"ten steps in a row without a finite loss, stopped at step {step}; the last checkpoint under "
                                  f"{run}/checkpoints is good: lower the learning rate, then --resume")
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         tokens_seen += held
         empty_steps = 0 if supervised else empty_steps + 1
         for name, error in list(loader.skipped.values())[skipped:]:
@@ -394,7 +395,7 @@ def main(arguments):
                 for blocks in [model.llm.layers, *(tower.blocks for tower in model.vision)]:
                     compile_blocks(blocks)
             elif not uses_bf16(config, ranks.device):
-                by_convolution(model)                                # float32, which some CPUs compute twice as fast so
+                by_convolution(model)                                # float32: on an AMD with AVX-512 twice as fast
             run.mkdir(parents=True, exist_ok=True)
             finished = train_stage(config, stage, model, datasets[stage], run, ranks)
             ranks.barrier()                                          # stage 2 reads what rank 0 saved

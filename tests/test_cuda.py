@@ -54,7 +54,7 @@ def test_the_one_kernel_is_attention_sequence_by_sequence_with_its_gradients(D, 
     for attend, dtype, device in ((attend_in_one_kernel, torch.bfloat16, GPU), (attend_each, torch.float64, "cpu")):
         q, k, v = inputs = [leaf.to(device, dtype).requires_grad_() for leaf in leaves]
         packed = Packed(starts.to(device), max(lengths), window)
-        x = attend(*(leaf.transpose(1, 2) for leaf in (q, k, v)), packed, heads > groups)
+        x = attend(*(leaf.transpose(1, 2) for leaf in (q, k, v)), packed)
         (x * weights.to(device, dtype)).sum().backward()
         found.append([x, *(leaf.grad for leaf in inputs)])
     for ours, exact in zip(*found):

@@ -8,7 +8,7 @@ import linear
 import train
 from conftest import relative_error
 from dialogue import IGNORE, IMAGE
-from linear import Convolution, Packed, by_convolution, pack
+from linear import LinearByConvolution, PackedLinear, by_convolution, pack
 from test_llama import prompts, seeded, small
 from train import Config, build_model, choose_trained
 
@@ -40,7 +40,7 @@ def rounding(dtype, y, exact):
 def test_a_packed_product_is_as_near_to_the_exact_one_as_rounding_allows(everywhere, dtype, rows, N, K):
     x, weight, bias = (torch.randn(shape, generator=seeded(seed)).to(dtype) for seed, shape in enumerate(((*rows, K), (N, K), (N,))))
     for b in (None, bias):
-        y = Packed(weight, b)(x)
+        y = PackedLinear(weight, b)(x)
         exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
         assert y.shape == exact.shape and y.dtype == dtype
         assert 0 in rows or rounding(dtype, y, exact)
@@ -50,7 +50,7 @@ def test_a_packed_product_is_as_near_to_the_exact_one_as_rounding_allows(everywh
 def test_a_row_alone_is_to_the_bit_what_it_is_among_four(everywhere, dtype):
     """Fewer are filled up, since the kernel for one row is slower than the one for four; what is asked for comes back alone."""
     x, weight = (torch.randn(shape, generator=seeded(seed)).to(dtype) for seed, shape in enumerate(((4, 512), (300, 512))))
-    packed = Packed(weight)
+    packed = PackedLinear(weight)
     for T in (1, 2, 3):
         assert torch.equal(packed(x[:T]), packed(x)[:T])
 
@@ -62,7 +62,7 @@ def test_a_packed_llama_says_the_same(everywhere, dtype, settings):
     assert pack(packed) == 2 * 7 + 1                                 # two blocks of seven maps, and the head
     assert pack(packed) == 0                                         # again: nothing is left to do
     assert not [name for name, _ in packed.named_parameters() if "proj" in name or "head" in name]
-    assert sum(isinstance(module, Packed) for module in packed.modules()) == 14 + (not settings)
+    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 14 + (not settings)
     with torch.no_grad():
         assert relative_error(packed(prompts(3, 9)), plain(prompts(3, 9))) < (1e-5 if dtype == torch.float32 else 2e-2)
     if dtype == torch.float32:                                       # bfloat16's rounding may change a word
@@ -111,7 +111,7 @@ def test_a_multimodal_model_learns_the_same_by_convolution(everywhere, parts):
     for model in (plain, other):
         choose_trained(model, parts)
     by_convolution(other)
-    assert sum(type(module) is Convolution for module in other.modules()) > 80 and other.llm.linear is linear.linear
+    assert sum(type(module) is LinearByConvolution for module in other.modules()) > 80 and other.llm.linear is linear.linear
     assert list(other.state_dict()) == list(plain.state_dict())
     (loss, gradients), (other_loss, other_gradients) = loss_and_gradients(plain), loss_and_gradients(other)
     assert relative_error(other_loss, loss) < 1e-6 and gradients.keys() == other_gradients.keys()
@@ -155,7 +155,7 @@ def test_small_maps_and_machines_that_gain_nothing_stay_as_they_are(monkeypatch)
 def test_what_is_frozen_in_bfloat16_is_not_computed_by_convolution(everywhere):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.bfloat16), small(tie_word_embeddings=True).bfloat16())
     by_convolution(model)
-    assert [type(module) for module in model[:2]] == [Convolution, nn.Linear] and model[2].linear is F.linear
+    assert [type(module) for module in model[:2]] == [LinearByConvolution, nn.Linear] and model[2].linear is F.linear
 
 
 @pytest.mark.parametrize("flags, number", (([], 1), (["--bf16=true"], 0), (["--compile=true"], 0)), ids=str)

@@ -147,9 +147,9 @@ def test_the_one_kernel_gets_what_it_documents(window, monkeypatch):
         heads = (x.transpose(0, 1)[None] for x in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
     on_no_device = (x.bfloat16().to("meta") for x in (q, k, v))
-    accepted = attend_in_one_kernel(*on_no_device, packed._replace(starts=packed.starts.to("meta")), True)
+    accepted = attend_in_one_kernel(*on_no_device, packed._replace(starts=packed.starts.to("meta")))
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain)
-    one, each = attend_in_one_kernel(q, k, v, packed, True), attend_each(q, k, v, packed, True)
+    one, each = attend_in_one_kernel(q, k, v, packed), attend_each(q, k, v, packed)
     assert accepted.shape == one.shape == each.shape == (1, 25, 32) and relative_error(one, each) < 1e-6
 
 

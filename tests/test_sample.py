@@ -15,7 +15,8 @@ import linear
 import sample
 from conftest import ROOT
 from hub import InputError
-from sample import find_boxes, panel, read_picture, stream_answer
+from images import parse_boxes
+from sample import panel, read_picture, stream_answer
 
 PINK = (255, 79, 216)                                                # sample.COLOURS[0]
 
@@ -66,8 +67,8 @@ def test_an_answer_cut_inside_a_character_still_ends(tiny_model, monkeypatch):
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 def test_boxes_are_found_wherever_they_stand():
-    assert find_boxes("a cat [0.1,0.2,0.3,0.4] and [[0.5, 0.5, 1, 1]].") == [[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 1, 1]]
-    assert find_boxes("") == find_boxes("]") == find_boxes("[1,2,3] [a]") == []
+    assert parse_boxes("a cat [0.1,0.2,0.3,0.4] and [[0.5, 0.5, 1, 1]].") == [[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 1, 1]]
+    assert parse_boxes("") == parse_boxes("]") == parse_boxes("[1,2,3] [a]") == []
 
 
 def test_a_box_is_drawn_in_original_pixels():
