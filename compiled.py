@@ -19,12 +19,15 @@ def compile_blocks(blocks, **options):
         block.compile(dynamic=True, **options)
 
 
-def compile_step(llm, **options):
-    """Let `llm` take its steps of generation, a token a row, compiled as a whole. options: torch.compile's; with CUDA graphs
-    (mode="reduce-overhead", never run: there was no GPU) a step is one launch in place of hundreds. A graph works at fixed
-    addresses and shapes, so the cache's tensors are declared to stay where they are, and its room is rounded up: few lengths
-    are compiled."""
-    compiled = torch.compile(llm.step, fullgraph=True, **options)
+def compile_step(llm, backend="inductor"):
+    """Let `llm` take its steps of generation, a token a row, compiled as a whole. With CUDA graphs (never run: there was no GPU) a
+    step is one launch in place of hundreds. A graph works at fixed addresses and shapes, so the cache's tensors are declared to stay
+    where they are, and its room is rounded up: few lengths are compiled. A backend other than inductor only traces, for tests."""
+    # the model stays as it is while it generates: to look it over before every step would take longer than to launch the step
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    if backend == "inductor":                                        # tuning: products of a row near the memory's bandwidth
+        options |= {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    compiled = torch.compile(llm.step, fullgraph=True, backend=backend, options=options)
 
     def step(token, positions, cache):
         for tensor in (*cache.keys, *cache.values):

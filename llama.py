@@ -425,7 +425,7 @@ class Llama(nn.Module):
                 token = torch.where(ended, eos[0], token)
                 ended |= torch.isin(token, eos)
             yield token
-            if step + 1 == max_new_tokens or ended.all():
+            if step + 1 == max_new_tokens or len(eos) and ended.all():
                 return
             hidden = self.step(token, lengths + step, cache)
 

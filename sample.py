@@ -207,7 +207,7 @@ def main(arguments):
     name = config.model or newest_model()
     model = MLLM.from_pretrained(name, dtype_to_answer(name, device, config.bf16), device)
     if config.fast and device.type == "cuda":
-        compile_step(model.llm, mode="reduce-overhead")              # CUDA graphs
+        compile_step(model.llm)
     elif config.fast and not pack(model):
         print(f"note: --fast changes nothing for this model on {device.type} (linear.py says where it does)", file=sys.stderr)
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,

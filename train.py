@@ -249,7 +249,8 @@ def train_stage(config, stage, model, dataset, run, ranks):
         # DDP begins by copying rank 0's weights to all ranks; written over, a mapped file would be copied into every process
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             model, [name for name, p in model.named_parameters() if not p.requires_grad])
-        network = DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+        network = DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+                                          broadcast_buffers=False)   # RoPE's table and the pixels' statistics: the same on all
 
     count = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in PARTS}
     if "lora" in trained:
@@ -287,8 +288,9 @@ def train_stage(config, stage, model, dataset, run, ranks):
                 # DDP and FSDP average over ranks, ranks.size undoes that: the gradient is that of sum / number of the global batch
                 (loss * (ranks.size / max(1, supervised))).backward()
                 losses.append(loss.detach())
-        loss = ranks.sum(torch.stack(losses).sum()).item() / max(1, supervised)
-        norm = shard.whole(torch.nn.utils.clip_grad_norm_([p for part in trained.values() for p in part], config.clip or math.inf)).item()
+        total = ranks.sum(torch.stack(losses).sum())
+        norm = shard.whole(torch.nn.utils.clip_grad_norm_([p for part in trained.values() for p in part], config.clip or math.inf))
+        loss, norm = total.item() / max(1, supervised), norm.item()  # a GPU is waited for here
         if math.isfinite(loss) and math.isfinite(norm):              # both are the same on every rank, so all decide alike
             optimizer.step()
             bad_steps = 0

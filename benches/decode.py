@@ -20,7 +20,7 @@ def decode_ours(folder, device, dtype, form):
     from llama import Llama
     model = Llama.from_pretrained(folder, dtype=dtype, device=device)
     if form == "fast" and device != "cpu":
-        compile_step(model, mode="reduce-overhead")
+        compile_step(model)
 
     def generate(tokens, new, told):
         if form == "fast":

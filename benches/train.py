@@ -30,7 +30,7 @@ SIZES = {                                                            # a CLIP an
     "160m": (CLIP_B, dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)),    # Vicuna's
     "1b": (CLIP_L, dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4)),
     "7b": (CLIP_L, dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32))}
-KINDS = {"loss": "log_softmax|nll_loss|cross_entropy", "optimizer": "adam", "attention": "bmm|softmax|attention|flash|fmha",
+KINDS = {"rest": "^triton_", "loss": "log_softmax|nll_loss|cross_entropy", "optimizer": "adam", "attention": "bmm|softmax|attention|flash|fmha",
          "products": "mm|linear|conv|gemm|nvjet|cutlass|Product"}    # how the profiler names them; the first that fits counts
 
 
@@ -106,7 +106,7 @@ def train_ours(folder, stage, device, texts=TEXTS, dtype="bfloat16", compiled=Fa
     from linear import by_convolution
     from mllm import MLLM
     from train import choose_trained
-    model = MLLM.from_pretrained(folder).train()
+    model = MLLM.from_pretrained(folder, device=device).train()
     if connector != "mlp":
         model = with_connector(model, connector)
     if dtype == "bfloat16" and (stage == 1 or lora_rank):
@@ -213,7 +213,8 @@ def where_time_goes(step, device):
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
         step()
     for event in profiler.key_averages():
-        if (event.device_type == DeviceType.CUDA) == cuda:           # CUDA's kernels alone, or what the CPU did itself
+        # CUDA's kernels alone, without the spans that only name several of them; or what the CPU did itself
+        if (event.device_type == DeviceType.CUDA) == cuda and not (cuda and event.is_user_annotation):
             kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key, re.I)), "rest")
             kinds[kind] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
     if cuda:
