@@ -43,8 +43,9 @@ def save(folder, model, optimizer, state, ranks=None):
         return
     (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     replace_folder(partial, folder)
-    for former in newest_last(folder.parent, state["stage"])[:-1]:
-        shutil.rmtree(former)
+    for former in folder.parent.glob(f"stage{state['stage']}-*"):    # what a kill has left half written or half gone, too
+        if former != folder:
+            shutil.rmtree(former)
 
 
 def newest_last(folder, stage):
@@ -135,6 +136,7 @@ def check_start(config, folder, state, main):
             raise InputError(f"{folder}: was trained with --{key}={saved[key]}, not {getattr(config, key)}: its connector means "
                              "something else")
     lacks = {"connector", *saved["train1"]} - set(saved[f"train{state['stage']}"])
+    lacks |= {name.partition(".")[0] for name in {*state.get("learnt", [])} - Rows(folder, "trained").names()}
     if config.init and lacks:
         raise InputError(f"{folder}: holds what stage {state['stage']} trained, and not {', '.join(sorted(lacks))}: name the "
                          "checkpoint of the stage that trained it, or a run's model/ as --init, whose connector is taken")

@@ -32,6 +32,8 @@ def parse(cls, arguments, about=""):
             if not equals and hints[key] is not bool:
                 raise InputError(f"--{key} needs a value: --{key}=...")
             values[key] = convert(text if equals else "true", hints[key], f"--{key}")
+        elif argument.startswith("-"):
+            raise InputError(f"{argument}: options begin with two dashes (--help lists them)")
         elif argument.endswith(".toml"):
             for key, value in read_toml(argument).items():
                 key = check_key(key, hints, f"{argument}: ")
@@ -131,3 +133,6 @@ def run(main, keep=True):
         sys.exit(130)
     except BrokenPipeError:                                          # the reader (head, say) has seen enough
         sys.exit(0)
+    except OSError as error:                                         # a full disk, a folder that may not be written
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

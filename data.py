@@ -53,6 +53,8 @@ def read_records(path):
             if part.strip():
                 records.append((f"{path}, line {number}", json.loads(part)))
         except json.JSONDecodeError as error:
+            if not array and is_json(text):
+                raise InputError(f"{path}: is one JSON object; a list of samples is read, or JSONL, an object a line") from None
             raise InputError(f"{path}: not JSON, line {number + error.lineno - 1}: {error.msg}") from None
         except (ValueError, RecursionError) as error:                # a number of thousands of digits, or lists in lists in ...
             raise InputError(f"{path}: cannot be read as JSON, line {number} ({error})") from None
@@ -64,6 +66,14 @@ def read_records(path):
     if not records:
         raise InputError(f"{path}: holds no samples")
     return records
+
+
+def is_json(text):
+    try:
+        json.loads(text)
+        return True
+    except (ValueError, RecursionError):
+        return False
 
 
 class LlavaData:
@@ -109,7 +119,9 @@ class LlavaData:
         if marks != len(images):
             raise InputError(f"{where}: {marks} {MARK} marks but {len(images)} images")
         paths = [os.path.normpath(os.path.join(self.image_dir, image)) for image in images]
-        for path in paths:
+        for path, image in zip(paths, images):
+            if path == self.image_dir:
+                raise InputError(f"{where}: {image!r} is no picture's name")
             self.check_inside(path, self.image_dir, where)
         return Sample(paths, turns, name)
 
@@ -138,8 +150,8 @@ class LlavaData:
 def shikra_fields(record, where):
     """Shikra's {"img_path", "expression", "bbox": [x1, y1, x2, y2] in pixels, "width", "height"} -> those five, checked."""
     image, expression, box, width, height = map(record.get, ("img_path", "expression", "bbox", "width", "height"))
-    if not isinstance(expression, str):
-        raise InputError(f"{where}: needs an expression")
+    if not isinstance(image, str) or not isinstance(expression, str):
+        raise InputError(f"{where}: needs img_path, the name of a picture, and an expression")
     numbers = [width, height, *box] if isinstance(box, list) and len(box) == 4 else [None]
     if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers) or min(width, height) < 1:
         raise InputError(f"{where}: needs width and height in pixels, and a bbox of four numbers")
@@ -160,8 +172,10 @@ class ShikraData(LlavaData):
     def __init__(self, path, image_dir, task="rec"):
         if task not in self.QUESTIONS:
             raise InputError(f"no task {task!r} in Shikra's data: rec or reg")
-        self.task, self.sides = task, []                             # of every picture: width, height
+        self.task, self.sides, self.furthest = task, [], 0           # of every picture: width, height; of all boxes: a corner
         super().__init__(path, image_dir)
+        if self.furthest <= 1:
+            raise InputError(f"{path}: no box goes beyond 1, so they are shares of the picture; Shikra's are in pixels")
 
     def parse(self, record, where, index):
         image, expression, box, width, height = shikra_fields(record, where)
@@ -169,6 +183,7 @@ class ShikraData(LlavaData):
         question = self.QUESTIONS[self.task][index % 4].replace("<expr>", expression).replace("<boxes>", text)
         turns = [(f"{MARK}\n{question}", text if self.task == "rec" else expression)]
         self.sides.append((width, height))
+        self.furthest = max(self.furthest, *box)
         return self.sample([image], turns, f"{image}#{index}", where)
 
     def __getitem__(self, index):

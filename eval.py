@@ -281,7 +281,8 @@ def check_same_run(config, name, folder, rank, size):
     """folder/run.json holds what the answers there depend on, beside their prompts; a run with anything else may not go on
     with them."""
     weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(locate(name).glob("*.safetensors"))]
-    run = {"task": config.task, "model": name, "weights": weights, "data": config.data, "image_dir": config.image_dir,
+    data = [[path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in config.data if Path(path).exists()]
+    run = {"task": config.task, "model": name, "weights": weights, "data": data, "image_dir": config.image_dir,
            "max_new_tokens": config.max_new_tokens, "frames": config.frames, "pool": config.pool}
     if rank == 0:
         try:
@@ -348,6 +349,9 @@ def main(arguments):
         if size > 1:
             dist.destroy_process_group()
         return
+    for key in ("data", "annotations", "out", "limit", "prompt", "pool"):
+        if getattr(config, key) not in ([], "", None, 0):
+            raise InputError(f"--{key} belongs to a public benchmark: say which with --task=")
     device = cli.pick_device(config.device)
     folder = config.model or newest_model()
     model = MLLM.from_pretrained(folder, dtype_to_answer(folder, device, config.bf16), device)

@@ -271,9 +271,6 @@ def section(name, results):
     """A table of the page as text: its numbers, then the command of every row."""
     heading, rows = TABLES[name]
     runs = [run for _, arm, _ in rows for run in results.get(arm, [])]
-    if not runs:
-        return (f"*Not run: this table is empty until `python findings.py --table={name}` and then "
-                "`python findings.py --report` have been run.*")
     budget, weights = runs[0]["budget"], {}
     for run in runs:
         weights |= run["weights"]
@@ -373,16 +370,20 @@ def report(config):
     """Put every table between its two marks in the page: all else there is written by hand."""
     results, page = read_results(config.out), Path(config.page)
     text = page.read_text(encoding="utf-8")
+    if not results:
+        raise InputError(f"{config.out}: no finished run; those of the page are in runs/findings (--out=runs/findings)")
     for name in config.table or TABLES:
+        if not any(arm in results for _, arm, _ in TABLES[name][1]):
+            print(f"{name}: not run; its table stays as it is")
+            continue
         body, start, end = section(name, results), f"<!-- {name}: findings.py --report -->\n", f"\n<!-- {name}: end -->"
         if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
             raise InputError(f"{page}: should have the lines {start.strip()} and {end.strip()}, once each, where the table goes")
-        if any(arm in results for _, arm, _ in TABLES[name][1]):
-            try:
-                draw(name, results, page.with_name(f"findings-{name}.png"))
-                body += f"\n\n![{name}: the table as a figure](findings-{name}.png)"
-            except ImportError:
-                body += "\n\nNo figure: matplotlib is not installed (`pip install -r requirements-extra.txt`)."
+        try:
+            draw(name, results, page.with_name(f"findings-{name}.png"))
+            body += f"\n\n![{name}: the table as a figure](findings-{name}.png)"
+        except ImportError:
+            body += "\n\nNo figure: matplotlib is not installed (`pip install -r requirements-extra.txt`)."
         text = text[:text.index(start) + len(start)] + "\n" + body + "\n" + text[text.index(end):]
     page.write_text(text, encoding="utf-8")
     print(f"{page}: {len(results)} of {len(ARMS)} arms, {sum(map(len, results.values()))} runs")

@@ -143,7 +143,11 @@ def to_rgb(image):
 
 def to_pixels(image, spec):
     """PIL image or uint8 (H, W, 3) -> uint8 (3, R, R): the very pixels that transformers' PIL processors make."""
-    image = to_rgb(image) if isinstance(image, Image.Image) else Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InputError("a picture should be PIL's, or a uint8 array (H, W, 3)")
+        image = Image.fromarray(image)
+    image = to_rgb(image)
     longest, shortest = max(image.size), min(image.size)
     side = spec.size if spec.mode == "pad" else spec.resize_to or spec.size
     largest = {"pad": longest ** 2, "crop": side * int(side * longest / shortest), "stretch": side ** 2}[spec.mode]

@@ -1,5 +1,6 @@
 """What surrounds training: the processes that torchrun started, the folder of the run, and its log.
 
+    check         options that make no sense together
     Ranks         this process among the others: rank, device, sums over all, and whether it was asked to stop
     run_folder    where a run lives, and whether it may
     Log           log.jsonl, TensorBoard, wandb
@@ -48,6 +49,11 @@ class Ranks:
         if multiprocessing.parent_process() is None:                 # a loader's worker has this handler too, and says nothing
             say(self.rank == 0, "\nfinishing this step, then saving (once more: stop at once)")
 
+    def stop_at_once(self):
+        """From here on there is nothing to save: a signal ends the process."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     def sum(self, tensor):
         """Sum over all processes; a tensor on the CPU stays there."""
         if self.size > 1:
@@ -64,6 +70,8 @@ class Ranks:
             yield
         except RuntimeError as error:
             words = "gloo", "NCCL", "Connection ", "Broken pipe"
+            if "DataLoader worker" in str(error):                    # killed: for want of memory, most often
+                raise InputError(f"rank {self.rank}: {str(error).strip()}, in {self.doing}; --resume goes on from the last checkpoint") from None
             if self.size == 1 or not (isinstance(error, dist.DistError) or any(word in str(error) for word in words)):
                 raise
             saved = [path for stage in (1, 2) for path in checkpoint.newest_last(run / "checkpoints", stage)]
@@ -83,7 +91,10 @@ class Ranks:
 
 def say(main, text):
     if main:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:                                      # the reader (head, tee) is gone, the run is not
+            sys.stdout = open(os.devnull, "w")
 
 
 def last_written(run):
@@ -91,11 +102,46 @@ def last_written(run):
     return max(path.stat().st_mtime for path in (run, run / "checkpoints", run / "log.jsonl") if path.exists())
 
 
+def check(config):
+    """InputError for options of train.py that would break a run later, perhaps after hours."""
+    if "/" in config.connector or "." in config.connector:
+        raise InputError(f"{config.connector}: no such recipe; they are files that end in .toml, in config/")
+    if config.stage not in (0, 1, 2):
+        raise InputError(f"--stage={config.stage}: 1, 2, or 0 for both")
+    if config.init and config.stage != 2:
+        raise InputError("--init says where stage 2 starts: it goes with --stage=2")
+    if config.image_mode not in ("pad", "crop", "stretch"):
+        raise InputError(f"--image_mode={config.image_mode}: pad, crop or stretch")
+    least = dict(batch1=1, batch2=1, micro_batch=1, log_every=1, save_every=1, max_length=1, steps1=0, steps2=0, seed=0,
+                 workers=0, lora_rank=0, lora_alpha=0, lora_lr2=0)
+    for key, value in (least | dict(clip=0, lr1=0, lr2=0, connector_lr2=0, warmup=0, weight_decay=0, image_size=0)).items():
+        if not value <= (getattr(config, key) or 0) < 2 ** 63:       # nor NaN
+            raise InputError(f"--{key}={getattr(config, key)}: should be {value} or more")
+    if config.warmup > 1:
+        raise InputError(f"--warmup={config.warmup}: is a share of the steps, 1 at most")
+    if not 0 <= config.beta2 < 1:
+        raise InputError(f"--beta2={config.beta2}: should be 0 or more, and less than 1")
+    for stage in (1, 2):
+        if config.stage in (0, stage) and not getattr(config, f"steps{stage}") and not (
+                0 < getattr(config, f"epochs{stage}") < math.inf):
+            raise InputError(f"--epochs{stage}={getattr(config, f'epochs{stage}')}: should be more than 0 where --steps{stage} is 0")
+    for key in ("train1", "train2"):
+        parts = getattr(config, key)
+        if not parts or set(parts) - {"vision", "connector", "llm"}:
+            raise InputError(f"--{key}={','.join(parts)}: what learns is one or more of vision, connector, llm")
+    if config.lora_rank and "llm" not in config.train1 + config.train2:
+        raise InputError(f"--lora_rank={config.lora_rank}: adapters are the LLM's, and neither --train1 nor --train2 trains llm")
+    if not config.lora_rank and (config.lora_alpha or config.lora_lr2):
+        raise InputError("--lora_alpha and --lora_lr2 are those of adapters, and without --lora_rank there are none")
+
+
 def run_folder(config):
     """Where this run lives. A run that is there already is never written over."""
     goes_on = config.resume or (config.stage == 2 and not config.init)
     name = lambda i: Path("out") / (config.connector + (f"-{i}" if i > 1 else ""))
     there = [name(i) for i in range(1, 10_000) if name(i).exists()]
+    if goes_on:                                                      # what failed before its first checkpoint is passed over
+        there = [run for run in there if any(checkpoint.newest_last(run / "checkpoints", stage) for stage in (1, 2))] or there
     if goes_on and not there and not config.out:
         raise InputError(f"nothing to go on with under {name(1)}: name the run with --out, or run stage 1 first")
     run = Path(config.out) if config.out else (max(there, key=last_written) if goes_on else
@@ -127,7 +173,7 @@ class Log:
 
     def __init__(self, config, run, main, stage, start):
         self.main, self.path, self.board, self.wandb = main, run / "log.jsonl", None, None
-        if main and config.resume and self.path.exists():            # what a killed run did after its last checkpoint comes again
+        if main and self.path.exists():                              # what a killed run did after its last checkpoint comes again
             kept = [line for line in self.path.read_text().splitlines(True) if is_before(line, stage, start)]
             partial = self.path.with_name("log.jsonl.partial")
             partial.write_text("".join(kept))

@@ -209,6 +209,8 @@ def load_connector(model, path):
     pickled = ".bin", ".pt", ".pth"
     path = Path(path) if Path(path).suffix in (".safetensors", *pickled) else locate(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files and (path / "model").is_dir():
+        raise InputError(f"{path}: is a run; name its {path}/model, or one of {path}/checkpoints")
     if path.suffix in pickled or not files:
         raise InputError(f"{path}: a connector is read from safetensors; pickled ones (mm_projector.bin) can run any code: "
                          "convert it with torch.load(..., weights_only=True) and safetensors.torch.save_file")

@@ -333,7 +333,7 @@ def main(arguments):
         try:
             name = str(newest_model())
         except InputError as error:
-            vision = ["weights/clip", "weights/dinov2"]
+            vision = [str(Path(__file__).resolve().parent / "weights" / tower) for tower in ("clip", "dinov2")]
             print(f"({error}; until then these are the towers of weights/)", file=sys.stderr)
     model, towers = None if vision else MLLM.from_pretrained(name, dtype_to_answer(name, device), device), []
     for folder in map(locate, vision):

@@ -68,6 +68,9 @@ def check_towers(towers, kind, side):
         if isinstance(tower, DINOv2) and side % tower.config.patch_size:
             raise InputError(f"pictures of {side} x {side} for a DINOv2 with patches of {tower.config.patch_size}: --image_size "
                              "should be a multiple of them")
+        if not isinstance(tower, DINOv2) and side != tower.config.image_size:
+            raise InputError(f"pictures of {side} x {side} for a tower that was trained at {tower.config.image_size} x "
+                             f"{tower.config.image_size}: only DINOv2 takes another --image_size")
 
 
 class MLLM(nn.Module):

@@ -45,7 +45,7 @@ import cli
 from connector import SIDES, ConnectorConfig
 from dialogue import IGNORE, IMAGE, cut_to_length, encode, find_template, load_tokenizer
 from hub import LARGE, InputError, fields_of, on_meta, read_config, read_json
-from images import ImageSpec
+from images import BadImage, ImageSpec
 from llama import LlamaConfig
 from mllm import LOGITS, MLLM, llm_class, tower_class
 from train import HERE, PARTS, TINY, Config, build_data, check, choose_trained, settings
@@ -166,10 +166,15 @@ def data_of(config, stage, model):
         template = own["template"] if stage == 1 else config.template or find_template(llm) or "vicuna_v1"
         longest, dialogues = min(config.max_length, model.llm.config.context), []
         for index in range(0, len(dataset), max(1, len(dataset) // 256)):
-            ids, labels = cut_to_length(*encode(tokenizer, dataset[index].turns, template), longest, M)
+            try:
+                turns = dataset[index].turns
+            except BadImage:                                         # training will skip it, and say so
+                continue
+            ids, labels = cut_to_length(*encode(tokenizer, turns, template), longest, M)
             T = len(ids) + (M - 1) * ids.count(IMAGE)
             dialogues.append((T, T * T, sum(label != IGNORE for label in labels), ids.count(IMAGE)))
-        return len(dataset), Load(*(sum(column) / len(dialogues) for column in zip(*dialogues))), "of the data at hand"
+        if dialogues:
+            return len(dataset), Load(*(sum(column) / len(dialogues) for column in zip(*dialogues))), "of the data at hand"
     known = [DATA.get(file.name, (None, *LONG)) for file in files]
     counts = [count for count, *_ in known]
     samples = len(dataset) if at_hand else None if None in counts else sum(counts) if not own["equal"] else sum(
@@ -224,7 +229,8 @@ def connector_bytes(model, I, b):
     if kind.kind in SIDES:
         D, merged = model.vision[-1].config.hidden_size, sum(map(len, model.layers))
         depth = kind.dino_depth if "dino" in SIDES[kind.kind] else 0
-        return I * N * (merged * (4 + 2 * b) * D + depth * b * D * (1 + 2 * kind.dino_expansion) + len(model.vision) * b * D)
+        each = {"lln": 4 + 2 * b, "layerscale": 4}.get(kind.merge, 0)  # a merged layer; a mean keeps nothing
+        return I * N * (merged * each * D + depth * b * D * (1 + 2 * kind.dino_expansion) + len(model.vision) * b * D)
     projector = maps(model.connector)
     return I * N * b * (projector[0].shape[1] + (len(projector) - 1) * 2 * C)
 
@@ -315,8 +321,8 @@ def sent(run, form):
 
 def room(run, form):
     """How many tokens a forward may hold, its dialogues being like the mean one; 0: not even a few."""
-    low, high = 0.0, 1024.0
-    for _ in range(24):
+    low, high = 0.0, 2.0 ** 20
+    for _ in range(48):
         middle = (low + high) / 2
         fits = memory(run._replace(load=run.load.times(middle)), form)["peak"] <= ROOM * run.config.gpu_memory * 1e9
         low, high = (middle, high) if fits else (low, middle)
@@ -336,7 +342,7 @@ def plan_stage(config, stage):
         raise InputError(f"--data{stage}: not at hand, and not the papers' files: say with --steps{stage} how long the run is")
     mine = math.ceil(own["batch"] / config.gpus)                     # samples a step on the busiest card
     held = min(mine, config.micro_batch)
-    on_cuda = config.device in ("auto", "cuda")
+    on_cuda = config.device.partition(":")[0] in ("auto", "cuda")
     bf16 = on_cuda or config.device == "cpu" and bool(config.llm) and size(model.llm) >= LARGE    # as train.uses_bf16, of a 16-bit file
     trained = choose_trained(model, own["train"])
     run = Run(config, model, trained, mean.times(held), math.ceil(mine / config.micro_batch),

@@ -34,7 +34,7 @@ from compiled import compile_blocks
 from connector import ConnectorConfig
 from data import LlavaData, Loader, ShikraData
 from hub import LARGE, InputError, stored
-from launch import Log, Ranks, run_folder, say
+from launch import Log, Ranks, check, run_folder, say
 from linear import by_convolution
 from llava import load_connector
 from mllm import MLLM
@@ -149,6 +149,7 @@ def build_stage(config, stage, run, device, main=True, sharded=False):
     model = build_model(config, device, stage, sharded)              # anew for stage 2: from the very weights that were named
     if config.lora_rank and any("llm" in settings(config, past)["train"] for past in (1, 2)[:stage]):
         lora.adapt(model.llm, config.lora_rank, config.lora_alpha)
+    model.learnt = set()                                             # what differs by now from the weights that were named
     from_run = stage == 2 and config.init != "new" and (not config.init or (Path(config.init) / "state.json").exists())
     if stage == 2 and config.init not in ("", "new") and not from_run:
         load_connector(model, config.init)                           # no run of ours: a connector alone, or a public model's
@@ -161,6 +162,7 @@ def build_stage(config, stage, run, device, main=True, sharded=False):
             raise InputError(f"stage 2 starts from stage 1's connector, and {run}/checkpoints has none: run stage 1 first, or "
                              "name a checkpoint with --init=FOLDER (--init=new starts from a random connector)")
         state = checkpoint.load(former[-1], model)
+        model.learnt = {*state.get("learnt", [])}
         if state["step"] < state["steps"]:
             say(main, f"note: {former[-1]} is unfinished, step {state['step']} of {state['steps']}")
         checkpoint.check_start(config, former[-1], state, main)
@@ -266,7 +268,8 @@ def train_stage(config, stage, model, dataset, run, ranks):
     tokens_seen, since = 0, time.time()
     save = lambda step: (main or sharded) and checkpoint.save(
         run / "checkpoints" / f"stage{stage}-{step:07d}", model, optimizer,
-        {"stage": stage, "step": step, "steps": steps, "samples": len(dataset), "config": asdict(config)}, ranks if sharded else None)
+        {"stage": stage, "step": step, "steps": steps, "samples": len(dataset), "config": asdict(config),
+         "learnt": sorted(model.learnt | {name for name, p in model.named_parameters() if p.requires_grad})}, ranks if sharded else None)
     for step, micro_batches in zip(range(start, steps), loader):
         ranks.doing = f"step {step} of stage {stage}"
         factor = learning_rate(step, steps, config.warmup)
@@ -332,7 +335,9 @@ def write(config, model, run, main, sharded):
     """model/, with LoRA adapter/ beside it, and merges the adapters. Rank 0 writes; of a spread model the others hand it their
     rows, one tensor at a time."""
     if adapters := {name: shard.whole(p) for name, p in lora.adapters(model.llm).items()}:
-        if main:
+        if any(name.startswith("llm.") and ".lora_" not in name for name in model.learnt):
+            say(main, f"note: no {run}/adapter: stage 1 trained the LLM itself, so adapters alone would fit no LLM that is named")
+        elif main:
             lora.save(adapters, run / "adapter", config.lora_rank, config.lora_alpha,
                       str(config.llm or HERE / "weights" / "llama"))
     if not sharded:
@@ -345,38 +350,8 @@ def write(config, model, run, main, sharded):
             pass
 
 
-def check(config):
-    """Refuse here what would break a run later, perhaps after hours."""
-    if "/" in config.connector or "." in config.connector:
-        raise InputError(f"{config.connector}: no such recipe; they are files that end in .toml, in config/")
-    if config.stage not in (0, 1, 2):
-        raise InputError(f"--stage={config.stage}: 1, 2, or 0 for both")
-    if config.init and config.stage != 2:
-        raise InputError("--init says where stage 2 starts: it goes with --stage=2")
-    if config.image_mode not in ("pad", "crop", "stretch"):
-        raise InputError(f"--image_mode={config.image_mode}: pad, crop or stretch")
-    least = dict(batch1=1, batch2=1, micro_batch=1, log_every=1, save_every=1, max_length=1, steps1=0, steps2=0, seed=0,
-                 workers=0, lora_rank=0, lora_alpha=0, lora_lr2=0)
-    for key, value in (least | dict(clip=0, lr1=0, lr2=0, connector_lr2=0, warmup=0, weight_decay=0, image_size=0)).items():
-        if not value <= (getattr(config, key) or 0) < 2 ** 63:       # nor NaN
-            raise InputError(f"--{key}={getattr(config, key)}: should be {value} or more")
-    if not 0 <= config.beta2 < 1:
-        raise InputError(f"--beta2={config.beta2}: should be 0 or more, and less than 1")
-    for stage in (1, 2):
-        if config.stage in (0, stage) and not settings(config, stage)["steps"] and not 0 < settings(config, stage)["epochs"] < math.inf:
-            raise InputError(f"--epochs{stage}={settings(config, stage)['epochs']}: should be more than 0 where --steps{stage} is 0")
-    for key in ("train1", "train2"):
-        parts = getattr(config, key)
-        if not parts or set(parts) - set(PARTS):
-            raise InputError(f"--{key}={','.join(parts)}: what learns is one or more of {', '.join(PARTS)}")
-    if config.lora_rank and "llm" not in config.train1 + config.train2:
-        raise InputError(f"--lora_rank={config.lora_rank}: adapters are the LLM's, and neither --train1 nor --train2 trains llm")
-    if not config.lora_rank and (config.lora_alpha or config.lora_lr2):
-        raise InputError("--lora_alpha and --lora_lr2 are those of adapters, and without --lora_rank there are none")
-
-
 def main(arguments):
-    if {"--plan", "--plan=true"} & {*arguments}:                     # say what the run would take, and train nothing
+    if {"--plan", "--plan=true", "--plan=yes", "--plan=1"} & {*arguments}:         # say what the run would take, and train nothing
         import plan
         return plan.main(arguments)
     config = cli.parse(Config, arguments, __doc__)
@@ -410,6 +385,7 @@ def main(arguments):
         say(True, f"\nwrote {run}/model after {time.time() - began:.0f} s")
         if config.evaluate and "world" in (config.data1 if config.stage == 1 else config.data2) and not sharded:
             from eval import evaluate, table
+            ranks.stop_at_once()
             # texts of all lengths would compile the blocks over and over
             with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
                 scores = evaluate(model, count=200)

@@ -3,6 +3,7 @@ one runs, a stopped run goes on, two processes give what one gives, and a wrong 
 import base64
 import io
 import json
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -409,6 +410,12 @@ def test_answers_of_another_run_are_not_gone_on_with(here, monkeypatch):
     run_with(monkeypatch, Oracle(["yes"] * 8), *flags)
     with pytest.raises(InputError, match="scored: holds answers of a run with other max_new_tokens .128, now 5.: name"):
         run_with(monkeypatch, Oracle([]), *flags, "--max_new_tokens=5")
+    file = next(flag for flag in flags if flag.startswith("--data=")).removeprefix("--data=").split(",")[0]
+    stamp = os.stat(file)
+    os.utime(file, (0, 0))                                           # as if it had been written again
+    with pytest.raises(InputError, match="other data"):
+        run_with(monkeypatch, Oracle([]), *flags)
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     Path("model/model.safetensors").write_bytes(b"trained again")
     with pytest.raises(InputError, match="other weights"):
         run_with(monkeypatch, Oracle([]), *flags)

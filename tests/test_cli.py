@@ -56,6 +56,7 @@ def test_flags_win_over_a_file_wherever_they_stand(tmp_path):
 @pytest.mark.parametrize("arguments, message", {
     "an unknown key names the nearest": (["--step=3"], "--step: unknown option, the nearest is steps"),
     "even where nothing is near": (["--=3"], "unknown option, the nearest is"),
+    "one dash": (["-steps=3"], "-steps=3: options begin with two dashes"),
     "a word for a number": (["--steps=many"], "--steps: should be int, got 'many'"),
     "a fraction for a count": (["--steps=1.5"], "--steps: should be int, got '1.5'"),
     "a number for yes or no": (["--resume=2"], "--resume: should be bool, got '2'"),
@@ -141,6 +142,14 @@ def test_leaving_early_is_no_fault(raised, status):
     with pytest.raises(SystemExit) as stopped:
         cli.run(leave, keep=False)
     assert stopped.value.code == status
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda arguments: (tmp_path / "file" / "run").mkdir(), keep=False)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("error: ") and str(tmp_path / "file" / "run") in said and said.count("\n") == 1
 
 
 def test_a_bug_keeps_its_traceback():

@@ -124,9 +124,22 @@ def test_a_bad_box_is_named_in_one_line(change, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_boxes_in_shares_of_the_picture_are_not_taken_for_pixels(tmp_path):
+    file = write(tmp_path / "shares.jsonl", [BOX | {"bbox": [0.1, 0.2, 0.3, 0.4]}, BOX | {"bbox": [0, 0, 1, 1]}], lines=True)
+    with pytest.raises(InputError, match="shares.jsonl: no box goes beyond 1, so they are shares of the picture; Shikra's are in pixels"):
+        ShikraData(file, tmp_path)
+
+
+@pytest.mark.parametrize("name", ("", "."))
+def test_a_picture_without_a_name_is_named_by_its_sample(name, tmp_path):
+    with pytest.raises(InputError, match="line 1: .* is no picture's name"):
+        ShikraData(write(tmp_path / "none.jsonl", [BOX | {"img_path": name}], lines=True), tmp_path)
+
+
 @pytest.mark.parametrize("text, message", [
     ('[{"id": 1},\n {"id": 2}\n {"id": 3}]', "not JSON, line 3"), ('{"id": 1}\n{"id": \n', "not JSON, line 2"),
     ('[]', "holds no samples"), ('', "holds no samples"), ('\n\n', "holds no samples"),
+    ('{\n "images": [],\n "annotations": []\n}', "is one JSON object; a list of samples is read"),
     ('[{"id": 1}', "not JSON, line 1"), (b"\xff\xfe\x00", "cannot be read")])
 def test_a_file_that_is_not_json_is_named_with_its_line(text, message, tmp_path):
     (tmp_path / "bad.json").write_bytes(text if isinstance(text, bytes) else text.encode())

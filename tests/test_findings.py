@@ -86,7 +86,8 @@ def test_the_reports_numbers_are_the_mean_and_spread_of_the_files(two_arms):
     assert row("CLIP hidden[3]")[0] == row("MAE, one layer")[0] == "not run"
     text = Path("page.md").read_text()
     assert "python train.py --connector=comm_dino --dino_depth=1 --steps1=1 --steps2=1 --bf16=true --evaluate" in text
-    assert "this table is empty until `python findings.py --table=dense`" in text
+    others = lambda text: [text.partition(f"<!-- {name}: findings.py")[2].partition(f"<!-- {name}: end")[0] for name in ("dense", "video")]
+    assert others(text) == others((ROOT / "docs" / "findings.md").read_text())     # tables of which nothing was run stay as they were
     findings.main(["--report", "--page=page.md"])
     assert Path("page.md").read_text() == text                       # once more changes nothing
 
@@ -164,6 +165,13 @@ def test_every_arm_of_every_table_is_a_command_that_train_takes():
     assert len(set(own)) == len(own)                                 # no arm is run twice under two names
 
 
+def test_a_report_of_nothing_leaves_the_page_as_it_is(two_arms):
+    before = Path("page.md").read_text()
+    with pytest.raises(InputError, match="out/findings: no finished run; those of the page are in runs/findings"):
+        findings.main(["--report", "--page=page.md"])
+    assert Path("page.md").read_text() == before
+
+
 def test_a_wrong_option_and_a_failed_run_are_one_line(two_arms, monkeypatch):
     for flag, message in (("--table=layer", "there are layers, towers"), ("--seeds=-1", "--seeds=-1: should be 1 or more")):
         with pytest.raises(InputError, match=message):
@@ -173,5 +181,6 @@ def test_a_wrong_option_and_a_failed_run_are_one_line(two_arms, monkeypatch):
         findings.main(BUDGET)
     assert not list(Path("out/findings").glob("*.json"))
     Path("page.md").write_text("no marks")
-    with pytest.raises(InputError, match="page.md: should have the lines <!-- layers: findings.py --report -->"):
+    invented("comm", 0, 0.5)
+    with pytest.raises(InputError, match="page.md: should have the lines <!-- towers: findings.py --report -->"):
         findings.main(["--report", "--page=page.md"])

@@ -105,6 +105,12 @@ def test_a_needle_is_refused_before_it_fills_the_memory(mode):
     assert to_pixels(Image.new("RGB", (1, 60000)), ImageSpec(336, "stretch")).shape == (3, 336, 336)
 
 
+@pytest.mark.parametrize("array", (np.zeros((8, 8, 3)), np.zeros((3, 8, 9), np.uint8), np.zeros((8, 8), np.uint8), "a.png"), ids=lambda _: "")
+def test_what_is_no_picture_is_refused(array):
+    with pytest.raises(InputError, match="a picture should be PIL's, or a uint8 array"):
+        to_pixels(array, ImageSpec(8))
+
+
 def test_pixels_are_those_recorded_from_transformers():
     """Recorded by make_data_fixtures.py; test_data_live.py compares with transformers itself, on photographs too."""
     recorded = load_file(Path(__file__).parent / "fixtures" / "pixels.safetensors")

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,9 +18,9 @@ from hub import InputError
 from llama import Llama
 
 
-def tiny_run(stage, bf16, recompute, connector="dense", samples=8):
+def tiny_run(stage, bf16, recompute, connector="dense", samples=8, merge="lln"):
     """-> the planner's Run for `samples` samples of the embedded world on a CPU, and the model, optimizer and step of it."""
-    config = cli.parse(plan.PlanConfig, [f"--connector={connector}", f"--bf16={bf16}", f"--activation_checkpointing={recompute}",
+    config = cli.parse(plan.PlanConfig, [f"--connector={connector}", f"--merge={merge}", f"--bf16={bf16}", f"--activation_checkpointing={recompute}",
                                          "--device=cpu", "--gpus=1"])
     own = train.settings(config, stage)
     model = train.build_model(config, torch.device("cpu"), stage).train()
@@ -82,6 +83,14 @@ def added(planned):
     return found["peak"] - found["weights"] - found["optimizer"]
 
 
+@pytest.mark.parametrize("merge", ("layerscale", "mean_half", "mean_all"))
+@pytest.mark.parametrize("stage", (1, 2))
+def test_memory_of_comms_other_merges(stage, merge):
+    planned, _, _, step = tiny_run(stage, False, True, "comm", merge=merge)
+    step()
+    assert added(planned) == pytest.approx(allocated(step), rel=0.15)
+
+
 @pytest.mark.parametrize("recompute", (False, True))
 @pytest.mark.parametrize("stage", (1, 2))
 def test_a_second_forward_begins_with_the_gradients_of_the_first(stage, recompute, monkeypatch):
@@ -122,7 +131,7 @@ def test_fewer_heads_for_keys_and_values(bf16, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, told", [
-    ("--device=cpu", "float32"), ("--device=cpu --bf16=true", "bf16"), ("--device=cpu --llm", "bf16"),
+    ("--device=cpu", "float32"), ("--device=cuda:0", "bf16"), ("--device=cpu --bf16=true", "bf16"), ("--device=cpu --llm", "bf16"),
     ("--device=cpu --llm --bf16=false", "float32"), ("--device=mps --llm", "float32"), ("--device=cuda", "bf16")])
 def test_the_plan_takes_the_dtype_that_train_would(flags, told, monkeypatch, capsys):
     """A large LLM of 16 bits that is named trains in bf16 on a CPU; here the tiny one counts as large."""
@@ -192,12 +201,21 @@ def test_public_sizes(capsys):
     assert float(found["DDP"][7]) == pytest.approx(2 * 7 / 8 * 4 * P / 1e9, abs=0.01)          # gradients, in a ring
 
 
-def test_room_for_tokens_is_what_fills_the_card():
+def test_data_with_a_bad_picture_is_planned_without_it(tmp_path, capsys):
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg")
+    lines = [{"img_path": "a.jpg", "expression": "a dog", "bbox": [1, 2, 9, 8], "width": w, "height": h} for w, h in ((40, 20), (20, 40))]
+    (tmp_path / "boxes.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    plan.main(["--stage=2", f"--data2=rec:{tmp_path / 'boxes.jsonl'}", "--steps2=0"])
+    assert "(of the data at hand)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("memory", (1, 1000))
+def test_room_for_tokens_is_what_fills_the_card(memory):
     planned = tiny_run(2, True, False)[0]
-    planned = planned._replace(config=cli.parse(plan.PlanConfig, ["--gpus=1", "--gpu_memory=1"]), on_cuda=True)
+    planned = planned._replace(config=cli.parse(plan.PlanConfig, ["--gpus=1", f"--gpu_memory={memory}"]), on_cuda=True)
     form = plan.Form("one card")
     load = planned.load.times(plan.room(planned, form) / planned.load.tokens)
-    assert plan.memory(planned._replace(load=load), form)["peak"] == pytest.approx(plan.ROOM * 1e9, rel=0.01)
+    assert plan.memory(planned._replace(load=load), form)["peak"] == pytest.approx(plan.ROOM * memory * 1e9, rel=0.01)
 
 
 @pytest.mark.parametrize("flags, message", (

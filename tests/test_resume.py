@@ -2,10 +2,12 @@
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
+import launch
 import train
 from hub import InputError
 from test_train import (as_found, assert_as_uninterrupted, flags, in_a_process, losses, model_bytes,
@@ -44,6 +46,44 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(before, left, 
     assert_as_uninterrupted(uninterrupted)
     steps = [(record["stage"], record["step"]) for record in records()]
     assert steps == [(record["stage"], record["step"]) for record in records(uninterrupted)]     # each once, in order
+    assert sorted(path.name for path in found.iterdir()) == ["stage1-0000002", "stage2-0000006"]      # nothing half written is left
+
+
+def test_a_run_begun_again_after_a_kill_before_its_first_checkpoint_has_a_log_of_its_own(flags, uninterrupted):
+    assert in_a_process(flags(), KILLS["before the first save"][0]).returncode == -signal.SIGKILL
+    assert len(records()) == 1
+    train.main(flags())
+    assert [(record["stage"], record["step"]) for record in records()] == [
+        (record["stage"], record["step"]) for record in records(uninterrupted)]
+    assert_as_uninterrupted(uninterrupted)
+
+
+def test_resume_passes_over_a_newer_run_that_failed_before_its_first_checkpoint(flags):
+    unnamed = [flag for flag in flags(stage=1, steps1=1) if not flag.startswith("--out")]
+    train.main(unnamed)
+    shutil.rmtree("out/dense/model")
+    with pytest.raises(InputError, match="--log=paper"):
+        train.main([*unnamed, "--log=paper"])
+    assert Path("out/dense-2").exists()
+    train.main([*unnamed, "--resume"])
+    assert Path("out/dense/model").exists() and not Path("out/dense-2/model").exists()
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError
+    monkeypatch.setattr(sys, "stdout", Gone())
+    launch.say(True, "a line")
+    launch.say(True, "another")
+    assert not isinstance(sys.stdout, Gone)
+
+
+def test_a_killed_worker_is_one_line(tmp_path):
+    ranks = launch.Ranks("cpu")
+    with pytest.raises(InputError, match="rank 0: DataLoader worker .* is killed by signal: Killed., in the start; --resume goes on"):
+        with ranks.in_contact(tmp_path):
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))

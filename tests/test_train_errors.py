@@ -153,10 +153,14 @@ def refused(arguments):
     "no learning rate": (dict(lr1="nan"), "--lr1=nan: should be 0 or more"),
     "beta of 1": (dict(beta2=1), "--beta2=1.0: should be 0 or more, and less than 1"),
     "no steps and no epochs": (dict(steps1=0, epochs1=0), "--epochs1=0.0: should be more than 0 where --steps1 is 0"),
+    "a rise of 5 steps": (dict(warmup=5), "--warmup=5.0: is a share of the steps, 1 at most"),
+    "another side": (dict(image_size=32), "pictures of 32 x 32 for a tower that was trained at 64 x 64: only DINOv2 takes another"),
+    "a run for a start": (dict(stage=2, init="a-run"), "a-run: is a run; name its a-run/model, or one of a-run/checkpoints"),
     "a file for a folder": (dict(out=__file__), "is a file; a run needs a folder"),
     "no such device": (dict(device="abacus"), "--device=abacus: cannot be used"),
     "unknown log": (dict(log="paper"), "--log=paper: tensorboard or wandb")}.values(), ids=lambda value: None)
 def test_a_wrong_option_is_one_line_before_anything_is_trained(options, message, flags, tiny_folders):
+    Path("a-run/model").mkdir(parents=True)
     if options.pop("two", False):
         options |= {"vision": f"{tiny_folders['clip']},{tiny_folders['dinov2']}"}
     assert message in refused(flags(**options))
@@ -189,6 +193,15 @@ def test_stage_2_does_not_start_from_a_checkpoint_without_the_connector_that_its
     train.main(flags(stage=2, steps2=1, init="first/model"))
     with pytest.raises(InputError, match="first/model: has another connector, .*kind='dci'.* not .*kind='sci'"):
         train.main(flags(stage=2, steps2=1, init="first/model", connector="sci", out="other"))
+
+
+def test_adapters_on_an_llm_that_had_learnt_before_are_no_start_and_no_adapter(flags, capsys):
+    """Stage 2's checkpoint holds its adapters, and the LLM under them is stage 1's: it lies in neither the checkpoint nor --llm."""
+    train.main(flags(stage=1, steps1=1, train1="connector,llm", out="first"))
+    train.main(flags(stage=2, steps2=1, train1="connector,llm", lora_rank=2, out="first"))
+    assert "note: no first/adapter" in capsys.readouterr().out and not Path("first/adapter").exists()
+    with pytest.raises(InputError, match="stage2-0000001: holds what stage 2 trained, and not llm: name the checkpoint of the stage"):
+        train.main(flags(stage=2, steps2=1, train1="connector,llm", lora_rank=2, init="first/checkpoints/stage2-0000001"))
 
 
 def test_a_run_is_not_resumed_on_other_data(flags, tmp_path):
