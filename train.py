@@ -248,11 +248,11 @@ def train_stage(config, stage, model, dataset, run, ranks):
     model.train()
     network = model
     if ranks.size > 1 and not sharded:
-        # DDP begins by copying rank 0's weights to all ranks; written over, a mapped file would be copied into every process
+        # DDP begins by copying rank 0's weights to all ranks; written over, a mapped file would be copied into every process. Buffers
+        # (RoPE's table, the pixels' statistics) are the same on all, and need not be sent before every forward
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            model, [name for name, p in model.named_parameters() if not p.requires_grad])
-        network = DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-                                          broadcast_buffers=False)   # RoPE's table and the pixels' statistics: the same on all
+            model, [name for name, p in model.named_parameters() if not p.requires_grad] + [name for name, _ in model.named_buffers()])
+        network = DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
 
     count = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in PARTS}
     if "lora" in trained:

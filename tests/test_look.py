@@ -162,10 +162,9 @@ def drawn(path="out/look.png"):
 
 def test_without_a_model_the_towers_of_weights_are_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").symlink_to(ROOT / "weights")
-    look.main([])
+    look.main([])                                                    # from any folder
     said = capsys.readouterr()
-    assert "out/look.png shows what weights/clip, weights/dinov2 makes of test scene 0" in said.out
+    assert f"out/look.png shows what {ROOT / 'weights/clip'}, {ROOT / 'weights/dinov2'} makes of test scene 0" in said.out
     assert "no model under out/" in said.err
     assert drawn().height > 1000
 
