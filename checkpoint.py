@@ -43,8 +43,8 @@ def save(folder, model, optimizer, state, ranks=None):
         return
     (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     replace_folder(partial, folder)
-    for former in folder.parent.glob(f"stage{state['stage']}-*"):    # what a kill has left half written or half gone, too
-        if former != folder:
+    for former in folder.parent.iterdir():                           # what a kill has left half written or half gone, too
+        if former != folder and re.fullmatch(rf"stage{state['stage']}-\d+(\.partial|\.old)?", former.name):
             shutil.rmtree(former)
 
 

@@ -134,5 +134,7 @@ def run(main, keep=True):
     except BrokenPipeError:                                          # the reader (head, say) has seen enough
         sys.exit(0)
     except OSError as error:                                         # a full disk, a folder that may not be written
-        print(f"error: {error}", file=sys.stderr)
+        if error.errno is None:                                      # no word of the system's
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -23,10 +23,8 @@ def compile_step(llm, backend="inductor"):
     """Let `llm` take its steps of generation, a token a row, compiled as a whole. With CUDA graphs (never run: there was no GPU) a
     step is one launch in place of hundreds. A graph works at fixed addresses and shapes, so the cache's tensors are declared to stay
     where they are, and its room is rounded up: few lengths are compiled. A backend other than inductor only traces, for tests."""
-    # the model stays as it is while it generates: to look it over before every step would take longer than to launch the step
-    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    if backend == "inductor":                                        # tuning: products of a row near the memory's bandwidth
-        options |= {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    # tuning makes a row's products of a kernel that reads at the memory's bandwidth, and fuses with norm and SiLU
+    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True} if backend == "inductor" else None
     compiled = torch.compile(llm.step, fullgraph=True, backend=backend, options=options)
 
     def step(token, positions, cache):

@@ -157,6 +157,8 @@ def shikra_fields(record, where):
         raise InputError(f"{where}: needs width and height in pixels, and a bbox of four numbers")
     if not (0 <= box[0] <= box[2] <= width and 0 <= box[1] <= box[3] <= height):
         raise InputError(f"{where}: bbox {box} is not x1, y1, x2, y2 inside a picture of {width}x{height} pixels")
+    if max(box) <= 1 and any(value % 1 for value in box):
+        raise InputError(f"{where}: bbox {box} is in shares of the picture; Shikra's are in pixels")
     return image, expression, box, int(width), int(height)
 
 
@@ -172,10 +174,8 @@ class ShikraData(LlavaData):
     def __init__(self, path, image_dir, task="rec"):
         if task not in self.QUESTIONS:
             raise InputError(f"no task {task!r} in Shikra's data: rec or reg")
-        self.task, self.sides, self.furthest = task, [], 0           # of every picture: width, height; of all boxes: a corner
+        self.task, self.sides = task, []                             # of every picture: width, height
         super().__init__(path, image_dir)
-        if self.furthest <= 1:
-            raise InputError(f"{path}: no box goes beyond 1, so they are shares of the picture; Shikra's are in pixels")
 
     def parse(self, record, where, index):
         image, expression, box, width, height = shikra_fields(record, where)
@@ -183,7 +183,6 @@ class ShikraData(LlavaData):
         question = self.QUESTIONS[self.task][index % 4].replace("<expr>", expression).replace("<boxes>", text)
         turns = [(f"{MARK}\n{question}", text if self.task == "rec" else expression)]
         self.sides.append((width, height))
-        self.furthest = max(self.furthest, *box)
         return self.sample([image], turns, f"{image}#{index}", where)
 
     def __getitem__(self, index):

@@ -281,8 +281,8 @@ def check_same_run(config, name, folder, rank, size):
     """folder/run.json holds what the answers there depend on, beside their prompts; a run with anything else may not go on
     with them."""
     weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(locate(name).glob("*.safetensors"))]
-    data = [[path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in config.data if Path(path).exists()]
-    run = {"task": config.task, "model": name, "weights": weights, "data": data, "image_dir": config.image_dir,
+    files = [[Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in config.data]
+    run = {"task": config.task, "model": name, "weights": weights, "data": config.data, "files": files, "image_dir": config.image_dir,
            "max_new_tokens": config.max_new_tokens, "frames": config.frames, "pool": config.pool}
     if rank == 0:
         try:
@@ -293,7 +293,7 @@ def check_same_run(config, name, folder, rank, size):
         except OSError as error:
             raise InputError(f"--out={folder}: cannot be written ({error})") from None
     barrier(size)
-    former = read_object(folder / "run.json") or {}
+    former = {"files": files} | (read_object(folder / "run.json") or {})    # older ones do not say of them
     for key, value in run.items():
         if former.get(key) != value:
             raise InputError(f"{folder}: holds answers of a run with other {key} ({str(former.get(key))[:80]}, now "
@@ -349,8 +349,8 @@ def main(arguments):
         if size > 1:
             dist.destroy_process_group()
         return
-    for key in ("data", "annotations", "out", "limit", "prompt", "pool"):
-        if getattr(config, key) not in ([], "", None, 0):
+    for key in ("data", "annotations", "image_dir", "out", "limit", "prompt", "max_new_tokens", "split", "circular", "frames", "pool"):
+        if getattr(config, key) != getattr(Config(), key):
             raise InputError(f"--{key} belongs to a public benchmark: say which with --task=")
     device = cli.pick_device(config.device)
     folder = config.model or newest_model()

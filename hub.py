@@ -183,7 +183,8 @@ def read_config(folder):
 
 
 def fields_of(cls, config, folder):
-    """The keys of `config` that are fields of the dataclass `cls`, as cls(**them). A field without a default that config.json lacks is an InputError."""
+    """The keys of `config` that are fields of the dataclass `cls`, as cls(**them). A field without a default that config.json lacks
+    is an InputError."""
     values = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
     try:
         return cls(**values)

@@ -1,6 +1,6 @@
 """What surrounds training: the processes that torchrun started, the folder of the run, and its log.
 
-    check         options that make no sense together
+    check         options that would break a run later
     Ranks         this process among the others: rank, device, sums over all, and whether it was asked to stop
     run_folder    where a run lives, and whether it may
     Log           log.jsonl, TensorBoard, wandb
@@ -22,6 +22,9 @@ import torch.distributed as dist
 import checkpoint
 import cli
 from hub import InputError
+
+
+PARTS = ("vision", "connector", "llm")                               # of a model, each of which may learn
 
 
 class Ranks:
@@ -51,7 +54,7 @@ class Ranks:
 
     def stop_at_once(self):
         """From here on there is nothing to save: a signal ends the process."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler if self.rank == 0 else signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def sum(self, tensor):
@@ -70,12 +73,12 @@ class Ranks:
             yield
         except RuntimeError as error:
             words = "gloo", "NCCL", "Connection ", "Broken pipe"
-            if "DataLoader worker" in str(error):                    # killed: for want of memory, most often
-                raise InputError(f"rank {self.rank}: {str(error).strip()}, in {self.doing}; --resume goes on from the last checkpoint") from None
-            if self.size == 1 or not (isinstance(error, dist.DistError) or any(word in str(error) for word in words)):
+            killed = "DataLoader worker (pid" in str(error)          # for want of memory, most often
+            if not killed and (self.size == 1 or not (isinstance(error, dist.DistError) or any(word in str(error) for word in words))):
                 raise
+            what = "a loader's worker" if killed else "contact with another rank"
             saved = [path for stage in (1, 2) for path in checkpoint.newest_last(run / "checkpoints", stage)]
-            raise InputError(f"rank {self.rank}: lost contact with another rank in {self.doing}; " + (
+            raise InputError(f"rank {self.rank}: lost {what} in {self.doing}; " + (
                 f"the last checkpoint is {saved[-1]}: start again with --resume, on any number of ranks" if saved else
                 "there is no checkpoint yet: start again")) from None
 
@@ -127,8 +130,8 @@ def check(config):
             raise InputError(f"--epochs{stage}={getattr(config, f'epochs{stage}')}: should be more than 0 where --steps{stage} is 0")
     for key in ("train1", "train2"):
         parts = getattr(config, key)
-        if not parts or set(parts) - {"vision", "connector", "llm"}:
-            raise InputError(f"--{key}={','.join(parts)}: what learns is one or more of vision, connector, llm")
+        if not parts or set(parts) - set(PARTS):
+            raise InputError(f"--{key}={','.join(parts)}: what learns is one or more of {', '.join(PARTS)}")
     if config.lora_rank and "llm" not in config.train1 + config.train2:
         raise InputError(f"--lora_rank={config.lora_rank}: adapters are the LLM's, and neither --train1 nor --train2 trains llm")
     if not config.lora_rank and (config.lora_alpha or config.lora_lr2):
@@ -140,8 +143,8 @@ def run_folder(config):
     goes_on = config.resume or (config.stage == 2 and not config.init)
     name = lambda i: Path("out") / (config.connector + (f"-{i}" if i > 1 else ""))
     there = [name(i) for i in range(1, 10_000) if name(i).exists()]
-    if goes_on:                                                      # what failed before its first checkpoint is passed over
-        there = [run for run in there if any(checkpoint.newest_last(run / "checkpoints", stage) for stage in (1, 2))] or there
+    if goes_on:                                                      # what failed before its first step is passed over
+        there = [run for run in there if (run / "log.jsonl").exists()] or there
     if goes_on and not there and not config.out:
         raise InputError(f"nothing to go on with under {name(1)}: name the run with --out, or run stage 1 first")
     run = Path(config.out) if config.out else (max(there, key=last_written) if goes_on else
@@ -174,7 +177,10 @@ class Log:
     def __init__(self, config, run, main, stage, start):
         self.main, self.path, self.board, self.wandb = main, run / "log.jsonl", None, None
         if main and self.path.exists():                              # what a killed run did after its last checkpoint comes again
-            kept = [line for line in self.path.read_text().splitlines(True) if is_before(line, stage, start)]
+            lines = self.path.read_text().splitlines(True)
+            kept = [line for line in lines if is_before(line, stage, start)]
+            if not config.resume and len(kept) < len(lines):         # of a run that left no checkpoint, or another's
+                self.path.with_name("log.jsonl.old").write_text("".join(lines))
             partial = self.path.with_name("log.jsonl.partial")
             partial.write_text("".join(kept))
             partial.replace(self.path)

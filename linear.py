@@ -67,7 +67,7 @@ def pack(model):
                 setattr(parent, name, PackedLinear(child.weight, child.bias))
                 packed += 1
         if getattr(parent, "linear", None) is F.linear and parent.config.tie_word_embeddings and gains(parent.embed_tokens.weight):
-            head = PackedLinear(parent.embed_tokens.weight)                # a Llama whose head is its embedding
+            head = PackedLinear(parent.embed_tokens.weight)          # a Llama whose head is its embedding
             parent.linear = lambda hidden, weight, head=head: head(hidden)
             packed += 1
     return packed
@@ -119,6 +119,6 @@ def by_convolution(model):
     wins = lambda weight: weight.dtype == torch.float32 and gains(weight)
     for module in model.modules():
         if type(module) is nn.Linear and wins(module.weight):
-            module.__class__ = LinearByConvolution                           # the same parameters under the same names
+            module.__class__ = LinearByConvolution                   # the same parameters under the same names
         if getattr(module, "linear", None) is F.linear and wins(module.embed_tokens.weight):
             module.linear = linear                                   # a Llama's head, where it is its embedding

@@ -61,7 +61,7 @@ def llm_class(model_type, where):
 
 def check_towers(towers, kind, side):
     """COMM reads CLIP first and DINOv2 second; widths and depths may not tell them apart, so their kinds are compared. A DINOv2
-    takes pictures of any side that its patches divide."""
+    takes pictures of any side that its patches divide, the others of the side that they were trained at."""
     if kind == "comm" and len(towers) == 2 and isinstance(towers[0], DINOv2) and not isinstance(towers[1], DINOv2):
         raise InputError("connector comm takes CLIP first and DINOv2 second: swap the two towers")
     for tower in towers:
@@ -70,7 +70,7 @@ def check_towers(towers, kind, side):
                              "should be a multiple of them")
         if not isinstance(tower, DINOv2) and side != tower.config.image_size:
             raise InputError(f"pictures of {side} x {side} for a tower that was trained at {tower.config.image_size} x "
-                             f"{tower.config.image_size}: only DINOv2 takes another --image_size")
+                             f"{tower.config.image_size}: only DINOv2 takes others (--image_size={tower.config.image_size}?)")
 
 
 class MLLM(nn.Module):

@@ -516,7 +516,7 @@ def pretrain_llama(config, folder):
 
     train(llama, loss_of, config)
     write(llama, folder, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>",
-                                                   "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
+                                           "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
           generation_config={"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0})
     config_file = folder / "config.json"                             # how its dialogues are laid out stands in the checkpoint
     config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"template": "tiny"}, indent=2) + "\n")

@@ -34,14 +34,13 @@ from compiled import compile_blocks
 from connector import ConnectorConfig
 from data import LlavaData, Loader, ShikraData
 from hub import LARGE, InputError, stored
-from launch import Log, Ranks, check, run_folder, say
+from launch import PARTS, Log, Ranks, check, run_folder, say
 from linear import by_convolution
 from llava import load_connector
 from mllm import MLLM
 from world import World
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("vision", "connector", "llm")
 TINY = {"comm": ("clip", "dinov2"), "comm_dino": ("dinov2",)}          # towers where none are named; the others: CLIP
 
 
@@ -162,7 +161,7 @@ def build_stage(config, stage, run, device, main=True, sharded=False):
             raise InputError(f"stage 2 starts from stage 1's connector, and {run}/checkpoints has none: run stage 1 first, or "
                              "name a checkpoint with --init=FOLDER (--init=new starts from a random connector)")
         state = checkpoint.load(former[-1], model)
-        model.learnt = {*state.get("learnt", [])}
+        model.learnt = {*state.get("learnt", checkpoint.Rows(former[-1], "trained").names())}
         if state["step"] < state["steps"]:
             say(main, f"note: {former[-1]} is unfinished, step {state['step']} of {state['steps']}")
         checkpoint.check_start(config, former[-1], state, main)
@@ -351,8 +350,8 @@ def write(config, model, run, main, sharded):
 
 
 def main(arguments):
-    if {"--plan", "--plan=true", "--plan=yes", "--plan=1"} & {*arguments}:         # say what the run would take, and train nothing
-        import plan
+    if {"--plan", "--plan=true", "--plan=yes", "--plan=1"} & {argument.lower() for argument in arguments}:
+        import plan                                                  # it says what the run would take, and trains nothing
         return plan.main(arguments)
     config = cli.parse(Config, arguments, __doc__)
     check(config)
@@ -381,11 +380,11 @@ def main(arguments):
         if finished:
             ranks.doing = f"writing {run}/model"
             write(config, model, run, ranks.rank == 0, sharded)
+            ranks.stop_at_once()
     if finished and ranks.rank == 0:
         say(True, f"\nwrote {run}/model after {time.time() - began:.0f} s")
-        if config.evaluate and "world" in (config.data1 if config.stage == 1 else config.data2) and not sharded:
+        if config.evaluate and "world" in (config.data1 if config.stage == 1 else config.data2) and not (sharded or ranks.stop):
             from eval import evaluate, table
-            ranks.stop_at_once()
             # texts of all lengths would compile the blocks over and over
             with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
                 scores = evaluate(model, count=200)

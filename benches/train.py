@@ -189,7 +189,7 @@ def one_turn(config):
         loss.backward()
         mark()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         mark()
         return loss.item(), wait(config.device) - start
     (loss, warm_up), _, _ = step(), step(), step()

@@ -70,7 +70,7 @@ def limits(config):
     keep_freed_memory()                                              # or a product's time is that of fresh memory, too
     side, often = (8192, 20) if config.device.startswith("cuda") else (4096, 1)     # a GPU's product is over in a millisecond
     a, b = (torch.randn(side, side, device=config.device).to(dtype) for _ in range(2))
-    product = PackedLinear(b) if gains(b) else lambda x: x @ b             # the faster one
+    product = PackedLinear(b) if gains(b) else lambda x: x @ b       # the faster one
     large = torch.ones(2 ** 28, device=config.device)                # 1 GiB
 
     def best(work):

@@ -413,7 +413,7 @@ def test_answers_of_another_run_are_not_gone_on_with(here, monkeypatch):
     file = next(flag for flag in flags if flag.startswith("--data=")).removeprefix("--data=").split(",")[0]
     stamp = os.stat(file)
     os.utime(file, (0, 0))                                           # as if it had been written again
-    with pytest.raises(InputError, match="other data"):
+    with pytest.raises(InputError, match="other files"):
         run_with(monkeypatch, Oracle([]), *flags)
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     Path("model/model.safetensors").write_bytes(b"trained again")

@@ -125,8 +125,8 @@ def test_a_bad_box_is_named_in_one_line(change, tmp_path):
 
 
 def test_boxes_in_shares_of_the_picture_are_not_taken_for_pixels(tmp_path):
-    file = write(tmp_path / "shares.jsonl", [BOX | {"bbox": [0.1, 0.2, 0.3, 0.4]}, BOX | {"bbox": [0, 0, 1, 1]}], lines=True)
-    with pytest.raises(InputError, match="shares.jsonl: no box goes beyond 1, so they are shares of the picture; Shikra's are in pixels"):
+    file = write(tmp_path / "shares.jsonl", [BOX, BOX | {"bbox": [0, 0, 1, 1]}, BOX | {"bbox": [0.1, 0.2, 0.3, 1]}], lines=True)
+    with pytest.raises(InputError, match=r"line 3: bbox \[0.1, 0.2, 0.3, 1\] is in shares of the picture; Shikra's are in pixels"):
         ShikraData(file, tmp_path)
 
 

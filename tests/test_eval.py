@@ -20,7 +20,7 @@ def test_iou_of_boxes_that_overlap_touch_contain_or_are_apart():
     assert iou([0, 0, 1, 1], [5, 5, 6, 6]) == 0
 
 
-@pytest.mark.parametrize("flag", ("--data=boxes.jsonl", "--limit=3", "--out=scores", "--prompt=<question>", "--pool=1"))
+@pytest.mark.parametrize("flag", ("--data=boxes.jsonl", "--limit=3", "--out=scores", "--prompt=<question>", "--pool=1", "--limit=0", "--split=val"))
 def test_options_of_a_benchmark_without_its_name_are_refused(flag):
     with pytest.raises(InputError, match=f"^{flag.split('=')[0]} belongs to a public benchmark: say which with --task="):
         benchmark.main([flag])

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import torch
+
+import checkpoint
+import cli
 import launch
 import train
 from hub import InputError
@@ -56,9 +60,10 @@ def test_a_run_begun_again_after_a_kill_before_its_first_checkpoint_has_a_log_of
     assert [(record["stage"], record["step"]) for record in records()] == [
         (record["stage"], record["step"]) for record in records(uninterrupted)]
     assert_as_uninterrupted(uninterrupted)
+    assert Path("run/log.jsonl.old").exists()                        # and nothing is lost
 
 
-def test_resume_passes_over_a_newer_run_that_failed_before_its_first_checkpoint(flags):
+def test_resume_passes_over_a_newer_run_that_failed_before_its_first_step(flags):
     unnamed = [flag for flag in flags(stage=1, steps1=1) if not flag.startswith("--out")]
     train.main(unnamed)
     shutil.rmtree("out/dense/model")
@@ -81,9 +86,31 @@ def test_a_reader_that_goes_away_does_not_end_the_run(monkeypatch):
 
 def test_a_killed_worker_is_one_line(tmp_path):
     ranks = launch.Ranks("cpu")
-    with pytest.raises(InputError, match="rank 0: DataLoader worker .* is killed by signal: Killed., in the start; --resume goes on"):
+    with pytest.raises(InputError, match="rank 0: lost a loader's worker in the start; there is no checkpoint yet: start again"):
         with ranks.in_contact(tmp_path):
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(RuntimeError, match="a bug"):                 # a bug there keeps its traceback
+        with ranks.in_contact(tmp_path):
+            raise RuntimeError("Caught ValueError in DataLoader worker process 0.\nOriginal Traceback: a bug")
+
+
+def test_what_a_person_put_beside_the_checkpoints_stays(flags):
+    train.main(flags(stage=1, steps1=1))
+    shutil.copytree("run/checkpoints/stage1-0000001", "run/checkpoints/stage1-0000001-best")
+    Path("run/checkpoints/stage1-notes.txt").touch()
+    shutil.rmtree("run/model")
+    os.rename("run/checkpoints/stage1-0000001", "run/checkpoints/stage1-0000000")
+    model = train.build_model(cli.parse(train.Config, flags(stage=1)), "cpu")
+    checkpoint.save(Path("run/checkpoints/stage1-0000002"), model, torch.optim.AdamW(model.parameters()), {"stage": 1, "step": 2})
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["stage1-0000001-best", "stage1-0000002", "stage1-notes.txt"]
+
+
+def test_a_signal_after_the_last_step_ends_the_closing_evaluation(flags, monkeypatch):
+    import eval as scores
+    monkeypatch.setattr(scores, "evaluate", lambda *args, **options: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags(steps1=1, steps2=1), "--evaluate=true", "--data2=world"])
+    assert Path("run/model").exists()
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))

@@ -154,7 +154,7 @@ def refused(arguments):
     "beta of 1": (dict(beta2=1), "--beta2=1.0: should be 0 or more, and less than 1"),
     "no steps and no epochs": (dict(steps1=0, epochs1=0), "--epochs1=0.0: should be more than 0 where --steps1 is 0"),
     "a rise of 5 steps": (dict(warmup=5), "--warmup=5.0: is a share of the steps, 1 at most"),
-    "another side": (dict(image_size=32), "pictures of 32 x 32 for a tower that was trained at 64 x 64: only DINOv2 takes another"),
+    "another side": (dict(image_size=32), "pictures of 32 x 32 for a tower that was trained at 64 x 64: only DINOv2 takes others (--image_size=64?)"),
     "a run for a start": (dict(stage=2, init="a-run"), "a-run: is a run; name its a-run/model, or one of a-run/checkpoints"),
     "a file for a folder": (dict(out=__file__), "is a file; a run needs a folder"),
     "no such device": (dict(device="abacus"), "--device=abacus: cannot be used"),
