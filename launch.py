@@ -76,7 +76,7 @@ class Ranks:
             killed = "DataLoader worker (pid" in str(error)          # for want of memory, most often
             if not killed and (self.size == 1 or not (isinstance(error, dist.DistError) or any(word in str(error) for word in words))):
                 raise
-            what = "a loader's worker" if killed else "contact with another rank"
+            what = f"a loader's worker ({' '.join(str(error).split())})" if killed else "contact with another rank"
             saved = [path for stage in (1, 2) for path in checkpoint.newest_last(run / "checkpoints", stage)]
             raise InputError(f"rank {self.rank}: lost {what} in {self.doing}; " + (
                 f"the last checkpoint is {saved[-1]}: start again with --resume, on any number of ranks" if saved else
