@@ -8,6 +8,7 @@ type is one line on stderr that names the nearest key, and exit status 2; so is 
 import ctypes
 import difflib
 import inspect
+import os
 import re
 import sys
 import tomllib
@@ -120,6 +121,16 @@ def keep_freed_memory():
     mallopt(M_TRIM_THRESHOLD, -1)                                    # and the heap never shrinks
 
 
+def leave(status):
+    """sys.exit; but without taking Python down where ranks are still connected: with another rank lost that aborted the process once
+    in some twenty times ("terminate called without an active exception": a thread of PyTorch's was still at work)."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def run(main, keep=True):
     """main(arguments), with an InputError as one line on stderr and exit status 2. keep: keep_freed_memory."""
     if keep:
@@ -128,7 +139,7 @@ def run(main, keep=True):
         main(sys.argv[1:])
     except InputError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:                                        # Ctrl-C is how a person leaves, not a fault
         sys.exit(130)
     except BrokenPipeError:                                          # the reader (head, say) has seen enough
@@ -137,4 +148,4 @@ def run(main, keep=True):
         if error.errno is None:                                      # no word of the system's
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        leave(2)

@@ -152,6 +152,22 @@ def test_what_the_system_refuses_is_one_line(tmp_path, capsys):
     assert stopped.value.code == 2 and said.startswith("error: ") and str(tmp_path / "file" / "run") in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("connected", (True, False))
+def test_with_ranks_connected_an_error_ends_the_process_before_python_is_taken_down(connected, tmp_path):
+    code = f"""import atexit, cli, torch.distributed as dist
+from hub import InputError
+atexit.register(print, "taken down")
+if {connected}:
+    dist.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=0, world_size=1)
+def refuse(arguments):
+    print("said before")
+    raise InputError("lost")
+cli.run(refuse)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: lost\n")
+    assert done.stdout == "said before\n" + "taken down\n" * (not connected)
+
+
 def test_a_bug_keeps_its_traceback():
     def broken(arguments):
         raise RuntimeError("a bug")
