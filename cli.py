@@ -123,7 +123,7 @@ def keep_freed_memory():
 
 def leave(status):
     """sys.exit; but without taking Python down where ranks are still connected: with another rank lost that aborted the process once
-    in some twenty times ("terminate called without an active exception": a thread of PyTorch's was still at work)."""
+    in some twenty times ("terminate called without an active exception": of a thread that was still at work, it seems)."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         sys.stdout.flush(), sys.stderr.flush()
@@ -137,15 +137,12 @@ def run(main, keep=True):
         keep_freed_memory()
     try:
         main(sys.argv[1:])
-    except InputError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        leave(2)
     except KeyboardInterrupt:                                        # Ctrl-C is how a person leaves, not a fault
         sys.exit(130)
     except BrokenPipeError:                                          # the reader (head, say) has seen enough
         sys.exit(0)
-    except OSError as error:                                         # a full disk, a folder that may not be written
-        if error.errno is None:                                      # no word of the system's
+    except (InputError, OSError) as error:                           # OSError: a full disk, a folder that may not be written
+        if isinstance(error, OSError) and error.errno is None:       # no word of the system's
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         leave(2)
