@@ -5,6 +5,7 @@
 `--help` prints the dataclass: every field, its default and the comment behind it. An unknown key or a value of the wrong
 type is one line on stderr that names the nearest key, and exit status 2; so is every other InputError.
 """
+import atexit
 import ctypes
 import difflib
 import inspect
@@ -14,6 +15,7 @@ import sys
 import tomllib
 import types
 import typing
+from contextlib import suppress
 from pathlib import Path
 
 from hub import InputError
@@ -122,27 +124,33 @@ def keep_freed_memory():
 
 
 def leave(status):
-    """sys.exit; but without taking Python down where ranks are still connected: with another rank lost that aborted the process once
-    in some twenty times ("terminate called without an active exception": of a thread that was still at work, it seems)."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_available() and distributed.is_initialized():
+    """sys.exit; but one of several ranks does not take Python down: a thread of gloo's that lets go of its last tensor meanwhile
+    aborts the process, now and then, after all is done (pytorch/pytorch, issue 190489)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(status)
+    atexit._run_exitfuncs()                                          # wandb sends its last lines, temporary folders go
+    with suppress(OSError):                                          # nobody reads any more
         sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    os._exit(status)
 
 
 def run(main, keep=True):
-    """main(arguments), with an InputError as one line on stderr and exit status 2. keep: keep_freed_memory."""
+    """main(arguments), then the end of the process; an InputError is one line on stderr and exit status 2.
+    keep: keep_freed_memory."""
     if keep:
         keep_freed_memory()
     try:
         main(sys.argv[1:])
+        status = 0
+    except SystemExit as end:                                        # --help, and a second Ctrl-C
+        status = end.code or 0
     except KeyboardInterrupt:                                        # Ctrl-C is how a person leaves, not a fault
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:                                          # the reader (head, say) has seen enough
-        sys.exit(0)
+        status = 0
     except (InputError, OSError) as error:                           # OSError: a full disk, a folder that may not be written
         if isinstance(error, OSError) and error.errno is None:       # no word of the system's
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        leave(2)
+        status = 2
+    leave(status)

@@ -205,5 +205,6 @@ class Log:
             if self.board:
                 for key in ("loss", "lr", "gradient_norm", "tokens_per_second"):
                     self.board.add_scalar(f"stage{record['stage']}/{key}", record[key], record["step"])
+                self.board.flush()                                   # a killed run keeps what it wrote
             if self.wandb:
                 self.wandb.log({f"stage{record['stage']}/{key}": value for key, value in record.items()})

@@ -327,12 +327,13 @@ def test_a_frozen_llm_on_a_cpu_is_read_where_it_lies_and_takes_no_memory_of_the_
 RANKS_GROWN = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import hub, torch, train
+import cli, hub, torch, train
 from benches.turns import anonymous_memory
 hub.LARGE = train.LARGE = 1e7
 before = anonymous_memory()
 train.write = lambda *_: sys.stderr.write(f"GROWN {anonymous_memory() - before}\\n")      # at the end, the model still there; one write
-train.main(sys.argv[2:])
+del sys.argv[1]
+cli.run(train.main)
 """
 
 

@@ -428,6 +428,12 @@ def test_boards_get_the_same_numbers_where_installed(flags, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     train.main(flags(stage=1, log="wandb"))
     assert [entry["stage1/loss"] for entry in logged] == list(losses().values())
+    written, waiting = [], []
+    board = lambda folder: SimpleNamespace(add_scalar=lambda *point: waiting.append(point),
+                                           flush=lambda: (written.extend(waiting), waiting.clear()))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=board))
+    train.main(flags(out="boards", stage=1, log="tensorboard"))
+    assert [value for key, value, _ in written if key == "stage1/loss"] == list(losses("boards").values())
     for name, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
         monkeypatch.setitem(sys.modules, module, None)               # as if it were not installed
         with pytest.raises(InputError, match=f"--log={name}: not installed; pip install {name}"):
