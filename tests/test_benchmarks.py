@@ -436,7 +436,7 @@ def test_two_processes_answer_what_one_answers(model_folder):
     command.main([*flags, "--out=one"])
     launched = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
                                "--rdzv-endpoint=localhost:0", str(ROOT / "eval.py"), *flags, "--out=two", "--json"],
-                              capture_output=True, text=True, timeout=300)
+                              capture_output=True, text=True, timeout=600)
     assert launched.returncode == 0, launched.stderr[-2000:]
     assert Path("two/answers.jsonl").read_text() == Path("one/answers.jsonl").read_text()
     assert json.loads(launched.stdout.rstrip().split("\n")[-1])["results"] == scores_of("one") == scores_of("two")

@@ -231,14 +231,14 @@ def test_of_two_processes_one_downloads_and_the_environment_holds(environment, t
     """As under torchrun: both ask at once. HF_HOME, HF_ENDPOINT and HF_TOKEN come from the environment alone."""
     server, variables = environment
     asking = threading.Semaphore(0)
-    server.refuse = lambda method, path: "/resolve/" in path and asking.acquire(timeout=20) and asking.release()
+    server.refuse = lambda method, path: "/resolve/" in path and asking.acquire(timeout=120) and asking.release()
     command = [sys.executable, "-c", "import hub; print('asking', flush=True); print(hub.locate('owner/name'))"]
     ranks = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                               env=os.environ | variables | {"LOCAL_RANK": str(rank), "HF_TOKEN": "hf_secret"}) for rank in (0, 1)]
     for rank in ranks:
         assert rank.stdout.readline() == "asking\n"
     asking.release()                                                 # files are served only now that both are asking
-    folders = {rank.communicate(timeout=60)[0].strip() for rank in ranks}
+    folders = {rank.communicate(timeout=300)[0].strip() for rank in ranks}
     assert len(folders) == 1 and folders.pop().startswith(str(tmp_path)) and not any(rank.returncode for rank in ranks)
     paths = [path for path, _ in server.downloads()]
     assert len(paths) == len(set(paths)) == 3 and server.token == "Bearer hf_secret"

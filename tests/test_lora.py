@@ -349,7 +349,7 @@ def test_two_ranks_that_train_a_connector_share_the_frozen_llm(stored, tmp_path)
     size = sum(2 * p.numel() for p in llm.parameters())
     child = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", tmp_path / "grown.py",
                             str(ROOT), f"--llm={tmp_path / 'llm'}", "--connector=linear", "--stage=1", "--steps1=2", "--batch1=2",
-                            "--evaluate=false", f"--out={tmp_path / 'run'}"], capture_output=True, text=True, timeout=120,
+                            "--evaluate=false", f"--out={tmp_path / 'run'}"], capture_output=True, text=True, timeout=600,
                            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")})
     assert child.returncode == 0, child.stderr
     assert child.stdout.count("writing a copy that this machine's processes share") == (stored == torch.float16)
