@@ -2,7 +2,8 @@
 
 PyTorch's scaled_dot_product_attention never holds the scores (FlashAttention, arXiv 2205.14135), which is fastest on a GPU, and in
 float32 everywhere. On a CPU its kernel works in float32 inside, at a tenth of the rate of bfloat16 products: there two products
-with the scores between them take half its time.
+with the scores between them take half its time. They are rounded to bfloat16, as in transformers' eager attention: the larger the
+scores, the farther from the fused kernel's result.
 """
 import torch
 import torch.nn.functional as F

@@ -338,8 +338,8 @@ class COMM(nn.Module):
 
 def make_connector(config, towers, llm_width):
     """The connector between `towers`, one (L, D, N) each, and an LLM of width C. Its forward takes, for each tower, the
-    list of hidden states that layers_needed names, or {layer: state} of layers_asked, patch tokens only, and returns
-    (B, visual_tokens(config, N), C)."""
+    list of hidden states that layers_needed names, or (but for comm) {layer: state} of layers_asked, patch tokens only, and
+    returns (B, visual_tokens(config, N), C)."""
     towers = [TowerShape(*tower) for tower in towers]
     layers_needed(config, [tower.num_hidden_layers for tower in towers])     # raises if the number of towers is wrong
     if config.kind in SIDES:

@@ -6,7 +6,8 @@
 
 One function renders for training and for inference, so a prompt is always the beginning of what was trained. The layouts are
 LLaVA's (arXiv 2304.08485), with two differences: labels come from the character offsets of one tokenisation (LLaVA tokenises
-every prefix again and compares lengths), and `<image>` stays where the text has it (LLaVA moves it to the front).
+every prefix again and compares lengths), and `<image>` stays where the text has it (LLaVA moves it to the front). Of ChatML
+there are two: as Qwen and Hermes speak it, and as LLaVA does.
 """
 import json
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ TEMPLATES = {
     "chatml": Template("<|im_start|>system\nAnswer the questions.<|im_end|>\n<|im_start|>user\n",
                        "\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "", "<|im_end|>",
                        ("<|im_start|>", "<|im_end|>"), bos=()),
+    # LLaVA's (and the Dense Connector's 34B), under its name there: no newline between two turns.
+    "chatml_direct": Template("<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n", "<|im_start|>user\n",
+                              "<|im_end|><|im_start|>assistant\n", "", "<|im_end|>", ("<|im_start|>", "<|im_end|>"), bos=()),
     # Phi-2 was not taught to chat; the Dense Connector taught it Vicuna's words, with its own end token.
     "phi": Template(f"{VICUNA} USER: ", "USER: ", " ASSISTANT:", " ", "<|endoftext|>", ("<|endoftext|>",), bos=()),
     "tiny": Template("USER: ", "USER: ", " ASSISTANT:", " ", "</s>", ("</s>",)),     # the embedded world's
@@ -174,7 +178,7 @@ def end_ids(tokenizer, template):
 
 def cut_to_length(ids, labels, max_length, tokens_per_image):
     """Leave out whole turns at the end until the rest, pictures expanded, has at most max_length tokens: what encode
-    gives for the turns that stay. Empty if not even the first turn fits."""
+    gives for the turns that stay. Empty if not even the first turn fits. A picture within an answer counts as a turn's end."""
     length, keep = 0, 0
     for i, token in enumerate(ids):
         length += tokens_per_image if token == IMAGE else 1

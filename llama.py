@@ -81,6 +81,10 @@ class LlamaConfig:
         if kind == "llama" or kind == "qwen2" and not config.get("use_sliding_window"):
             config["sliding_window"] = None                          # as in transformers, whatever number the file has
         self = fields_of(cls, config, where)
+        windows = ["full_attention" if self.sliding_window is None or layer < self.max_window_layers else "sliding_attention"
+                   for layer in range(self.num_hidden_layers)]
+        if config.get("layer_types") not in (None, windows):         # transformers 5 writes this list, and goes by it
+            raise InputError(f"{where}: layer_types gives the window to other blocks than all from max_window_layers on")
         return check_config(self, config, where)
 
     def to_dict(self):
@@ -189,8 +193,8 @@ def attend_from_one(q, k, v, mask):
     """A single token's attention, a step of generation, as two products: all queries that share a head of keys are the rows of
     one. PyTorch's fused kernel on a CPU takes several times as long (docs/speed.md); CUDA's fused kernels take no mask with grouped
     heads, and what stands in for them copies every key and value H/G times, in float32."""
-    q = q.reshape(*k.shape[:2], -1, k.shape[-1])  # (B, G, H/G, D)
-    scores = q @ k.transpose(2, 3) * k.shape[-1] ** -0.5  # (B, G, H/G, keys)
+    q = q.reshape(*k.shape[:2], -1, k.shape[-1]) * k.shape[-1] ** -0.5  # (B, G, H/G, D), scaled first: float16 ends at 65504
+    scores = q @ k.transpose(2, 3)  # (B, G, H/G, keys)
     if isinstance(mask, torch.Tensor):
         scores = scores.masked_fill(~mask, -torch.inf)
     return (scores.softmax(-1) @ v).flatten(1)[:, None]  # (B, 1, H·D)

@@ -160,8 +160,8 @@ def read_llava(folder, config, names, dtype, device):
     if aspect == "pad":
         spec = replace(spec, mode="pad", resize_to=None)
     template = find_template(folder) or "vicuna_v1"
-    if dense in DENSE and template == "llama_3" and "template" not in config:
-        template = "llama_3_dense"
+    if "template" not in config and (template == "chatml" or dense in DENSE and template == "llama_3"):
+        template = {"chatml": "chatml_direct", "llama_3": "llama_3_dense"}[template]        # the authors' own
     with on_meta():
         llm = make_llm(config | {"model_type": LLM_TYPES.get(config["model_type"], config["model_type"])}, folder)
         model = mllm.MLLM([tower], llm, ConnectorConfig(kind), load_tokenizer(folder), template, spec)

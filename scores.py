@@ -68,7 +68,7 @@ def pope_scores(answers, truths):
 
 
 def mme_reads(answer):
-    """MME's rule (arXiv 2306.13394): "yes" or "no" if the first four characters have it, "yes" first; else None."""
+    """MME's rule (arXiv 2306.13394): "yes" or "no" if the first four characters have it; else None."""
     start = answer.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else None
 

@@ -51,7 +51,7 @@ class Config:
     vision: list[str] = field(default_factory=lambda: [])  # towers, folders or hub ids; none: the tiny CLIP (comm: and DINOv2)
     llm: str = ""                        # LLaMA folder or hub id; empty: the tiny one
     tokenizer: str = ""                  # folder with a tokenizer.json; empty: the LLM's own
-    template: str = ""                   # of stage 2: vicuna_v1, llama_2, llama_3, chatml, phi, tiny; empty: the LLM's own
+    template: str = ""                   # of stage 2: vicuna_v1, llama_2, llama_3, chatml, phi, tiny, ...; empty: the LLM's own
     image_size: int = 0                  # side R in pixels; 0: what the first tower was trained at
     image_mode: str = "pad"              # a picture becomes a square by pad, crop or stretch
     groups: int = 2                      # dense: number of groups of layers

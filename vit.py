@@ -49,6 +49,13 @@ class Normalize(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, device="cpu").view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, device="cpu").view(3, 1, 1), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        """What .to() and .half() run: mean and deviation follow to the device, but stay float32."""
+        mean, std = self.mean, self.std
+        super()._apply(fn, recurse)
+        self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
+        return self
+
     def forward(self, pixels, dtype):
         return ((pixels.float() / 255 - self.mean) / self.std).to(dtype)
 

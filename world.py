@@ -6,8 +6,8 @@ background; scene i of a split is always the same. The tasks are those of the tw
     caption    "Describe the picture."                     -> "a large red circle, a small blue cross and ..."  (COCO)
     presence   "Is there a red circle?"                    -> "yes" / "no", half and half                       (POPE)
     count      "How many circles are there?"               -> "2"                                               (VQAv2)
-    rec        "Where is the small blue cross?"            -> "[0.55,0.12,0.80,0.37]"       (RefCOCO: text to box)
-    reg        "What is at [0.55,0.12,0.80,0.37]?"         -> "small blue cross"          (RefCOCOg: box to text)
+    rec        "Where is the small blue cross?"            -> "[0.55,0.10,0.80,0.35]"       (RefCOCO: text to box)
+    reg        "What is at [0.55,0.10,0.80,0.35]?"         -> "small blue cross"          (RefCOCOg: box to text)
     attribute  "What colour is the cross?"                 -> "blue"                                            (GQA)
     relation   "Is the red circle left or right of the blue cross?" -> "left"                                   (GQA)
 

@@ -18,6 +18,7 @@ def test_rows_of_any_lengths_share_the_graphs_of_the_first_row():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compile_blocks(compiled.layers, backend="aot_eager")
+    assert not torch._dynamo.config.optimize_ddp                     # it would break them where a bucket of gradients is full
     for number, lengths in enumerate(([9, 4], [3, 30, 2, 8, 1], [25], [6, 6, 6], [1, 2])):
         row, gradients = prompts(1, sum(lengths)), []
         for model in (plain, compiled):

@@ -59,6 +59,9 @@ def test_layouts_are_written_as_their_authors_wrote_them():
         "<|im_start|>system\nAnswer the questions.<|im_end|>\n"
         "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n"
         "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\na2<|im_end|>")
+    assert render(turns, "chatml_direct")[0] == (
+        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\nq1<|im_end|><|im_start|>assistant\na1<|im_end|>"
+        "<|im_start|>user\nq2<|im_end|><|im_start|>assistant\na2<|im_end|>")
     assert render(turns, "tiny")[0] == "USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>"
     assert render([("Describe it.\n<image>", "A cat.")], "plain")[0] == "<image>A cat.\n"
 
@@ -119,7 +122,7 @@ def test_a_template_whose_tokens_the_tokenizer_lacks_is_an_error(real):
         with pytest.raises(InputError, match=re.escape(f"no token {token}")):
             encode(llama3, DIALOGUES[0], template)
     llama3.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    with pytest.raises(InputError, match=r"no token <s>, .* it has the tokens of chatml\)"):
+    with pytest.raises(InputError, match=r"no token <s>, .* it has the tokens of chatml, chatml_direct\)"):
         encode(llama3, DIALOGUES[0], "vicuna_v1")
     with pytest.raises(InputError, match="no template 'vicuna': there are plain, vicuna_v1"):
         render(DIALOGUES[0], "vicuna")

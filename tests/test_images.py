@@ -141,6 +141,7 @@ MEAN = dict(image_mean=[0.5, 0.4, 0.3], image_std=[0.1, 0.2, 0.3])
     ({"image_processor_type": "ViTImageProcessor", "resample": 2, "size": {"height": 224, "width": 224}},
      (224, "stretch", 2, None)),
     ({"feature_extractor_type": "ViTFeatureExtractor", "resample": 2, "size": 224}, (224, "stretch", 2, None)),
+    ({"feature_extractor_type": "ViTFeatureExtractor", "size": 224}, (224, "stretch", 2, None)),
     ({"crop_size": 224, "do_center_crop": True, "feature_extractor_type": "DeiTFeatureExtractor", "resample": 3,
       "size": 256}, (224, "stretch", 3, 256)),
     ({"crop_size": {"height": 336, "width": 336}, "do_center_crop": True, "do_pad": True, "resample": 3,

@@ -160,6 +160,8 @@ def test_attention_of_one_token_is_that_of_pytorch(dtype, tolerance, masked):
     mask = llama.visible(torch.tensor([[3], [8]]), 9) if masked else torch.ones(1, 1, 1, 9, dtype=torch.bool)
     expected = F.scaled_dot_product_attention(*(heads.double() for heads in (q, k, v)), attn_mask=mask, enable_gqa=True)
     assert relative_error(llama.attend_from_one(q, k, v, mask), expected.transpose(1, 2).flatten(2)) < tolerance
+    large = llama.attend_from_one(*(heads.half() * scale for heads, scale in ((q, 100), (k, 100), (v, 1))), mask)
+    assert large.isfinite().all()                                    # unscaled, the products pass float16's 65504
     alone = llama.attend_from_one(q, k[:, :, :1], v[:, :, :1], None)                                # the first token of a text
     assert torch.equal(alone.view(2, 6, 16), v[:, :, 0].repeat_interleave(3, 1))
 
@@ -222,11 +224,20 @@ def test_half_precision_stays_near_float32(dtype):
     assert model.generate(tokens[:, :5], 6).shape == (2, 6)
 
 
-def test_autocast_runs_forward_and_generation():
+def test_autocast_runs_forward_and_generation(monkeypatch):
     model, tokens = small(), prompts(2, 9)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert relative_error(model(tokens).float(), small()(tokens).float()) < 0.05
+        caches, make = [], llama.KVCache
+        monkeypatch.setattr(llama, "KVCache", lambda *given: caches.append(make(*given)) or caches[0])
         assert model.generate(tokens, 6).shape == (2, 6)
+    assert {keys.dtype for keys in caches[0].keys} == {torch.bfloat16}     # half of what float32 weights would ask for
+
+
+def test_the_mean_of_squares_is_taken_in_float32():
+    """300² is over float16's 65504."""
+    norm = llama.RMSNorm(64, 1e-6).half()
+    assert norm(torch.full((1, 64), 300.0).half()).eq(1).all()
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -333,6 +344,12 @@ def test_one_candidate_is_greedy():
     assert not torch.equal(model.generate(tokens, 8, temperature=1.3, generator=seeded(7)), greedy)
 
 
+def test_the_fewest_tokens_that_reach_top_p_are_kept():
+    halves = torch.tensor([[0.5, 0.25, 0.25]]).log().expand(200, 3)
+    assert set(sample(halves, 1, None, 0.5, seeded(1)).tolist()) == {0}
+    assert len(set(sample(halves, 1, None, 0.51, seeded(1)).tolist())) == 2
+
+
 def test_same_seed_same_sample():
     model, tokens = small(), prompts(3, 5)
     first, again, other = (model.generate(tokens, 8, temperature=1, generator=seeded(seed)) for seed in (8, 8, 9))
@@ -363,6 +380,18 @@ def test_mistral_without_the_key_has_its_window_and_null_has_none():
     assert LlamaConfig.from_dict(SHAPE | dict(model_type="mistral"), "v0.1").sliding_window == 4096
     assert LlamaConfig.from_dict(SHAPE | dict(model_type="mistral", sliding_window=None), "v0.2").sliding_window is None
     assert LlamaConfig.from_dict(SHAPE | dict(model_type="llama", sliding_window=9), "llama").sliding_window is None
+
+
+def test_a_list_of_layers_says_what_the_number_says_or_is_an_error():
+    """transformers 5 writes layer_types into every Qwen2's config and goes by it."""
+    window = SHAPE | dict(model_type="qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1)
+    kinds = ["full_attention", "sliding_attention"]
+    assert LlamaConfig.from_dict(window | dict(layer_types=kinds), "same") == LlamaConfig.from_dict(window, "none")
+    off = window | dict(use_sliding_window=False)
+    assert LlamaConfig.from_dict(off | dict(layer_types=["full_attention"] * 2), "same") == LlamaConfig.from_dict(off, "none")
+    for wrong in (kinds[::-1], kinds[:1], ["full_attention"] * 2):
+        with pytest.raises(InputError, match="somewhere: layer_types gives the window to other blocks"):
+            LlamaConfig.from_dict(window | dict(layer_types=wrong), "somewhere")
 
 
 def test_qwen2_has_its_window_only_where_it_is_switched_on():

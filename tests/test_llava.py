@@ -186,6 +186,17 @@ def test_llama_3_releases_answer_under_the_name_they_were_trained_with(tmp_path)
         "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>system<|end_header_id|>\n\n")
 
 
+@pytest.mark.parametrize("dense", ("dci", None))
+def test_chatml_releases_have_no_newline_between_turns(dense, tmp_path):
+    """LLaVA's conversation for ChatML, which the Dense Connector's 34B has, too, where the LLM's chat template has newlines."""
+    make_folder(tmp_path, dense, False)
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "<|im_start|>user\n...<|im_end|>\n"}))
+    assert MLLM.from_pretrained(tmp_path).template == "chatml_direct"
+
+
 # --- a connector alone ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("prefix", ("model.", "", "connector.", "multi_modal_projector"))

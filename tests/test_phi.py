@@ -87,7 +87,8 @@ def test_rotary_part_is_read_where_either_layout_writes_it():
     old = PhiConfig.from_dict(SHAPE | dict(rope_theta=7.0), "old")
     new = PhiConfig.from_dict(shape | dict(rope_parameters=rope), "new")
     assert old == new and new.rotary_dim == 4 and new.rope_theta == 7.0
-    assert PhiConfig.from_dict(shape, "absent").rotary_dim == 5
+    absent = PhiConfig.from_dict({key: value for key, value in shape.items() if key != "hidden_act"}, "absent")
+    assert absent.rotary_dim == 5 and absent.hidden_act == "gelu_new"
 
 
 @pytest.mark.parametrize("change, named", [

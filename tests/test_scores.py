@@ -134,6 +134,11 @@ def test_answers_are_normalised_as_officially(kind, normalise):
     assert [[text, normalise(text)] for text, _ in OFFICIAL[f"{kind} normalised"]] == OFFICIAL[f"{kind} normalised"]
 
 
+def test_dots_are_taken_out_as_often_as_officially():
+    """The official scorer hands re.UNICODE (32) to re.sub as its count."""
+    assert vqa_normalise("x" + "." * 40) == "x" + "." * 8
+
+
 def test_agreement_by_hand():
     people = ["two"] * 3 + ["2"] + ["three"] * 6
     assert agreement("x", people) == 0

@@ -136,6 +136,15 @@ def test_bf16_halves_the_weights_and_stays_near_float32():
     assert relative_error(hidden[-1], expected["32.hidden.3"]) < 0.03     # bf16 rounds by up to 0.4%, dozens of times
 
 
+def test_pixels_are_normalised_in_float32_whatever_the_tower_becomes():
+    tower, pixels = ViT.from_pretrained(recorded("vit")[0]), torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    tower.normalize.mean.fill_(0.33)                                 # no number of eight bits
+    expected = tower.normalize(pixels, torch.float32)
+    for moved in (tower.to(torch.bfloat16), tower.half(), tower.to("cpu")):
+        assert torch.equal(moved.normalize(pixels, torch.float32), expected)
+    assert {p.dtype for p in tower.parameters()} == {torch.float16}
+
+
 def test_pixels_are_normalised_as_the_checkpoint_says(tmp_path):
     folder, expected = recorded("vit")
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
