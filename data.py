@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +80,8 @@ def is_json(text):
 class LlavaData:
     """LLaVA's format: {"id", "image": a name or a list of names (none: text only), "conversations": [{"from": "human"
     or "gpt", "value"}, ...]}. An answer before the first question is dropped, as in LLaVA; so is a question after the
-    last answer. The whole file is checked at once: a run should not break on its last sample."""
+    last answer. In a dialogue without pictures '<image>' may be text, but not at a message's start or end. The whole file is
+    checked at once: a run should not break on its last sample."""
 
     def __init__(self, path, image_dir):
         self.image_dir = os.path.abspath(image_dir)
@@ -107,30 +109,28 @@ class LlavaData:
         if any(message["from"] != ("human", "gpt")[i % 2] for i, message in enumerate(messages)):
             raise InputError(f"{where}: human and gpt should take turns")
         turns = [(ask["value"], answer["value"]) for ask, answer in zip(messages[::2], messages[1::2])]
-        if not turns:
-            raise InputError(f"{where}: conversations without a question and its answer")
+        if not turns:                                                # nothing to learn from, which the loader will say
+            images = []
         return self.sample([images] if isinstance(images, str) else images, turns, str(record.get("id", index)), where)
 
     def sample(self, images, turns, name, where):
         """A Sample, once there is a picture for every mark, and in the folder."""
         if not isinstance(images, list) or not all(isinstance(image, str) and "\0" not in image for image in images):
             raise InputError(f"{where}: image should be a file name or a list of them")
-        marks = sum(text.count(MARK) for turn in turns for text in turn)
-        if marks != len(images):
+        texts = [text.strip() for turn in turns for text in turn]
+        marks = sum(text.count(MARK) for text in texts)
+        if marks != len(images) and (images or any(text.startswith(MARK) or text.endswith(MARK) for text in texts)):
             raise InputError(f"{where}: {marks} {MARK} marks but {len(images)} images")
         paths = [os.path.normpath(os.path.join(self.image_dir, image)) for image in images]
         for path, image in zip(paths, images):
             if path == self.image_dir:
                 raise InputError(f"{where}: {image!r} is no picture's name")
-            self.check_inside(path, self.image_dir, where)
+            if not self.is_inside(path, self.image_dir):
+                raise InputError(f"{where}: the image path {path} leaves the image folder {self.image_dir}")
         return Sample(paths, turns, name)
 
     def is_inside(self, path, folder):
         return os.path.commonpath([path, folder]) == folder
-
-    def check_inside(self, path, folder, where):
-        if not self.is_inside(path, folder):
-            raise InputError(f"{where}: the image path {path} leaves the image folder {self.image_dir}")
 
     def __len__(self):
         return len(self.samples)
@@ -138,7 +138,8 @@ class LlavaData:
     def __getitem__(self, index):
         sample = self.samples[index]
         for path in sample.images:                                   # a link may lead out of the folder, too
-            self.check_inside(os.path.realpath(path), os.path.realpath(self.image_dir), f"sample {sample.id}")
+            if not self.is_inside(os.path.realpath(path), os.path.realpath(self.image_dir)):
+                raise BadImage(f"{sample.id}: {path} is a link out of the image folder {self.image_dir}")
         return sample
 
     def length(self, index):
@@ -148,17 +149,19 @@ class LlavaData:
 
 
 def shikra_fields(record, where):
-    """Shikra's {"img_path", "expression", "bbox": [x1, y1, x2, y2] in pixels, "width", "height"} -> those five, checked."""
+    """Shikra's {"img_path", "expression", "bbox": [x1, y1, x2, y2] in pixels, "width", "height"} -> those five, checked. What of a
+    box is outside its picture, as in some of Visual Genome's, is cut off."""
     image, expression, box, width, height = map(record.get, ("img_path", "expression", "bbox", "width", "height"))
     if not isinstance(image, str) or not isinstance(expression, str):
         raise InputError(f"{where}: needs img_path, the name of a picture, and an expression")
     numbers = [width, height, *box] if isinstance(box, list) and len(box) == 4 else [None]
     if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers) or min(width, height) < 1:
         raise InputError(f"{where}: needs width and height in pixels, and a bbox of four numbers")
-    if not (0 <= box[0] <= box[2] <= width and 0 <= box[1] <= box[3] <= height):
+    if not (box[0] <= box[2] and box[1] <= box[3] and box[0] < width and box[1] < height and box[2] > 0 and box[3] > 0):
         raise InputError(f"{where}: bbox {box} is not x1, y1, x2, y2 inside a picture of {width}x{height} pixels")
     if max(box) <= 1 and any(value % 1 for value in box):
         raise InputError(f"{where}: bbox {box} is in shares of the picture; Shikra's are in pixels")
+    box = [min(max(value, 0), most) for value, most in zip(box, (width, height) * 2)]
     return image, expression, box, int(width), int(height)
 
 
@@ -231,10 +234,10 @@ class Batches(torch.utils.data.Dataset):
     def example(self, images, turns, opened):
         """A sample -> tokens and labels, pictures expanded, and the pictures' pixels. opened: {file: its pixels} of this
         batch, so that a file is decoded once."""
-        ids, labels = encode(self.tokenizer, turns, self.template)
+        ids, labels = encode(self.tokenizer, turns, self.template, pictures=bool(images))
         ids, labels = cut_to_length(ids, labels, self.max_length, self.tokens_per_image)
         if all(label == IGNORE for label in labels):
-            raise NothingToLearn("no supervised token: " + ("its answers are empty" if ids else
+            raise NothingToLearn("no supervised token: " + ("its answers are empty" if ids or not turns else
                                  f"not even the first turn fits into {self.max_length} tokens"))
         repeats = [self.tokens_per_image if token == IMAGE else 1 for token in ids]
         images = images[:ids.count(IMAGE)]                           # turns that were cut off may have had pictures
@@ -291,7 +294,7 @@ class Loader:
 
     A sample with a bad picture, or with nothing to learn from, leaves a gap in its batch. `skipped` holds them ({index:
     (id, InputError)}), `seen` counts all samples. Bad pictures stop the run when they are more than three and more than 1% of
-    the samples seen (taken as 1000 at the least, and as the whole dataset at the most); so does a dataset of which no
+    the samples seen by this rank (taken as 20,000 at the least, since a source's bad pictures come in clumps, and as the whole dataset at the most); so does a dataset of which no
     sample is left."""
 
     def __init__(self, dataset, tokenizer, template, spec, tokens_per_image, max_length, global_batch, micro_batch,
@@ -318,9 +321,10 @@ class Loader:
 
     def __iter__(self):
         own = torch.Generator()                                      # leaves the run's random state untouched
-        step = []
+        step = []                                                    # a forked worker shares the samples, and takes signals as we do
+        how = "fork" if self.workers and sys.platform == "linux" else None
         for batch in DataLoader(self.batches, sampler=self.micro_batches(), batch_size=None, num_workers=self.workers,
-                                generator=own):
+                                generator=own, multiprocessing_context=how):
             self.count(batch)
             step.append(batch)
             if len(step) == self.forwards:
@@ -334,7 +338,7 @@ class Loader:
                 raise error
             self.skipped[index] = name, error                        # ids need not be unique
         bad = [f"{name} ({error})" for name, error in self.skipped.values() if isinstance(error, BadImage)]
-        if len(bad) > max(3, 0.01 * min(max(self.seen, 1000), len(self.lengths))):
+        if len(bad) > max(3, 0.01 * min(max(self.seen, 20_000), len(self.lengths))):
             raise InputError(f"{len(bad)} samples with bad images, more than 1% of those seen; the last ones: "
                              f"{'; '.join(bad[-3:])}")
         if len(self.skipped) == len(self.lengths):

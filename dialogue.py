@@ -138,9 +138,10 @@ def load_tokenizer(folder):
         raise InputError(f"{path}: not a tokenizer ({error})") from None
 
 
-def encode(tokenizer, turns, template):
-    """turns -> ids, labels, two lists of equal length. A picture is one IMAGE. A label is the token itself where that
-    begins in a supervised range, else IGNORE; shifting by one is left to the loss. Raises InputError where a token is missing.
+def encode(tokenizer, turns, template, pictures=True):
+    """turns -> ids, labels, two lists of equal length. A picture is one IMAGE; without `pictures` '<image>' is text. A label is
+    the token itself where that begins in a supervised range, else IGNORE; shifting by one is left to the loss. Raises InputError
+    where a token is missing.
 
     Each chunk of text between pictures is tokenised once, on its own, as in LLaVA. (A sentencepiece tokenizer puts a
     space before every chunk: before the first word after a picture, too.)"""
@@ -157,7 +158,7 @@ def encode(tokenizer, turns, template):
     ids = [tokenizer.token_to_id(token) for token in layout.bos if tokenizer.token_to_id(token) is not None][:1]
     labels = [IGNORE] * len(ids)
     begin = 0                                                        # where the chunk begins in the text
-    for i, chunk in enumerate(text.split(MARK)):
+    for i, chunk in enumerate(text.split(MARK) if pictures else [text]):
         if i:
             ids, labels, begin = ids + [IMAGE], labels + [IGNORE], begin + len(MARK)
         encoding = tokenizer.encode(chunk, add_special_tokens=False)
