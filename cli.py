@@ -41,6 +41,8 @@ def parse(cls, arguments, about=""):
             for key, value in read_toml(argument).items():
                 key = check_key(key, hints, f"{argument}: ")
                 values.setdefault(key, convert(value, hints[key], f"{argument}: {key}"))
+        elif "=" in argument and argument.partition("=")[0].replace("-", "_") in hints:
+            raise InputError(f"{argument}: options begin with two dashes: --{argument}")
         elif next(iter(hints)) not in values:
             values[next(iter(hints))] = convert(argument, hints[next(iter(hints))], argument)
         else:
@@ -74,15 +76,20 @@ def convert(value, hint, where):
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list):
             raise InputError(f"{where}: should be a list, got {value!r}")
-        return [str(item) for item in items if item != ""]
+        return [at_home(str(item)) for item in items if item != ""]
     if hint is bool and str(value).lower() in ("true", "false", "1", "0", "yes", "no"):
         return str(value).lower() in ("true", "1", "yes")
     try:
         if hint is bool or isinstance(value, bool) or hint is str and not isinstance(value, str):
             raise ValueError
-        return int(str(value).replace("_", "")) if hint is int else hint(value)
+        return int(str(value).replace("_", "")) if hint is int else at_home(value) if hint is str else hint(value)
     except (TypeError, ValueError):
         raise InputError(f"{where}: should be {hint.__name__}, got {value!r}") from None
+
+
+def at_home(text):
+    """~/, which a shell leaves as it is behind --key=, is the home folder; also behind the kind of a data file, rec:~/..."""
+    return re.sub(r"^(\w+:)?~(?=/)", lambda found: (found[1] or "") + os.path.expanduser("~"), text)
 
 
 def describe(cls):

@@ -294,8 +294,8 @@ class Loader:
 
     A sample with a bad picture, or with nothing to learn from, leaves a gap in its batch. `skipped` holds them ({index:
     (id, InputError)}), `seen` counts all samples. Bad pictures stop the run when they are more than three and more than 1% of
-    the samples seen by this rank (taken as 20,000 at the least, since a source's bad pictures come in clumps, and as the whole dataset at the most); so does a dataset of which no
-    sample is left."""
+    the samples that this rank has seen (taken as 20,000 at the least, since those of one source come in clumps, and as the
+    whole dataset at the most); so does a dataset of which no sample is left."""
 
     def __init__(self, dataset, tokenizer, template, spec, tokens_per_image, max_length, global_batch, micro_batch,
                  seed=0, rank=0, world_size=1, workers=0, start=0):

@@ -47,6 +47,8 @@ def locate(folder_or_id):
     folder = Path(folder_or_id).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise InputError(f"{folder}: is a file; a model is a folder (and a picture is named by --image=)")
     name, _, revision = str(folder_or_id).partition("@")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"{folder_or_id}: no such folder (and not a Hugging Face id, which looks like owner/name)")
@@ -217,6 +219,10 @@ def tensor_files(folder):
     if pickled:
         raise InputError(f"{folder}: only pickled weights ({pickled[0]}); unpickling can run any code, so they are refused: "
                          "convert them to safetensors, or take a revision that has them")
+    if (folder / "model" / "config.json").exists():
+        raise InputError(f"{folder}: is a run; its model is {folder / 'model'}")
+    if (folder / "checkpoints").is_dir():
+        raise InputError(f"{folder}: is a run that has not come to its end: train.py --resume --out={folder}")
     raise InputError(f"{folder}: no checkpoint in this folder (no model.safetensors, no model.safetensors.index.json; "
                      "pickled weights are not even downloaded)")
 

@@ -81,6 +81,8 @@ def open_image(path_or_file):
                 return to_rgb(image).copy()                          # of its own: the file is closed
     except FileNotFoundError:
         raise BadImage(f"{path_or_file}: no such image") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise BadImage(f"{path_or_file}: has more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: make it smaller") from None
     except Exception as error:                                       # on damaged bytes decoders raise anything at all
         raise BadImage(f"{path_or_file}: not a readable image "
                        f"({' '.join(f'{type(error).__name__}: {error}'.split())})") from None

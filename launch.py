@@ -5,12 +5,14 @@
     run_folder    where a run lives, and whether it may
     Log           log.jsonl, TensorBoard, wandb
 """
+import errno
 import json
 import math
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -33,7 +35,7 @@ class Ranks:
 
     def __init__(self, device):
         self.rank, self.size, self.stop = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), False
-        self.doing = "the start"                                     # for in_contact
+        self.doing, self.lock = "the start", None                    # for in_contact; the run's folder is this process's alone
         own_card = device in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available()
         self.device = cli.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_card else device)     # under torchrun: one each
         if self.device.type == "cuda":
@@ -81,15 +83,62 @@ class Ranks:
             raise InputError(f"rank {self.rank}: lost {what} in {self.doing}; " + (
                 f"the last checkpoint is {saved[-1]}: start again with --resume, on any number of ranks" if saved else
                 "there is no checkpoint yet: start again")) from None
+        finally:
+            if self.lock:
+                self.lock.close()
 
     def barrier(self):
         if self.size > 1:
             dist.barrier()
 
+    def enter(self, run):
+        """Make the run's folder. InputError where it cannot be made, where another process trains in it, or where a rank does not
+        see it: checkpoints are written by one and read by all."""
+        seen = run / ".ranks" if self.size > 1 else run
+        if self.rank == 0:
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+                self.lock = lock(run / ".lock")
+                seen.touch()
+            except OSError as error:
+                raise InputError(f"{run}: cannot be written ({error.strerror}); --out= chooses another folder") from None
+        self.barrier()
+        for _ in range(60):                                          # a disk of the network may show it late
+            if seen.exists():
+                break
+            time.sleep(1)
+        else:
+            raise InputError(f"rank {self.rank}: does not see {run}, which rank 0 has made: it must be on a disk that all nodes share")
+        self.barrier()
+        if self.rank == 0 and self.size > 1:
+            seen.unlink()
+
+    def agree(self, what, number):
+        """InputError unless the number is the same on all ranks."""
+        mine = torch.zeros(self.size, dtype=torch.float64)
+        mine[self.rank] = number
+        if len(numbers := {int(each) for each in self.sum(mine)}) > 1:
+            raise InputError(f"the ranks differ in {what}, {sorted(numbers)}: they must see the same files, on a disk that all nodes share")
+
     def close(self):
         self.barrier()
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def lock(path):
+    """The file, open and locked until this process ends (its forked workers do not hold it). InputError if another one does."""
+    try:
+        import fcntl
+    except ImportError:                                              # Windows
+        return None
+    file = open(path, "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:                                         # else a disk that knows no locks
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise InputError(f"{path.parent}: another process trains in this folder; --out= chooses another one") from None
+    return file
 
 
 def say(main, text):

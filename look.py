@@ -35,7 +35,7 @@ from hub import InputError, dtype_to_answer, locate, newest_model, read_config
 from images import ImageSpec, parse_box, to_pixels
 from llama import rotate, visible
 from mllm import MLLM, tower_class
-from sample import COLOURS, TRUE, panel, read_picture, read_text, save_picture, test_scene
+from sample import COLOURS, TRUE, check_name, panel, read_picture, read_text, save_picture, test_scene
 
 WIDTH, MARGIN, GAP = 1400, 28, 12                                    # of the sheet, pixels
 MOST_PANELS, MOST_QUESTIONS, MOST_BOXES = 9, 3, 4                     # in a row, on a sheet, of an answer
@@ -323,6 +323,7 @@ def main(arguments):
         raise InputError("--model and --vision: a whole model has its own towers, choose one of the two")
     if config.scene < 0 or config.max_new_tokens < 1:
         raise InputError(f"--scene={config.scene} --max_new_tokens={config.max_new_tokens}: should be 0 or more, and 1 or more")
+    check_name(config.out)
     objects, picture = (None, read_picture(config.image)) if config.image else test_scene(config.scene)
     asked = [("Describe the picture.", None)] if config.image else [(f"Where is the {o.name}?", o.box) for o in objects]
     if config.prompt:

@@ -118,6 +118,12 @@ def save_picture(panels, path):
         raise InputError(f"--out={path}: cannot be written ({error})") from None
 
 
+def check_name(path):
+    """InputError where a picture cannot be saved under this name: at once, not after the work."""
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"--out={path}: the picture's name should end in .png, .jpg or another image format")
+
+
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 def stream_answer(model, images, turns, max_new_tokens, **sampling):
@@ -166,8 +172,10 @@ def chat(model, picture, config, sampling):
         question = read_text(sys.stdin.readline).strip()             # "" at the end of the input, too
         if not question:
             return
-        turns.append((question, None))
-        turns[-1] = (question, say(model, picture, turns, config, sampling))
+        try:
+            turns.append((question, say(model, picture, [*turns, (question, None)], config, sampling)))
+        except InputError as error:                                  # too long, most often; what was said before stays
+            print(f"error: {error}" + ", or begin anew" * bool(turns), file=sys.stderr)
 
 
 def questions(objects, rng):
@@ -202,6 +210,7 @@ def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
     if config.count < 1 or config.seed < 0:
         raise InputError(f"--count={config.count} --seed={config.seed}: count should be 1 or more, seed 0 or more")
+    check_name(config.out)
     device = cli.pick_device(config.device)
     picture = read_picture(config.image) if config.image not in ("", "none") else None
     name = config.model or newest_model()

@@ -228,8 +228,10 @@ def train_stage(config, stage, model, dataset, run, ranks):
     rates = {part: own.get(f"{part}_lr") or own["lr"] for part in trained}     # connector_lr2, lora_lr2
     optimizer = torch.optim.AdamW([{"params": trained[part], "peak": rates[part]} for part in trained], lr=own["lr"],
                                   betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
-    start = 0
-    if config.resume and (saved := checkpoint.newest_last(run / "checkpoints", stage)):
+    saved, start = checkpoint.newest_last(run / "checkpoints", stage) if config.resume else [], 0
+    ranks.agree("the number of samples", len(dataset))
+    ranks.agree("the step to go on from", int(saved[-1].name.rpartition("-")[2]) if saved else 0)
+    if saved:
         state = checkpoint.load(saved[-1], model, optimizer)
         start = state["step"]
         if state.get("samples", len(dataset)) != len(dataset):
@@ -259,7 +261,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
         count["llm"] -= count["lora"]
     say(main, f"\nstage {stage}: " + ", ".join(f"{part} {count[part] / 1e6:.2f}M {'trained' if part in trained else 'frozen'}"
                                               for part in count))
-    say(main, f"  {len(dataset):,} samples, {steps} steps of {own['batch']}, {model.tokens_per_image} visual tokens a picture, "
+    say(main, f"  {len(dataset):,} samples ({', '.join(own['data'])}), {steps} steps of {own['batch']}, {model.tokens_per_image} visual tokens a picture, "
               f"peak learning rate {own['lr']:g}, {'bfloat16' if use_bf16 else 'float32'} on {ranks.size} x {ranks.device.type}"
               + ", FSDP" * sharded)
 
@@ -277,7 +279,8 @@ def train_stage(config, stage, model, dataset, run, ranks):
         # every rank learns how many tokens the whole global batch supervises, how many it holds, and whether one should stop
         supervised = sum((batch.labels >= 0).sum().item() for batch in micro_batches)
         held = sum(batch.tokens.numel() for batch in micro_batches if batch.ids)
-        supervised, held, stop = ranks.sum(torch.tensor([supervised, held, ranks.stop], dtype=torch.float64)).tolist()
+        supervised, held, stop, left_out = ranks.sum(torch.tensor(
+            [supervised, held, ranks.stop, len(loader.skipped)], dtype=torch.float64)).tolist()
         losses = []
         for i, batch in enumerate(micro_batches):
             last = i + 1 == len(micro_batches)
@@ -320,7 +323,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
                       f"{tokens_seen / max(now - since, 1e-9):,.0f} tokens/s  {left // 60:.0f}m{left % 60:02.0f}s left")
             writer.write({"stage": stage, "step": step, "loss": loss, "lr": own["lr"] * factor, "gradient_norm": norm,
                           "tokens": int(held), "supervised": int(supervised), "tokens_per_second":
-                          round(tokens_seen / max(now - since, 1e-9)), "skipped": skipped, "seconds": round(now - began, 1)})
+                          round(tokens_seen / max(now - since, 1e-9)), "skipped": int(left_out), "seconds": round(now - began, 1)})
             tokens_seen, since = 0, now
         if stop or step + 1 == steps or (step + 1) % config.save_every == 0:
             save(step + 1)
@@ -372,7 +375,7 @@ def main(arguments):
                     compile_blocks(blocks)
             elif not uses_bf16(config, ranks.device):
                 by_convolution(model)                                # float32: on an AMD with AVX-512 twice as fast
-            run.mkdir(parents=True, exist_ok=True)
+            ranks.enter(run)
             finished = train_stage(config, stage, model, datasets[stage], run, ranks)
             ranks.barrier()                                          # stage 2 reads what rank 0 saved
             if not finished:
@@ -389,9 +392,12 @@ def main(arguments):
             with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
                 scores = evaluate(model, count=200)
             say(True, "\nscores on held-out scenes, and blind: the same questions with the pictures exchanged\n" + table(scores))
-        say(True, f"\nnext: python sample.py --model={run}/model   (answers beside the truth, and a picture with boxes)\n"
-                  f"      python eval.py --model={run}/model"
-                  + "     (the scores: this run's model is spread over its ranks)" * sharded)
+        if "world" in (config.data1 if config.stage == 1 else config.data2):
+            say(True, f"\nnext: python sample.py --model={run}/model   (answers beside the truth, and a picture with boxes)\n"
+                      f"      python eval.py --model={run}/model"
+                      + "     (the scores: this run's model is spread over its ranks)" * sharded)
+        else:
+            say(True, f"\nnext: python sample.py --model={run}/model --image=photo.jpg --prompt='...'")
     with ranks.in_contact(run):
         ranks.close()
 

@@ -47,6 +47,12 @@ def test_a_value_may_hold_an_equals_sign_and_a_word_is_the_first_field():
     assert parse(Recipe, ["--picture=a=b"]).picture == "a=b"
 
 
+def test_a_tilde_is_the_home_folder_which_a_shell_does_not_see_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse(Recipe, ["--picture=~/a.png", "--names=~/b,rec:~/c.jsonl,d~/e,~"]) == Recipe(
+        "/home/me/a.png", names=["/home/me/b", "rec:/home/me/c.jsonl", "d~/e", "~"])
+
+
 def test_flags_win_over_a_file_wherever_they_stand(tmp_path):
     recipe = tmp_path / "a.toml"
     recipe.write_text('steps = 7\nlr = 1\nnames = ["a", "b,c"]\nresume = true\nbf16 = false\npicture = "x"\n')
@@ -57,6 +63,7 @@ def test_flags_win_over_a_file_wherever_they_stand(tmp_path):
 @pytest.mark.parametrize("arguments, message", {
     "an unknown key names the nearest": (["--step=3"], "--step: unknown option, the nearest is steps"),
     "even where nothing is near": (["--=3"], "unknown option, the nearest is"),
+    "no dash": (["steps=3"], "steps=3: options begin with two dashes: --steps=3"),
     "one dash": (["-steps=3"], "-steps=3: options begin with two dashes"),
     "a word for a number": (["--steps=many"], "--steps: should be int, got 'many'"),
     "a fraction for a count": (["--steps=1.5"], "--steps: should be int, got '1.5'"),

@@ -94,6 +94,8 @@ def test_a_picture_that_cannot_be_used_is_named_in_one_line(rgb, tmp_path, monke
         with pytest.raises(BadImage) as error:
             open_image(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(BadImage, match="bomb.png: has more than 0 million pixels: make it smaller"):
+        open_image(tmp_path / "bomb.png")
     assert open_image(tmp_path / "whole.jpg").size == (200, 200)
     assert open_image(io.BytesIO(whole)).size == (200, 200)
 

@@ -238,7 +238,7 @@ def test_a_tower_without_class_token_is_told_of_rather_than_refused(tmp_path, mo
     (["--max_new_tokens=0"], "--max_new_tokens=0"),
     (["--max_new_tokens=5000"], "exceed the model's context"),
     (["--prompt=<image> <image>"], "1 more <image> marks than pictures"),
-    (["--max_new_tokens=2", "--out=sheet.docx"], "sheet.docx: cannot be written"),
+    (["--max_new_tokens=2", "--out=sheet.docx"], "sheet.docx: the picture's name should end in .png"),
     (["--scenes=1"], "the nearest is scene"),
     (["--device=abacus"], "--device=abacus: cannot be used"),
 ])

@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,27 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(before, left, 
     steps = [(record["stage"], record["step"]) for record in records()]
     assert steps == [(record["stage"], record["step"]) for record in records(uninterrupted)]     # each once, in order
     assert sorted(path.name for path in found.iterdir()) == ["stage1-0000002", "stage2-0000006"]      # nothing half written is left
+
+
+def test_two_runs_at_once_do_not_share_a_folder(flags, uninterrupted):
+    """The second says so and touches nothing; it may go on once the first has ended, also where that was killed and left a
+    worker of its loader behind."""
+    begun = launch.Ranks("cpu")
+    begun.enter(Path("run"))
+    assert sorted(path.name for path in Path("run").iterdir()) == [".lock"]
+    child = os.fork()                                                # as a loader's worker is
+    if not child:
+        time.sleep(600)
+    try:
+        done = in_a_process(flags(), "")
+        assert done.stderr.endswith("InputError: run: another process trains in this folder; --out= chooses another one\n")
+        assert [path.name for path in Path("run").iterdir()] == [".lock"]
+        begun.lock.close()
+        train.main(flags())
+        assert_as_uninterrupted(uninterrupted)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_run_begun_again_after_a_kill_before_its_first_checkpoint_has_a_log_of_its_own(flags, uninterrupted):

@@ -16,6 +16,7 @@ import sample
 from conftest import ROOT
 from hub import InputError
 from images import parse_boxes
+from mllm import MLLM
 from sample import panel, read_picture, stream_answer
 
 PINK = (255, 79, 216)                                                # sample.COLOURS[0]
@@ -177,6 +178,14 @@ def test_chat_remembers_the_turns_and_keeps_the_picture(tiny_model, model_folder
     assert capsys.readouterr().out == "yes 1\nyes 2\n"
 
 
+def test_a_question_that_is_too_long_does_not_end_the_chat(model_folder, monkeypatch, capsys):
+    context = MLLM.from_pretrained(model_folder).llm.config.context
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"Hi?\n{'long ' * context}\nWell?\n"))
+    sample.main(["--image=none", "--chat", "--max_new_tokens=2"])
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 2 and f"exceed the model's context of {context}: shorten one of them, or begin anew" in said.err
+
+
 def test_the_same_seed_draws_the_same_answer(model_folder, capsys):
     flags = ["--image=none", "--prompt=Tell me", "--temperature=1", "--top_k=50", "--top_p=0.9", "--max_new_tokens=12"]
     said = []
@@ -210,7 +219,7 @@ def test_fast_gives_the_same_answer_and_says_where_it_changes_nothing(model_fold
     (["--count=0"], "--count=0"),
     (["--seed=-1"], "--seed=-1"),
     (["--max_new_tokens=0"], "max_new_tokens is 0"),
-    (["--max_new_tokens=5", "--out=out/picture.docx"], "picture.docx: cannot be written"),
+    (["--max_new_tokens=5", "--out=out/picture.docx"], "picture.docx: the picture's name should end in .png"),
     (["--model=nowhere/at/all"], "nowhere/at/all: no such folder"),
     (["--device=abacus"], "--device=abacus: cannot be used"),
     (["--image=http://"], "cannot be downloaded"),

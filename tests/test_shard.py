@@ -205,6 +205,28 @@ def test_a_checkpoint_of_two_ranks_is_read_by_three_and_by_export(flags, two):
     assert not changed(weights(), written)
 
 
+APART = DRIVER.replace("cli.run(main)", """
+os.chdir(f"node{{rank}}")
+import time, checkpoint
+time.sleep = lambda seconds: None                                    # nor does it appear later
+if {hidden} and rank == "1":
+    checkpoint.newest_last = lambda *_: []
+cli.run(main)""")
+
+
+@pytest.mark.parametrize("hidden, said", ((False, "error: rank 1: does not see run, which rank 0 has made: it must be on a disk that all nodes share"),
+                                          (True, "error: the ranks differ in the step to go on from, [0, 2]: they must see the same files")))
+def test_ranks_that_do_not_see_one_folder_say_so_before_they_train(hidden, said, flags, two):
+    """On two nodes whose disks are their own; and on one disk, if one rank did not see a checkpoint."""
+    Path("node0").mkdir()
+    shutil.copytree(two[0] / "run", "node0/run")
+    os.symlink("node0", "node1") if hidden else Path("node1").mkdir()
+    Path("apart.py").write_text(APART.format(root=str(ROOT), hidden=hidden))
+    done = ranks(2, [*flags(), "--fsdp", "--resume"], "apart.py")
+    assert [process.returncode for process in done] == [2, 2] and said in done[1].stderr
+    assert not Path("node0/ids.jsonl").exists()
+
+
 def test_a_checkpoint_that_lacks_a_ranks_file_is_one_line(flags, two):
     shutil.copytree(two[0] / "run", "run")
     os.remove("run/checkpoints/stage2-0000006/optimizer-00001-of-00002.safetensors")

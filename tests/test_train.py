@@ -404,11 +404,11 @@ def test_a_run_says_what_it_trains_how_it_goes_and_what_to_do_next(flags, capsys
     assert "dense connector, run folder run" in out
     assert "stage 1: vision 0.08M frozen, connector 0.00M trained, llm 0.20M frozen" in out
     assert "stage 2: vision 0.08M frozen, connector 0.00M trained, llm 0.20M trained" in out
-    assert "12 samples, 3 steps of 4, 16 visual tokens a picture, peak learning rate 0.002, float32 on 1 x cpu" in out
+    assert "12 samples (world), 3 steps of 4, 16 visual tokens a picture, peak learning rate 0.002, float32 on 1 x cpu" in out
     steps = [line for line in out.splitlines() if "tokens/s" in line]
     assert [line.split()[3] for line in steps] == ["0/3", "2/3"] * 2     # every second, and always the last
     assert all(word in steps[0] for word in ("loss", "lr", "tokens/s", "left"))
-    assert "wrote run/model" in out and "next: python sample.py --model=run/model" in out
+    assert "wrote run/model" in out and "next: python sample.py --model=run/model   (answers beside the truth" in out
 
 
 def test_log_counts_tokens_with_their_pictures(flags, tmp_path):
