@@ -98,7 +98,7 @@ class Ranks:
         if self.rank == 0:
             try:
                 run.mkdir(parents=True, exist_ok=True)
-                self.lock = lock(run / ".lock")
+                self.lock = self.lock or lock(run / ".lock")        # a second one, let go of, would release the first
                 seen.touch()
             except OSError as error:
                 raise InputError(f"{run}: cannot be written ({error.strerror}); --out= chooses another folder") from None

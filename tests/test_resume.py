@@ -59,6 +59,7 @@ def test_two_runs_at_once_do_not_share_a_folder(flags, uninterrupted):
     worker of its loader behind."""
     begun = launch.Ranks("cpu")
     begun.enter(Path("run"))
+    begun.enter(Path("run"))                                         # its second stage
     assert sorted(path.name for path in Path("run").iterdir()) == [".lock"]
     child = os.fork()                                                # as a loader's worker is
     if not child:
