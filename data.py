@@ -157,7 +157,7 @@ def shikra_fields(record, where):
     numbers = [width, height, *box] if isinstance(box, list) and len(box) == 4 else [None]
     if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers) or min(width, height) < 1:
         raise InputError(f"{where}: needs width and height in pixels, and a bbox of four numbers")
-    if not (box[0] <= box[2] and box[1] <= box[3] and box[0] < width and box[1] < height and box[2] > 0 and box[3] > 0):
+    if not (box[0] <= box[2] and box[1] <= box[3] and box[0] <= width and box[1] <= height and box[2] >= 0 and box[3] >= 0):
         raise InputError(f"{where}: bbox {box} is not x1, y1, x2, y2 inside a picture of {width}x{height} pixels")
     if max(box) <= 1 and any(value % 1 for value in box):
         raise InputError(f"{where}: bbox {box} is in shares of the picture; Shikra's are in pixels")
@@ -321,7 +321,7 @@ class Loader:
 
     def __iter__(self):
         own = torch.Generator()                                      # leaves the run's random state untouched
-        step = []                                                    # a forked worker shares the samples, and takes signals as we do
+        step = []                                                    # forked workers share the samples, and take signals as we do
         how = "fork" if self.workers and sys.platform == "linux" else None
         for batch in DataLoader(self.batches, sampler=self.micro_batches(), batch_size=None, num_workers=self.workers,
                                 generator=own, multiprocessing_context=how):

@@ -94,14 +94,17 @@ class Ranks:
     def enter(self, run):
         """Make the run's folder. InputError where it cannot be made, where another process trains in it, or where a rank does not
         see it: checkpoints are written by one and read by all."""
-        seen = run / ".ranks" if self.size > 1 else run
+        seen = run / ".ranks"
         if self.rank == 0:
             try:
                 run.mkdir(parents=True, exist_ok=True)
                 self.lock = self.lock or lock(run / ".lock")        # a second one, let go of, would release the first
-                seen.touch()
+                if self.size > 1:
+                    seen.touch()
             except OSError as error:
                 raise InputError(f"{run}: cannot be written ({error.strerror}); --out= chooses another folder") from None
+        if self.size == 1:
+            return
         self.barrier()
         for _ in range(60):                                          # a disk of the network may show it late
             if seen.exists():
@@ -110,7 +113,7 @@ class Ranks:
         else:
             raise InputError(f"rank {self.rank}: does not see {run}, which rank 0 has made: it must be on a disk that all nodes share")
         self.barrier()
-        if self.rank == 0 and self.size > 1:
+        if self.rank == 0:
             seen.unlink()
 
     def agree(self, what, number):

@@ -167,10 +167,10 @@ def data_of(config, stage, model):
         longest, dialogues = min(config.max_length, model.llm.config.context), []
         for index in range(0, len(dataset), max(1, len(dataset) // 256)):
             try:
-                turns = dataset[index].turns
+                images, turns, _ = dataset[index]
             except BadImage:                                         # training will skip it, and say so
                 continue
-            ids, labels = cut_to_length(*encode(tokenizer, turns, template), longest, M)
+            ids, labels = cut_to_length(*encode(tokenizer, turns, template, bool(images)), longest, M)
             T = len(ids) + (M - 1) * ids.count(IMAGE)
             dialogues.append((T, T * T, sum(label != IGNORE for label in labels), ids.count(IMAGE)))
         if dialogues:

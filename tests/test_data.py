@@ -114,7 +114,7 @@ def test_a_bad_record_is_named_in_one_line(record, message, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"bbox": [1, 2, 3]}, {"bbox": None}, {"bbox": [1, 1, "2", 2]}, {"bbox": [3, 1, 2, 2]}, {"bbox": [1, 9, 2, 99]}, {"bbox": [-4, 1, 0, 2]},
+    {"bbox": [1, 2, 3]}, {"bbox": None}, {"bbox": [1, 1, "2", 2]}, {"bbox": [3, 1, 2, 2]}, {"bbox": [1, 10, 2, 99]}, {"bbox": [-4, 1, -1, 2]},
     {"bbox": [1, 1, 2, math.inf]}, {"width": 0}, {"height": None}, {"expression": None}, {"img_path": None},
     {"img_path": "../a.jpg"}])
 def test_a_bad_box_is_named_in_one_line(change, tmp_path):
@@ -282,7 +282,7 @@ def test_boxes_of_a_picture_that_exif_turns_are_not_taken_for_those_of_the_uprig
 
 
 def test_what_of_a_box_is_outside_its_picture_is_cut_off(tmp_path):
-    rows = [BOX | {"bbox": [-2, 1, 5, 12]}, BOX | {"bbox": [0, 1, 5, 9]}]
+    rows = [BOX | {"bbox": [-2, 1, 5, 12]}, BOX | {"bbox": [0, 1, 5, 9]}, BOX | {"bbox": [0, 0, 0, 9]}]
     data = ShikraData(write(tmp_path / "a.jsonl", rows, lines=True), tmp_path)
     assert data.samples[0].turns[0][1] == data.samples[1].turns[0][1]
 
