@@ -107,10 +107,13 @@ def describe(cls):
 
 
 def pick_device(name):
-    """"auto" (CUDA, else MPS, else CPU) or a device's name -> torch.device. InputError if this machine has no such device."""
+    """"auto" (CUDA, else MPS, else CPU) or a device's name -> torch.device; of several cards each process that torchrun started
+    has its own. InputError if this machine has no such device."""
     import torch                                                     # imported here: --help need not wait for it
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:                  # torch built without CUDA asserts

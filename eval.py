@@ -251,8 +251,7 @@ def benchmark(config, rank, size):
     open_items = [item for item in items if item.id not in known]
     mine, began, told = open_items[rank::size], time.time(), time.time()
     if mine:
-        own_card = size > 1 and config.device in ("auto", "cuda") and torch.cuda.is_available()
-        device = cli.pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if own_card else config.device)
+        device = cli.pick_device(config.device)
         model = MLLM.from_pretrained(name, dtype_to_answer(name, device, config.bf16), device)
         if size == 1:                                                # several processes share the mapped file instead
             pack(model)

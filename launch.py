@@ -36,8 +36,7 @@ class Ranks:
     def __init__(self, device):
         self.rank, self.size, self.stop = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), False
         self.doing, self.lock = "the start", None                    # for in_contact; the run's folder is this process's alone
-        own_card = device in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available()
-        self.device = cli.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_card else device)     # under torchrun: one each
+        self.device = cli.pick_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")               # TF32: faster float32 products of ten-bit fractions

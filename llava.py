@@ -160,8 +160,10 @@ def read_llava(folder, config, names, dtype, device):
     if aspect == "pad":
         spec = replace(spec, mode="pad", resize_to=None)
     template = find_template(folder) or "vicuna_v1"
-    if "template" not in config and (template == "chatml" or dense in DENSE and template == "llama_3"):
-        template = {"chatml": "chatml_direct", "llama_3": "llama_3_dense"}[template]        # the authors' own
+    if "template" not in config and template == "chatml":            # the LLM's chat template; the authors trained with their own
+        template = "chatml_direct"
+    if "template" not in config and template == "llama_3" and dense in DENSE:
+        template = "llama_3_dense"
     with on_meta():
         llm = make_llm(config | {"model_type": LLM_TYPES.get(config["model_type"], config["model_type"])}, folder)
         model = mllm.MLLM([tower], llm, ConnectorConfig(kind), load_tokenizer(folder), template, spec)

@@ -90,8 +90,8 @@ class PlanConfig(Config):
 
 def config_of(name):
     """config.json of a checkpoint: of its folder, as SHAPES has it, from the local cache, or this one file from the hub."""
-    if Path(name).expanduser().is_dir():
-        return read_config(Path(name).expanduser())
+    if Path(name).is_dir():
+        return read_config(Path(name))
     if str(name) in SHAPES:
         return SHAPES[str(name)]
     owner, _, revision = str(name).partition("@")
@@ -158,7 +158,7 @@ def data_of(config, stage, model):
     """-> samples of the stage (None: not known), the mean dialogue as a Load, and where these numbers are from."""
     own, M = settings(config, stage), model.tokens_per_image
     files = [Path(name.partition(":")[2] or name) for name in own["data"]]
-    llm = Path(config.tokenizer or config.llm or HERE / "weights" / "llama").expanduser()
+    llm = Path(config.tokenizer or config.llm or HERE / "weights" / "llama")
     at_hand = all(name == "world" or file.exists() for name, file in zip(own["data"], files))
     dataset = build_data(config, stage) if at_hand else None
     if at_hand and llm.is_dir():

@@ -261,8 +261,8 @@ def train_stage(config, stage, model, dataset, run, ranks):
         count["llm"] -= count["lora"]
     say(main, f"\nstage {stage}: " + ", ".join(f"{part} {count[part] / 1e6:.2f}M {'trained' if part in trained else 'frozen'}"
                                               for part in count))
-    say(main, f"  {len(dataset):,} samples ({', '.join(own['data'])}), {steps} steps of {own['batch']}, {model.tokens_per_image} visual tokens a picture, "
-              f"peak learning rate {own['lr']:g}, {'bfloat16' if use_bf16 else 'float32'} on {ranks.size} x {ranks.device.type}"
+    say(main, f"  {len(dataset):,} samples ({', '.join(own['data'])}), {steps} steps of {own['batch']}, "
+              f"{model.tokens_per_image} visual tokens a picture, peak learning rate {own['lr']:g}, {'bfloat16' if use_bf16 else 'float32'} on {ranks.size} x {ranks.device.type}"
               + ", FSDP" * sharded)
 
     writer, bad_steps, empty_steps, skipped, began = Log(config, run, main, stage, start), 0, 0, 0, time.time()
@@ -385,14 +385,15 @@ def main(arguments):
             write(config, model, run, ranks.rank == 0, sharded)
             ranks.stop_at_once()
     if finished and ranks.rank == 0:
+        on_world = "world" in (config.data1 if config.stage == 1 else config.data2)
         say(True, f"\nwrote {run}/model after {time.time() - began:.0f} s")
-        if config.evaluate and "world" in (config.data1 if config.stage == 1 else config.data2) and not (sharded or ranks.stop):
+        if config.evaluate and on_world and not (sharded or ranks.stop):
             from eval import evaluate, table
             # texts of all lengths would compile the blocks over and over
             with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
                 scores = evaluate(model, count=200)
             say(True, "\nscores on held-out scenes, and blind: the same questions with the pictures exchanged\n" + table(scores))
-        if "world" in (config.data1 if config.stage == 1 else config.data2):
+        if on_world:
             say(True, f"\nnext: python sample.py --model={run}/model   (answers beside the truth, and a picture with boxes)\n"
                       f"      python eval.py --model={run}/model"
                       + "     (the scores: this run's model is spread over its ranks)" * sharded)
