@@ -1,8 +1,9 @@
-"""nn.Linear on a CPU, by oneDNN, which is a part of PyTorch, where what PyTorch takes by itself is slower. The sums are the same,
-in another order; both may be left out.
+"""nn.Linear on a CPU, by another part of PyTorch where the one that it takes by itself is slower. The sums are the same, in another
+order; all of it may be left out.
 
-    pack              for generation: weights that lie as oneDNN's kernels read them
-    by_convolution    for training: float32 on AMD's processors with AVX-512
+    by_row            one answer's words, bfloat16: a single row's product without oneDNN
+    pack              many answers at once: weights that lie as oneDNN's kernels read them
+    by_convolution    training and prompts: float32 on AMD's processors with AVX-512
 
 PyTorch hands a bfloat16 product to oneDNN with the weights in rows, and of a few tokens' product most of the time goes into laying
 them out anew. A float32 product it hands to Intel's MKL, which on AMD's processors leaves half of their arithmetic unused.
@@ -34,11 +35,47 @@ def slow_in(dtype):
 
 
 def gains(weight):
-    """Whether oneDNN is worth it for this weight: on a CPU, wide enough, of a dtype whose own product is the slower one."""
+    """Whether another product is worth it for this weight: on a CPU, wide enough, of a dtype whose own product is the slower one."""
     return weight.device.type == "cpu" and min(weight.shape) >= WIDE and slow_in(weight.dtype)
 
 
+def exchange(model, dtype, kind, product):
+    """Make the large maps of this dtype, if they gain, maps of another kind, in place: the same parameters under the same names."""
+    wins = lambda weight: weight.dtype == dtype and gains(weight)
+    for module in model.modules():
+        if type(module) is nn.Linear and wins(module.weight):
+            module.__class__ = kind
+        if getattr(module, "linear", None) is F.linear and wins(module.embed_tokens.weight):
+            module.linear = product                                  # a Llama's head, where it is its embedding
+
+
 # --- generation -------------------------------------------------------------------------------------------------------
+
+def one_row(x, weight, bias=None):
+    """F.linear. Of a single row, a word of one answer, not by oneDNN but by PyTorch's own kernel: it reads the weight as it lies,
+    which is all that there is to do, and takes the sum in float32. With two rows it would read the weight twice."""
+    if x.numel() > x.shape[-1]:
+        return F.linear(x, weight, bias)
+    mkldnn = torch.backends.mkldnn                                   # oneDNN's name of old
+    before, mkldnn.enabled = mkldnn.enabled, False
+    try:
+        return F.linear(x, weight, bias)
+    finally:
+        mkldnn.enabled = before
+
+
+class LinearByRow(nn.Linear):
+    """nn.Linear by `one_row`."""
+
+    def forward(self, x):
+        return one_row(x, self.weight, self.bias)
+
+
+def by_row(model):
+    """Let the large linear maps of a bfloat16 model that answers one question at a time be computed by `one_row`, in place. Nothing
+    is copied."""
+    exchange(model, torch.bfloat16, LinearByRow, one_row)
+
 
 class PackedLinear(nn.Module):
     """A linear map whose weight lies in oneDNN's blocks: a copy that only this reads, without gradients."""
@@ -114,11 +151,6 @@ class LinearByConvolution(nn.Linear):
 
 
 def by_convolution(model):
-    """Let the large linear maps of a model that trains in float32 be computed by `linear`, in place; where nothing is gained
-    by it, nothing changes. Not together with torch.compile, which would compile a convolution anew for every length."""
-    wins = lambda weight: weight.dtype == torch.float32 and gains(weight)
-    for module in model.modules():
-        if type(module) is nn.Linear and wins(module.weight):
-            module.__class__ = LinearByConvolution                   # the same parameters under the same names
-        if getattr(module, "linear", None) is F.linear and wins(module.embed_tokens.weight):
-            module.linear = linear                                   # a Llama's head, where it is its embedding
+    """Let the large linear maps of a float32 model be computed by `linear`, in place; where nothing is gained by it, nothing
+    changes. Not together with torch.compile, which would compile a convolution anew for every length."""
+    exchange(model, torch.float32, LinearByConvolution, linear)

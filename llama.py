@@ -196,7 +196,7 @@ def attend_from_one(q, k, v, mask):
     q = q.reshape(*k.shape[:2], -1, k.shape[-1]) * k.shape[-1] ** -0.5  # (B, G, H/G, D), scaled first: float16 ends at 65504
     scores = q @ k.transpose(2, 3)  # (B, G, H/G, keys)
     if isinstance(mask, torch.Tensor):
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = torch.where(mask, scores, -torch.inf)
     return (scores.softmax(-1) @ v).flatten(1)[:, None]  # (B, 1, H·D)
 
 

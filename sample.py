@@ -21,7 +21,7 @@ from compiled import compile_step
 from eval import iou, normalise
 from hub import InputError, dtype_to_answer, newest_model
 from images import BadImage, open_image, parse_box, parse_boxes, unpad_box
-from linear import pack
+from linear import by_convolution, by_row
 from mllm import MLLM
 
 LARGEST_DOWNLOAD = 50_000_000                                        # bytes
@@ -44,7 +44,7 @@ class Config:
     seed: int = 0                        # of the drawing of tokens, and which test scenes
     device: str = "auto"                 # auto, cpu, cuda, cuda:1, mps
     bf16: bool | None = None             # bfloat16; none: on CUDA, and where the checkpoint has 16 bits a number itself
-    fast: bool = False                   # faster words of a large LLM, after seconds of preparation (docs/speed.md)
+    fast: bool = False                   # on CUDA: faster words, each one CUDA graph, after a minute of compiling
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -215,10 +215,12 @@ def main(arguments):
     picture = read_picture(config.image) if config.image not in ("", "none") else None
     name = config.model or newest_model()
     model = MLLM.from_pretrained(name, dtype_to_answer(name, device, config.bf16), device)
+    by_row(model)                                                    # words of a large LLM on a CPU; and its prompts
+    by_convolution(model)
     if config.fast and device.type == "cuda":
         compile_step(model.llm)
-    elif config.fast and not pack(model):
-        print(f"note: --fast changes nothing for this model on {device.type} (linear.py says where it does)", file=sys.stderr)
+    elif config.fast:
+        print(f"note: --fast changes nothing on {device.type}: it compiles for CUDA", file=sys.stderr)
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
                     generator=torch.Generator().manual_seed(config.seed))
     if not (config.image or config.prompt or config.chat):

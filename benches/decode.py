@@ -1,6 +1,7 @@
-"""`decode`: a LLaMA of 1.1B (TinyLlama's shape), PROMPT tokens in, ANSWER out, greedily. `ours_fast` is what
-sample.py --fast does (on a CPU linear.pack, on CUDA compiled.compile_step), transformers' forms are generate with its dynamic cache,
-its static one, and the dynamic one with a compiled forward. The warm-up contains the preparation, and three tokens.
+"""`decode`: a LLaMA of 1.1B (TinyLlama's shape), PROMPT tokens in, ANSWER out, greedily. `ours` is what sample.py does, `ours_fast`
+on CUDA what it does with --fast (compiled.compile_step), on a CPU what eval.py does (linear.pack). transformers' forms are generate
+with its dynamic cache, its static one, and the dynamic one with a compiled forward. The warm-up contains the preparation, and three
+tokens.
 """
 import statistics
 import tempfile
@@ -16,10 +17,12 @@ PROMPT, ANSWER = 700, 64                                             # tokens in
 
 def decode_ours(folder, device, dtype, form):
     from compiled import compile_step
-    from linear import pack
+    from linear import by_convolution, by_row, pack
     from llama import Llama
     model = Llama.from_pretrained(folder, dtype=dtype, device=device)
-    if form == "fast" and device != "cpu":
+    if form != "fast":
+        by_row(model), by_convolution(model)
+    elif device != "cpu":
         compile_step(model)
 
     def generate(tokens, new, told):

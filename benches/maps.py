@@ -1,7 +1,8 @@
 """How fast the maps of one token's step are read, in the forms that were tried: python -m benches.maps
 
 22 blocks of TinyLlama's shape in bfloat16 (q, k and v as one map), random weights, 1.9 GB, and a copy in oneDNN's blocks; all forms
-in turns, 12 turns after one to warm up. The last two lines are one map instead of three, and what plain reading reaches.
+in turns, 12 turns after one to warm up. The last lines but one are one map instead of three, and the maps added up, which is
+what their reading takes by itself; the last is what the limit in bench.py is.
 """
 import statistics
 import time
@@ -32,6 +33,7 @@ def main():
     product = torch.compile(lambda weight, x: (weight.float() * x.float()).sum(-1).bfloat16(), dynamic=False)
     plain = torch.ones(2 ** 28)
     ways = {"PyTorch, one row": lambda: [F.linear(one[weight.shape[1]], weight) for weight in weights],
+            "without oneDNN, one row": lambda: [linear.one_row(one[weight.shape[1]], weight) for weight in weights],
             "packed, one row": lambda: packed(maps, one, 1),
             "packed, one row filled up to four": lambda: packed(maps, one, 4),
             "packed, two rows": lambda: packed(maps, two, 1),
@@ -39,6 +41,7 @@ def main():
             "packed, eight rows": lambda: packed(maps, eight, 4),
             "compiled sum of products, one row": lambda: [product(weight, one[weight.shape[1]]) for weight in weights],
             "q, k, v joined, one row of four": lambda: packed(joined, one, 4),
+            "the sums of the maps": lambda: [weight.view(torch.float32).sum() for weight in weights],
             "the sum of 1 GiB": lambda: plain.sum()}
     read = {way: 2 * sum(a * b for a, b in shapes) for way in ways} | {"the sum of 1 GiB": 2 ** 30}      # bytes
     rates = {way: [] for way in ways}

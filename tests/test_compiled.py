@@ -88,16 +88,19 @@ def test_with_the_one_kernel_of_cuda_rows_of_any_lengths_are_one_graph_without_a
 
 
 @pytest.mark.parametrize("settings", ({}, {"sliding_window": 7}), ids=("", "window"))
-def test_a_compiled_step_is_one_graph_for_all_steps_and_changes_no_text(settings):
+def test_a_compiled_step_is_one_graph_for_all_steps_and_changes_no_text(settings, monkeypatch):
     """As on CUDA, but with the backend that only traces, and no CUDA graph. A break would be an error (fullgraph)."""
     import torch._dynamo
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     plain, compiled = small(max_position_embeddings=600, **settings), small(max_position_embeddings=600, **settings)
     compile_step(compiled, backend="aot_eager")
+    static, mark = [], torch._dynamo.mark_static_address
+    monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda tensor: static.append(tensor) or mark(tensor))
     for batch, length in ((1, 9), (1, 17), (1, 40)):                 # one room of 512 holds them all
         assert torch.equal(compiled.generate(prompts(batch, length), 12), plain.generate(prompts(batch, length), 12))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert len({id(tensor) for tensor in static}) == 3 * 2 * 2       # every prompt's keys and values of two blocks: they stay in place
     lengths = torch.tensor([5, 9, 2])
     assert torch.equal(compiled.generate(prompts(3, 9), 8, lengths=lengths), plain.generate(prompts(3, 9), 8, lengths=lengths))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2   # a batch is compiled anew

@@ -1,4 +1,4 @@
-"""linear.py: oneDNN's products are PyTorch's but for rounding, in generation and in training, and small models stay as they are."""
+"""linear.py: its products are PyTorch's but for rounding, in generation and in training, and small models stay as they are."""
 import pytest
 import torch
 import torch.nn as nn
@@ -8,7 +8,7 @@ import linear
 import train
 from conftest import relative_error
 from dialogue import IGNORE, IMAGE
-from linear import LinearByConvolution, PackedLinear, by_convolution, pack
+from linear import LinearByConvolution, LinearByRow, PackedLinear, by_convolution, by_row, one_row, pack
 from test_llama import prompts, seeded, small
 from train import Config, build_model, choose_trained
 
@@ -55,6 +55,39 @@ def test_a_row_alone_is_to_the_bit_what_it_is_among_four(everywhere, dtype, monk
     for T in (1, 2, 3):
         assert torch.equal(packed(x[:T]), packed(x)[:T])
     assert set(seen) == {4}
+
+
+@pytest.mark.parametrize("rows", ((), (1,), (1, 1), (2,), (1, 3), (0,)), ids=str)
+@pytest.mark.parametrize("N, K", ((256, 64), (1, 32), (61, 37), (16, 11008)))
+def test_a_row_alone_is_multiplied_without_onednn_and_as_near_to_the_exact_product(everywhere, monkeypatch, rows, N, K):
+    x, weight, bias = (torch.randn(shape, generator=seeded(seed)).bfloat16() for seed, shape in enumerate(((*rows, K), (N, K), (N,))))
+    seen, product = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *given: seen.append(torch.backends.mkldnn.enabled) or product(*given))
+    for b in (None, bias):
+        y = one_row(x, weight, b)
+        exact = product(x.double(), weight.double(), None if b is None else b.double())
+        assert y.shape == exact.shape and y.dtype == torch.bfloat16
+        assert 0 in rows or rounding(torch.bfloat16, y, exact)
+    assert seen == [rows in ((2,), (1, 3))] * 2 and torch.backends.mkldnn.enabled
+    with pytest.raises(RuntimeError):
+        one_row(x, weight[:, 1:])                                    # a wrong shape leaves oneDNN as it was
+    assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize("settings", ({}, {"tie_word_embeddings": True, "qkv_bias": True}), ids=("", "tied, biases"))
+def test_a_llama_by_rows_says_the_same_with_the_same_tensors(everywhere, settings, monkeypatch):
+    plain, other = small(**settings).bfloat16(), small(**settings).bfloat16()
+    before, rows = list(other.named_parameters()), []
+    by_row(other)
+    assert all(a is b for (_, a), (_, b) in zip(before, other.named_parameters(), strict=True))
+    assert sum(type(module) is LinearByRow for module in other.modules()) == 14 + (not settings)
+    assert other.linear is one_row                                   # which only a head that is the embedding calls
+    with torch.no_grad():
+        for tokens in (prompts(3, 9), prompts(1, 1)):
+            assert relative_error(other(tokens), plain(tokens)) < 2e-2
+    monkeypatch.setattr(linear, "one_row", lambda x, *rest: rows.append(x.numel() // x.shape[-1]) or one_row(x, *rest))
+    other.generate(prompts(1, 9), 3, eos=[])
+    assert rows.count(9) == 14 and rows.count(1) == 2 * 14 + (0 if settings else 3)      # the prompt, two steps, three heads
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -149,15 +182,17 @@ def test_small_maps_and_machines_that_gain_nothing_stay_as_they_are(monkeypatch)
         monkeypatch.setattr(linear, "WIDE", linear.WIDE if gain else 1)
         model = model_of("dense")                                    # of the embedded world: the scores of README are its
         kinds = [type(module) for module in model.modules()]
-        by_convolution(model)
+        by_convolution(model), by_row(model), by_row(model.bfloat16())
         assert pack(model) == 0 and model.llm.linear is F.linear
         assert [type(module) for module in model.modules()] == kinds
 
 
-def test_what_is_frozen_in_bfloat16_is_not_computed_by_convolution(everywhere):
+def test_what_is_frozen_in_bfloat16_is_not_computed_by_convolution_nor_float32_by_rows(everywhere):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.bfloat16), small(tie_word_embeddings=True).bfloat16())
     by_convolution(model)
     assert [type(module) for module in model[:2]] == [LinearByConvolution, nn.Linear] and model[2].linear is F.linear
+    by_row(model)
+    assert [type(module) for module in model[:2]] == [LinearByConvolution, LinearByRow] and model[2].linear is one_row
 
 
 @pytest.mark.parametrize("flags, number", (([], 1), (["--bf16=true"], 0), (["--compile=true"], 0)), ids=str)

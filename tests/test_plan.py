@@ -183,6 +183,14 @@ def test_every_recipe_is_planned_without_its_checkpoints(recipe, capsys):
     assert ("does not fit" in told) == (recipe != "tiny")            # 7B and 8B in float32 under DDP
 
 
+@pytest.mark.parametrize("flag", ("--plan=true", "--plan=yes", "--plan=1", "--PLAN"))
+def test_a_plan_may_be_asked_for_as_any_other_switch(flag, monkeypatch):
+    planned = []
+    monkeypatch.setattr(plan, "main", planned.append)
+    train.main([flag, "--gpus=8"])
+    assert planned == [[flag, "--gpus=8"]]
+
+
 def rows(capsys, *flags):
     """{form: columns} of stage 2 of the dense recipe."""
     plan.main([str(ROOT / "config" / "dense_7b.toml"), "--stage=2", *flags])

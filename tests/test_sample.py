@@ -195,17 +195,23 @@ def test_the_same_seed_draws_the_same_answer(model_folder, capsys):
     assert said[0] == said[1] != said[2]
 
 
-def test_fast_gives_the_same_answer_and_says_where_it_changes_nothing(model_folder, monkeypatch, capsys):
+def test_an_answer_on_a_cpu_is_by_rows_or_by_convolution_and_fast_says_that_it_is_for_cuda(model_folder, monkeypatch, capsys):
     flags = ["--image=none", "--prompt=Is there a red cross?", "--device=cpu"]
-    sample.main(flags)
+    sample.main(flags)                                               # maps of 128: too narrow to gain
     said = capsys.readouterr().out
-    sample.main([*flags, "--fast"])                                  # maps of 128: too narrow to gain
-    assert capsys.readouterr() == (said, "note: --fast changes nothing for this model on cpu (linear.py says where it does)\n")
+    sample.main([*flags, "--fast"])
+    assert capsys.readouterr() == (said, "note: --fast changes nothing on cpu: it compiles for CUDA\n")
     if torch.backends.mkldnn.is_available():
         monkeypatch.setattr(linear, "slow_in", lambda dtype: True)
         monkeypatch.setattr(linear, "WIDE", 1)
-        sample.main([*flags, "--fast"])
-        assert capsys.readouterr() == (said, "")
+        convolved, product, seen = linear.linear, linear.one_row, []
+        monkeypatch.setattr(linear, "linear", lambda *given: seen.append("convolution") or convolved(*given))
+        monkeypatch.setattr(linear, "one_row", lambda *given: seen.append("row") or product(*given))
+        sample.main(flags)
+        assert capsys.readouterr().out == said and set(seen) == {"convolution"}
+        seen.clear()
+        sample.main([*flags, "--bf16=true"])
+        assert set(seen) == {"row"}
 
 
 @pytest.mark.parametrize("flags, message", [

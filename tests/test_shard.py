@@ -209,19 +209,24 @@ APART = DRIVER.replace("cli.run(main)", """
 os.chdir(f"node{{rank}}")
 import time, checkpoint
 time.sleep = lambda seconds: None                                    # nor does it appear later
-if {hidden} and rank == "1":
+if rank == "1" and {apart!r} == "a checkpoint":
     checkpoint.newest_last = lambda *_: []
+if rank == "1" and {apart!r} == "a sample":
+    build = train.build_data
+    train.build_data = lambda *given: torch.utils.data.Subset(build(*given), range(13))
 cli.run(main)""")
 
 
-@pytest.mark.parametrize("hidden, said", ((False, "error: rank 1: does not see run, which rank 0 has made: it must be on a disk that all nodes share"),
-                                          (True, "error: the ranks differ in the step to go on from, [0, 2]: they must see the same files")))
-def test_ranks_that_do_not_see_one_folder_say_so_before_they_train(hidden, said, flags, two):
-    """On two nodes whose disks are their own; and on one disk, if one rank did not see a checkpoint."""
+@pytest.mark.parametrize("apart, said", (
+    ("folders", "error: rank 1: does not see run, which rank 0 has made: it must be on a disk that all nodes share"),
+    ("a checkpoint", "error: the ranks differ in the step to go on from, [0, 2]: they must see the same files"),
+    ("a sample", "error: the ranks differ in the number of samples, [13, 14]: they must see the same files")))
+def test_ranks_that_do_not_see_one_folder_say_so_before_they_train(apart, said, flags, two):
+    """On two nodes whose disks are their own; and on one disk, if one rank did not see a checkpoint, or has other data."""
     Path("node0").mkdir()
     shutil.copytree(two[0] / "run", "node0/run")
-    os.symlink("node0", "node1") if hidden else Path("node1").mkdir()
-    Path("apart.py").write_text(APART.format(root=str(ROOT), hidden=hidden))
+    Path("node1").mkdir() if apart == "folders" else os.symlink("node0", "node1")
+    Path("apart.py").write_text(APART.format(root=str(ROOT), apart=apart))
     done = ranks(2, [*flags(), "--fsdp", "--resume"], "apart.py")
     assert [process.returncode for process in done] == [2, 2] and said in done[1].stderr
     assert not Path("node0/ids.jsonl").exists()
@@ -235,6 +240,18 @@ def test_a_checkpoint_that_lacks_a_ranks_file_is_one_line(flags, two):
     os.remove("run/checkpoints/stage1-0000002/trained-00002-of-00002.safetensors")
     with pytest.raises(InputError, match="trained-00002-of-00002.safetensors: missing"):
         train.main(flags(stage=2, out="other", init="run/checkpoints/stage1-0000002"))
+
+
+def test_the_log_counts_what_all_ranks_have_skipped(flags, tmp_path):
+    data = ragged(tmp_path)
+    shown = json.loads(data.read_text())
+    for sample in shown[:4]:                                         # nothing to learn: their answers are empty
+        for message in sample["conversations"][1::2]:
+            message["value"] = ""
+    data.write_text(json.dumps(shown))
+    assert_ended_well(done := ranks(2, flags(stage=2, init="new", steps2=3, data2=data)))
+    by_rank = [process.stderr.count("skipped ") for process in done]
+    assert min(by_rank) > 0 and records()[-1]["skipped"] == sum(by_rank) == 4
 
 
 def test_a_loss_that_is_no_number_on_one_rank_skips_the_step_on_all(flags):

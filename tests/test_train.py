@@ -411,9 +411,11 @@ def test_a_run_says_what_it_trains_how_it_goes_and_what_to_do_next(flags, capsys
     assert "wrote run/model" in out and "next: python sample.py --model=run/model   (answers beside the truth" in out
 
 
-def test_log_counts_tokens_with_their_pictures(flags, tmp_path):
+def test_log_counts_tokens_with_their_pictures(flags, tmp_path, capsys):
     data = dialogues(tmp_path, [(pictures(tmp_path, 1)[0], [("<image>\nWhat is this?", "a red circle")])])
     train.main(flags(stage=1, data1=data, template1="tiny", steps1=1, batch1=1))
+    out = capsys.readouterr().out                                    # of one's own data: nothing about the world's scenes
+    assert f"1 samples ({data})" in out and out.endswith("next: python sample.py --model=run/model --image=photo.jpg --prompt='...'\n")
     record, = records()
     ids, labels = encode(MLLM.from_pretrained("run/model").tokenizer, [("<image>\nWhat is this?", "a red circle")], "tiny")
     assert record["supervised"] == sum(label != IGNORE for label in labels) == 4     # a, red, circle, </s>

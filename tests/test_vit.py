@@ -45,6 +45,14 @@ def test_logits_equal_transformers(variant):
     assert relative_error(ViT.from_pretrained(folder).classify(expected["32.pixels"]), expected["32.logits"]) < TOLERANCE
 
 
+def test_deit3_starts_its_layer_scale_where_timm_does_and_the_others_have_none():
+    config = ViT.from_pretrained(recorded("deit3")[0]).config
+    new, plain = ViT(config), ViT.from_pretrained(recorded("vit")[0])
+    scales = [scale for block in new.blocks for scale in (block.scale1, block.scale2)]
+    assert len(scales) == 2 * len(new.blocks) and all((scale == 1e-6).all() for scale in scales)
+    assert all(block.scale1 is block.scale2 is None for block in plain.blocks)
+
+
 @pytest.mark.parametrize("variant", ["vit_headless", "mae"])
 def test_a_checkpoint_without_a_head_says_so(variant, pixels):
     with pytest.raises(InputError, match="no classification head"):
