@@ -118,6 +118,15 @@ def save_picture(panels, path):
         raise InputError(f"--out={path}: cannot be written ({error})") from None
 
 
+def show(one, path, what):
+    """Save a panel and say so; where that cannot be, say why and go on, for the answer matters more."""
+    try:
+        save_picture([one], path)
+        print(f"({path} shows {what})", file=sys.stderr)
+    except InputError as error:
+        print(f"note: {error}", file=sys.stderr)
+
+
 def check_name(path):
     """InputError where a picture cannot be saved under this name: at once, not after the work."""
     if Path(path).suffix.lower() not in Image.registered_extensions():
@@ -149,8 +158,7 @@ def say(model, picture, turns, config, sampling):
     boxes = parse_boxes(answer)
     if picture and boxes:
         colours = [COLOURS[i % len(COLOURS)] for i in range(len(boxes))]
-        save_picture([panel(picture, list(zip(colours, boxes)), [(TRUE, turns[-1][0]), (COLOURS[0], answer)], 768)], config.out)
-        print(f"({config.out} shows the box)", file=sys.stderr)
+        show(panel(picture, list(zip(colours, boxes)), [(TRUE, turns[-1][0]), (COLOURS[0], answer)], 768), config.out, "the box")
     return answer
 
 
@@ -227,8 +235,7 @@ def main(arguments):
         return show_scenes(model, config, sampling)
     if not config.image:
         picture = test_scene(config.seed)[1]
-        save_picture([panel(picture, [], [(TRUE, f"test scene {config.seed}")])], config.out)
-        print(f"(about test scene {config.seed}, which {config.out} shows)", file=sys.stderr)
+        show(panel(picture, [], [(TRUE, f"test scene {config.seed}")]), config.out, f"test scene {config.seed}, which is asked about")
     if config.chat:
         return chat(model, picture, config, sampling)
     say(model, picture, [(read_text(lambda: config.prompt) or "Describe the picture.", None)], config, sampling)

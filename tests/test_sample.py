@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -176,6 +177,19 @@ def test_chat_remembers_the_turns_and_keeps_the_picture(tiny_model, model_folder
     sample.main([f"--image={photo('a.png')}", "--chat"])
     assert heard == [((80, 40), [("Is it red?", None)]), ((80, 40), [("Is it red?", "yes 1"), ("And blue?", None)])]
     assert capsys.readouterr().out == "yes 1\nyes 2\n"
+
+
+def test_where_the_picture_cannot_be_saved_the_answer_is_still_given_and_remembered(tiny_model, model_folder, monkeypatch, capsys):
+    Path("full").write_text("a file where a folder should be")
+    box, heard = "[0.25,0.50,0.75,0.75]", []
+    saying(tiny_model, f"At {box}.", monkeypatch)
+    said = type(tiny_model).stream
+    monkeypatch.setattr(type(tiny_model), "stream", lambda *given, **rest: heard.append(list(given[2][0])) or said(*given, **rest))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Where?\nAnd now?\n"))
+    sample.main(["--chat", "--out=full/a.png"])                      # about a test scene, which cannot be saved either
+    printed = capsys.readouterr()
+    assert printed.out == f"At {box}.\nAt {box}.\n" and heard[1][0] == ("Where?", f"At {box}.")
+    assert printed.err.count("note: --out=full/a.png: cannot be written (") == 3 == printed.err.count("\n")
 
 
 def test_a_question_that_is_too_long_does_not_end_the_chat(model_folder, monkeypatch, capsys):
