@@ -77,6 +77,26 @@ def is_json(text):
         return False
 
 
+class Samples:
+    """A list of Samples, kept as JSON in one row of bytes. As Python's objects they would take several times as much, and forked
+    workers, who count references in what they read, would come to hold a copy each."""
+
+    def __init__(self, samples):
+        self.text, ends = bytearray(), [0]
+        for sample in samples:
+            self.text += json.dumps(sample).encode()
+            ends.append(len(self.text))
+        self.ends = np.array(ends)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]                              # IndexError where there is none
+        images, turns, name = json.loads(self.text[self.ends[index]:self.ends[index + 1]])
+        return Sample(images, [tuple(turn) for turn in turns], name)
+
+
 class LlavaData:
     """LLaVA's format: {"id", "image": a name or a list of names (none: text only), "conversations": [{"from": "human"
     or "gpt", "value"}, ...]}. An answer before the first question is dropped, as in LLaVA; so is a question after the
@@ -85,13 +105,23 @@ class LlavaData:
 
     def __init__(self, path, image_dir):
         self.image_dir = os.path.abspath(image_dir)
-        self.samples = [self.parse(record, where, i) for i, (where, record) in enumerate(read_records(path))]
-        if any(sample.images for sample in self.samples) and not os.path.isdir(image_dir):
+        folders = set()
+        self.samples = Samples(self.parsed(path, folders))
+        if folders and not os.path.isdir(image_dir):
             raise InputError(f"{image_dir}: no such folder; the pictures of {path} should be in it")
-        for folder in {os.path.dirname(image) for sample in self.samples for image in sample.images}:
+        for folder in folders:
             if not self.is_inside(os.path.realpath(folder), os.path.realpath(image_dir)):
                 raise InputError(f"{folder}: is a link out of the image folder {self.image_dir}, which may only hold what lies in it: "
                                  "move the pictures there (or mount them), or let --image_dir name the folder that holds them all")
+
+    def parsed(self, path, folders):
+        """Yield the file's samples; put the folders of their pictures into `folders`."""
+        records = read_records(path)[::-1]
+        for index in range(len(records)):
+            where, record = records.pop()                            # what is done with is let go
+            sample = self.parse(record, where, index)
+            folders.update(map(os.path.dirname, sample.images))
+            yield sample
 
     def parse(self, record, where, index):
         where += f" (id {record['id']})" if "id" in record else ""

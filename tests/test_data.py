@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,22 @@ def test_llava_json_and_jsonl_give_the_same_samples(tmp_path):
         assert [dataset[i] for i in range(len(dataset))] == expected
         assert dataset.length(0) > dataset.length(2) and dataset.length(1) > dataset.length(0)
     assert len(LlavaData(write(tmp_path / "text.json", records[2:]), tmp_path / "no folder needed")) == 1
+
+
+def test_a_data_file_takes_its_own_size_in_memory_and_little_more(tmp_path):
+    """As Python's objects these samples take 2.4 times their file."""
+    records = [{"id": f"s{i}", "image": f"{i}.jpg", "conversations": talk("<image>\nWhat is it?", "A circle. " * 9, "And that?", "é")}
+               for i in range(4000)]
+    file = write(tmp_path / "a.json", records)
+    tracemalloc.start()
+    dataset = LlavaData(file, tmp_path)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert dataset[3999].turns[1] == dataset[-1].turns[1] == ("And that?", "é") and dataset.length(0) == 2119
+    assert held < 1.1 * os.path.getsize(file)
+    for missing in (4000, -4001):
+        with pytest.raises(IndexError):
+            dataset[missing]
 
 
 def test_real_dialogues_and_their_boxes(real):
