@@ -32,7 +32,7 @@ def parse(cls, arguments, about=""):
         if argument.startswith("--"):
             key, equals, text = argument[2:].partition("=")
             key = check_key(key.replace("-", "_"), hints, "--")
-            if not equals and hints[key] is not bool:
+            if not equals and hints[key] not in (bool, bool | None):
                 raise InputError(f"--{key} needs a value: --{key}=...")
             values[key] = convert(text if equals else "true", hints[key], f"--{key}")
         elif argument.startswith("-"):

@@ -34,6 +34,7 @@ def test_flags_override_defaults_and_a_lone_flag_means_true():
     assert parse(Recipe, []) == Recipe()
     assert parse(Recipe, ["--steps=1_000", "--lr=5", "--resume", "--bf16=no", "--names=a,b"]) == \
         Recipe("", 1000, 5.0, ["a", "b"], True, False)
+    assert parse(Recipe, ["--bf16"]).bf16 is True                    # also where it may be none
     assert parse(Recipe, ["--bf16=none", "--names=", "--steps=1", "--steps=2"]) == Recipe(steps=2, names=[])
     assert isinstance(parse(Recipe, ["--lr=5"]).lr, float)
 
