@@ -44,7 +44,7 @@ class Config:
     seed: int = 0                        # of the drawing of tokens, and which test scenes
     device: str = "auto"                 # auto, cpu, cuda, cuda:1, mps
     bf16: bool | None = None             # bfloat16; none: on CUDA, and where the checkpoint has 16 bits a number itself
-    fast: bool = False                   # on CUDA: faster words, each one CUDA graph, after a minute of compiling
+    fast: bool = False                   # on CUDA: faster words, each one CUDA graph, once it is compiled
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

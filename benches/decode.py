@@ -1,7 +1,7 @@
-"""`decode`: a LLaMA of 1.1B (TinyLlama's shape), PROMPT tokens in, ANSWER out, greedily. `ours` is what sample.py does, `ours_fast`
-on CUDA what it does with --fast (compiled.compile_step), on a CPU what eval.py does (linear.pack). transformers' forms are generate
-with its dynamic cache, its static one, and the dynamic one with a compiled forward. The warm-up contains the preparation, and three
-tokens.
+"""`decode`: a LLaMA of 1.1B (TinyLlama's shape), PROMPT tokens in, ANSWER out, greedily. `ours` is what sample.py does, on CUDA
+`ours_fast` what it does with --fast (compiled.compile_step), on a CPU `ours_packed` what eval.py does (linear.pack). transformers'
+forms are generate with its dynamic cache, its static one, and the dynamic one with a compiled forward. The warm-up contains the
+preparation, and three tokens.
 """
 import statistics
 import tempfile
@@ -20,14 +20,14 @@ def decode_ours(folder, device, dtype, form):
     from linear import by_convolution, by_row, pack
     from llama import Llama
     model = Llama.from_pretrained(folder, dtype=dtype, device=device)
-    if form != "fast":
-        by_row(model), by_convolution(model)
-    elif device != "cpu":
+    if form == "fast":
         compile_step(model)
+    elif form != "packed":
+        by_row(model), by_convolution(model)
 
     def generate(tokens, new, told):
-        if form == "fast":
-            pack(model)                                              # the first time; then, and on CUDA, there is nothing to do
+        if form == "packed":
+            pack(model)                                              # the first time; then there is nothing left to do
         for _ in model.stream(tokens, max_new_tokens=new, eos=[]):
             told()
     return generate
@@ -58,7 +58,7 @@ def decode_transformers(folder, device, dtype, form):
                                                     do_sample=False, streamer=Teller(told), **cache)
 
 
-GENERATORS = {"ours": decode_ours, "ours_fast": decode_ours, "transformers": decode_transformers,
+GENERATORS = {"ours": decode_ours, "ours_fast": decode_ours, "ours_packed": decode_ours, "transformers": decode_transformers,
               "transformers_static": decode_transformers, "transformers_compiled": decode_transformers}
 
 
@@ -92,7 +92,8 @@ def decode_work(config, batch, width):
 
 def bench(config):
     """-> {"limits", contender: medians}, and how many times the fastest form of theirs ours is. Prints a table."""
-    contenders = [name for name in GENERATORS if name.startswith("ours") or config.vs]
+    other = "ours_fast" if config.device == "cpu" else "ours_packed"  # the other kind of device's
+    contenders = [name for name in GENERATORS if name != other and (name.startswith("ours") or config.vs)]
     with tempfile.TemporaryDirectory(prefix="bench-decode-") as folder:
         size = write_llama(Path(folder), config.layers)
         flops, read = decode_work(tiny_llama(config.layers), config.batch, 2 if config.dtype == "bfloat16" else 4)

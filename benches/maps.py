@@ -1,8 +1,8 @@
 """How fast the maps of one token's step are read, in the forms that were tried: python -m benches.maps
 
 22 blocks of TinyLlama's shape in bfloat16 (q, k and v as one map), random weights, 1.9 GB, and a copy in oneDNN's blocks; all forms
-in turns, 12 turns after one to warm up. The last lines but one are one map instead of three, and the maps added up, which is
-what their reading takes by itself; the last is what the limit in bench.py is.
+in turns, 12 turns after one to warm up. "The sums of the maps" is what reading them takes by itself, the
+sum of 1 GiB what bench.py calls the limit.
 """
 import statistics
 import time
