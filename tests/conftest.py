@@ -1,68 +1,82 @@
-"""What every test shares: the project's root on the path, two threads, and where the real inputs lie (if they do)."""
+"""What the tests share: the project's root, two threads, small models, and short training runs."""
+
 import json
 import os
+import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"                                   # no test needs the network, none may use it
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")                 # on shared cores, spinning threads slow each other down
+# No test may use the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# On shared cores, spinning threads slow each other down.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import pytest
-import torch
-from safetensors.torch import load_file
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
 
 torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
 def real():
-    """The folder of real photographs, dialogues and tokenizers, which is not part of this repository."""
+    """Return the folder of real images, dialogues and tokenizers, not part of this repository."""
     folder = ROOT.parent / "shared" / "real"
     if not folder.is_dir():
-        pytest.skip(f"no real inputs at {folder}")
+        pytest.skip("no real inputs beside this repository (shared/real)")
     return folder
 
 
 def relative_error(ours, reference):
-    """‖a−b‖ / ‖b‖ in float64; NaN never passes a comparison with it."""
+    """Return |a - b| / |b| in float64. NaN fails every comparison with it."""
     ours, reference = ours.double(), reference.double()
     return ((ours - reference).norm() / reference.norm()).item()
 
 
 def recorded(variant):
-    """tests/fixtures/<variant>: (checkpoint folder, {name: tensor} that transformers computed with it)."""
+    """Return tests/fixtures/<variant>: (folder, {name: tensor} that transformers computed)."""
     folder = ROOT / "tests" / "fixtures" / variant
     return folder, load_file(folder / "expected.safetensors")
 
 
 @pytest.fixture(scope="session")
 def world_tokenizer():
-    """The embedded world's tokenizer; it takes a few seconds to train, so all tests share it and none changes it."""
-    from pretrain import make_tokenizer
-    return make_tokenizer()
+    """Return the toy world's tokenizer."""
+    return Tokenizer.from_file(str(ROOT / "weights" / "llama" / "tokenizer.json"))
+
+
+HEADS = {"hidden_size": 32, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="session")
 def tiny_folders(world_tokenizer, tmp_path_factory):
-    """Public checkpoints in small, random weights in Hugging Face layout -> {"clip", "dinov2", "llama": folder}. The towers
-    have six and five blocks and see 64 x 64 pixels as a grid of 4 x 4; the LLaMA speaks the embedded world's language."""
+    """Write random checkpoints in Hugging Face layout -> {"clip", "dinov2", "llama": folder}.
+
+    The towers have six and five blocks and turn 64 x 64 pixels into a grid of 4 x 4.
+    """
     from clip import CLIP, CLIPTextConfig, CLIPVisionConfig
     from dinov2 import DINOv2, DINOv2Config
     from llama import Llama, LlamaConfig
-    from pretrain import BOS, EOS, PREPROCESSING
+
     torch.manual_seed(0)
     root, vocabulary = tmp_path_factory.mktemp("tiny"), world_tokenizer.get_vocab_size()
-    heads = dict(hidden_size=32, num_attention_heads=2)
-    CLIP(CLIPVisionConfig(num_hidden_layers=6, intermediate_size=64, image_size=64, patch_size=16, **heads),
-         CLIPTextConfig(num_hidden_layers=1, intermediate_size=64, vocab_size=vocabulary, eos_token_id=EOS, **heads),
-         projection_dim=16).save_pretrained(root / "clip")
-    (root / "clip" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING))
-    DINOv2(DINOv2Config(num_hidden_layers=5, mlp_ratio=2, image_size=64, patch_size=16, **heads)).save_pretrained(root / "dinov2")
-    Llama(LlamaConfig(vocab_size=vocabulary, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=512,
-                      rms_norm_eps=1e-5, bos_token_id=BOS, eos_token_id=EOS, **heads)).save_pretrained(root / "llama")
-    world_tokenizer.save(str(root / "llama" / "tokenizer.json"))
+    sizes = {"intermediate_size": 64, **HEADS}
+    vision = CLIPVisionConfig(num_hidden_layers=6, image_size=64, patch_size=16, **sizes)
+    text = CLIPTextConfig(num_hidden_layers=1, vocab_size=vocabulary, **sizes)
+    CLIP(vision, text, projection_dim=16).save_pretrained(root / "clip")
+    shutil.copy(ROOT / "weights" / "clip" / "preprocessor_config.json", root / "clip")
+    dino = DINOv2Config(num_hidden_layers=5, mlp_ratio=2, image_size=64, patch_size=16, **HEADS)
+    DINOv2(dino).save_pretrained(root / "dinov2")
+    llama = LlamaConfig(
+        vocab_size=vocabulary, num_hidden_layers=2, max_position_embeddings=512, **sizes
+    )
+    Llama(llama).save_pretrained(root / "llama")
+    shutil.copy(ROOT / "weights" / "llama" / "tokenizer.json", root / "llama")
     config = json.loads((root / "llama" / "config.json").read_text())
     (root / "llama" / "config.json").write_text(json.dumps(config | {"template": "tiny"}))
     return {name: root / name for name in ("clip", "dinov2", "llama")}
@@ -70,27 +84,81 @@ def tiny_folders(world_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_model(world_tokenizer):
-    """A whole model of the embedded world with random weights: two blocks a tower and in the LLM, a picture of 16 patches."""
+    """Return a random model of the toy world: two blocks in tower and LLM, 16 patches an image."""
     from clip import CLIPVision, CLIPVisionConfig
-    from connector import ConnectorConfig
-    from images import ImageSpec
+    from common.images import ImageSpec
     from llama import Llama, LlamaConfig
     from mllm import MLLM
-    from pretrain import BOS, EOS
+
     torch.manual_seed(0)
-    tower = CLIPVision(CLIPVisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-                                        image_size=64, patch_size=16))
-    tokenizer = world_tokenizer
-    llm = Llama(LlamaConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                            num_attention_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, bos_token_id=BOS,
-                            eos_token_id=EOS))
-    return MLLM([tower], llm, ConnectorConfig(kind="mlp"), tokenizer, "tiny", ImageSpec(64)).eval()
+    sizes = {"num_hidden_layers": 2, "intermediate_size": 64, **HEADS}
+    tower = CLIPVision(CLIPVisionConfig(image_size=64, patch_size=16, **sizes))
+    llm = LlamaConfig(
+        vocab_size=world_tokenizer.get_vocab_size(), max_position_embeddings=256, **sizes
+    )
+    return MLLM([tower], Llama(llm), "mlp", world_tokenizer, "tiny", ImageSpec(64)).eval()
 
 
 @pytest.fixture
 def model_folder(tiny_model, tmp_path, monkeypatch):
-    """The working directory is an empty one, where out/tiny/model holds tiny_model. Returns that folder."""
+    """Save tiny_model to out/tiny/model in an empty working directory; return that folder."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "out" / "tiny").mkdir(parents=True)
-    tiny_model.save(tmp_path / "out" / "tiny" / "model")
-    return tmp_path / "out" / "tiny" / "model"
+    folder = tmp_path / "out" / "tiny" / "model"
+    folder.parent.mkdir(parents=True)
+    tiny_model.save(folder)
+    return folder
+
+
+@pytest.fixture
+def clean_run(tmp_path, monkeypatch):
+    """Run in an empty working directory and restore the signal handlers afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.chdir(tmp_path)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def flags(tiny_folders):
+    """Return flags(out=..., ...): the command line of a short run on the toy world."""
+
+    def make(**options):
+        towers = str(tiny_folders["clip"])
+        if options.get("connector") == "comm":
+            towers += f",{tiny_folders['dinov2']}"
+        defaults = {"vision": towers, "llm": tiny_folders["llama"], "connector": "dense"}
+        defaults |= {"batch1": 4, "batch2": 4, "micro_batch": 4, "steps1": 2, "steps2": 6}
+        defaults |= {"save_every": 2, "log_every": 1, "evaluate": "false", "device": "cpu"}
+        defaults |= {"out": "run"}
+        return [f"--{key}={value}" for key, value in (defaults | options).items()]
+
+    return make
+
+
+def records(run="run"):
+    """Read the log of a run."""
+    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(run="run"):
+    """Return {(stage, step): loss}. Steps done again after a stop must give the same loss."""
+    found = {}
+    for record in records(run):
+        key = record["stage"], record["step"]
+        assert found.setdefault(key, record["loss"]) == record["loss"]
+    return found
+
+
+def saved_weights(run="run"):
+    """Read the tensors of a run's model."""
+    return load_file(Path(run) / "model" / "model.safetensors")
+
+
+def torchrun(ranks, command, options=(), **environment):
+    """Run a Python command on several ranks of this CPU, as a user starts it."""
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a restart needs a new port
+    return subprocess.run([*launch, *command], env=environment, capture_output=True, text=True)

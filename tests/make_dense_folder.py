@@ -1,4 +1,5 @@
-"""A small random checkpoint in the layout of the Dense Connector's releases, written name by name as their code names them."""
+"""Write a small random checkpoint in the layout of the Dense Connector's releases."""
+
 import json
 
 import torch
@@ -7,6 +8,19 @@ from safetensors.torch import save_file
 
 from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
 from llama import Llama, LlamaConfig
+
+BLOCK = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj"}
+BLOCK |= {f"attn.{letter}.": f"self_attn.{letter}_proj." for letter in "qkv"}
+OUTER = {
+    "patch.weight": "embeddings.patch_embedding.weight",
+    "patch.bias": "embeddings.patch_embedding.bias",
+    "class_embedding": "embeddings.class_embedding",
+    "position_embedding": "embeddings.position_embedding.weight",
+    "norm_pre.weight": "pre_layrnorm.weight",
+    "norm_pre.bias": "pre_layrnorm.bias",
+    "norm_post.weight": "post_layernorm.weight",
+    "norm_post.bias": "post_layernorm.bias",
+}
 
 
 def wide(module, seed):
@@ -18,48 +32,59 @@ def wide(module, seed):
     return module.eval()
 
 
+def their_name(name):
+    """Translate our name of a tower's tensor by hand."""
+    if not name.startswith("blocks."):
+        return OUTER[name]
+    _, block, name = name.split(".", 2)
+    for ours, theirs in BLOCK.items():
+        name = name.replace(ours, theirs)
+    return f"encoder.layers.{block}.{name}"
+
+
 def make_folder(folder, dense, siglip):
-    """dense: sti, sci, dci, or None for LLaVA-1.5 itself. Returns tower, projector and LLM, whose weights are in the folder."""
-    shape = dict(hidden_size=16, intermediate_size=20, num_attention_heads=2, image_size=32, patch_size=8)
-    tower = (SigLIPVision(SigLIPVisionConfig(num_hidden_layers=27, **shape)) if siglip else
-             CLIPVision(CLIPVisionConfig(num_hidden_layers=24, **shape)))
-    llm = wide(Llama(LlamaConfig(vocab_size=384, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-                                 num_attention_heads=2, max_position_embeddings=512)), 1)
+    """Return tower, projector and LLM of the folder. dense: sti, sci, dci, or None for LLaVA."""
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2}
+    sizes |= {"image_size": 32, "patch_size": 8, "num_hidden_layers": 27 if siglip else 24}
+    tower_class, config_class = CLIPVision, CLIPVisionConfig
+    if siglip:
+        tower_class, config_class = SigLIPVision, SigLIPVisionConfig
+    tower = wide(tower_class(config_class(**sizes)), 0)
+    text = {"vocab_size": 384, "hidden_size": 24, "intermediate_size": 40}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 512}
+    llm = wide(Llama(LlamaConfig(**text)), 1)
     channels = 48 if dense in ("sci", "dci") else 16
-    projector = wide(torch.nn.Sequential(torch.nn.Linear(channels, 24), torch.nn.GELU(), torch.nn.Linear(24, 24)), 2)
-    tensors, vision = {}, "model.vision_tower.vision_tower.vision_model."
-    for name, tensor in wide(tower, 0).named_parameters():
-        if name.startswith("blocks.26."):
-            continue                                                 # the authors delete SigLIP's last block
-        if name.startswith("blocks."):
-            _, block, name = name.split(".", 2)
-            for ours, theirs in {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj"}.items():
-                name = name.replace(ours, theirs)
-            for letter in "qkv":
-                name = name.replace(f"attn.{letter}.", f"self_attn.{letter}_proj.")
-            name = f"encoder.layers.{block}.{name}"
-        else:
-            name = {"patch.weight": "embeddings.patch_embedding.weight", "patch.bias": "embeddings.patch_embedding.bias",
-                    "class_embedding": "embeddings.class_embedding",
-                    "position_embedding": "embeddings.position_embedding.weight", "norm_pre.weight": "pre_layrnorm.weight",
-                    "norm_pre.bias": "pre_layrnorm.bias", "norm_post.weight": "post_layernorm.weight",
-                    "norm_post.bias": "post_layernorm.bias"}[name]
-        tensors[vision + name] = tensor.detach()
+    first, last = torch.nn.Linear(channels, 24), torch.nn.Linear(24, 24)
+    projector = wide(torch.nn.Sequential(first, torch.nn.GELU(), last), 2)
+    tensors = {}
+    for name, tensor in tower.named_parameters():
+        # The authors delete SigLIP's last block.
+        if not name.startswith("blocks.26."):
+            name = f"model.vision_tower.vision_tower.vision_model.{their_name(name)}"
+            tensors[name] = tensor.detach()
     for name, tensor in llm.named_parameters():
-        tensors[name if name.startswith("lm_head.") else f"model.{name}"] = tensor.detach()
+        prefix = "" if name.startswith("lm_head.") else "model."
+        tensors[prefix + name] = tensor.detach()
     for name, tensor in projector.named_parameters():
         tensors[f"model.mm_projector.{name}"] = tensor.detach()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
-    config = dict(
-        architectures=["LlavaLlamaForCausalLM"], model_type="llava_llama", vocab_size=384, hidden_size=24, intermediate_size=40,
-        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, hidden_act="silu", rms_norm_eps=1e-6,
-        max_position_embeddings=512, rope_theta=10000.0, rope_scaling=None, tie_word_embeddings=False, bos_token_id=1,
-        eos_token_id=2, image_aspect_ratio="pad", mm_hidden_size=channels, mm_projector_type="mlp2x_gelu",
-        mm_patch_merge_type="flat", mm_use_im_patch_token=False, mm_use_im_start_end=False, mm_vision_select_feature="patch",
-        mm_vision_select_layer=-2, mm_vision_tower="google/siglip-small" if siglip else "openai/clip-small",
-        mm_vision_config={**shape, "num_hidden_layers": 27 if siglip else 24,
-                          "model_type": "siglip_vision_model" if siglip else "clip_vision_model"})
-    (folder / "config.json").write_text(json.dumps(config | ({"mm_dense_connector_type": dense} if dense else {})))
+    model_type = "siglip_vision_model" if siglip else "clip_vision_model"
+    config = text | {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "image_aspect_ratio": "pad",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "google/siglip-small" if siglip else "openai/clip-small",
+        "mm_vision_config": sizes | {"model_type": model_type},
+    }
+    if dense:
+        config["mm_dense_connector_type"] = dense
+    (folder / "config.json").write_text(json.dumps(config))
     make_tokenizer().save(str(folder / "tokenizer.json"))
     return tower, projector, llm

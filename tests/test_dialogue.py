@@ -1,252 +1,240 @@
-"""dialogue.py: templates, tokens and labels, each against a reference written out by hand."""
+"""dialogue.py and common/tokenizer.py against texts, tokens and labels written out by hand."""
+
 import json
-import re
+import struct
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from conftest import ROOT
+from tokenizers import Tokenizer
 
 import dialogue
+from common.errors import InputError
 from data import LlavaData
-from dialogue import IGNORE, IMAGE, TEMPLATES, cut_to_length, encode, end_ids, find_template, load_tokenizer, render
-from hub import InputError
+from dialogue import IGNORE, IMAGE, TEMPLATES, encode, find_template, load_tokenizer, render
 
-VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 DIALOGUES = [
-    [("<image>\nWhat is this?", "A cat.")],
-    [("<image>\nWhat is this?", "A cat."), ("Where?", "[0.390,0.483,0.884,0.866]"), ("Sure?", "Yes")],
-    [("Compare <image> with <image>", "  The first,\n\nas it   is older."), ("Naïve 日本 🎉?", "¿Qué? 日本 🎉")],
-    [("What is two plus two?", "'s not five: \"4\".\n")],
+    [("<image>\nWhat is this?", "A cat."), ("Where?", "[0.390,0.483,0.884,0.866]"), ("?", "Yes")],
+    [("Compare <image> with <image>", "  The first\n\nis   older."), ("日本 🎉?", "¿Qué? 日 🎉")],
+    [("What is two plus two?", '\'s not five: "4".\n')],
 ]
+TWO_TURNS = [("q1", "a1"), ("q2", "a2")]
 
 
-@pytest.fixture(scope="session")
-def small():
-    """A byte-level BPE tokenizer made here, with merges and all special tokens: for tests that need no real one."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = sorted({token for template in TEMPLATES.values() for token in template.special})
-    texts = [text for turns in DIALOGUES for turn in turns for text in turn] + [VICUNA]
-    tokenizer.train_from_iterator(texts * 3, trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False))
+@pytest.fixture(scope="session", params=["toy", "llama2", "llama3"])
+def tokenizer(request, world_tokenizer):
+    """Three kinds, of byte-level BPE, sentencepiece and tiktoken, with all special tokens."""
+    tokenizer = Tokenizer.from_str(world_tokenizer.to_str())
+    if request.param != "toy":
+        real = request.getfixturevalue("real")
+        tokenizer = load_tokenizer(real / "tokenizers" / request.param)
+    special = {token for template in TEMPLATES.values() for token in template.special}
+    tokenizer.add_special_tokens(sorted(special))
     return tokenizer
 
 
-@pytest.fixture(scope="session", params=["small", "llama2", "llama3"])
-def tokenizer(request, small):
-    """Three kinds: one made here; sentencepiece's; tiktoken's. The real ones get the special tokens that they lack."""
-    if request.param == "small":
-        return small
-    loaded = load_tokenizer(request.getfixturevalue("real") / "tokenizers" / request.param)
-    loaded.add_special_tokens([token for template in TEMPLATES.values() for token in template.special])
-    return loaded
+def test_layouts_are_those_of_their_authors(world_tokenizer):
+    def header(role):
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
-
-
-def test_layouts_are_written_as_their_authors_wrote_them():
-    turns = [("q1", "a1"), ("q2", "a2")]
-    system = dialogue.LLAVA
-    assert render(turns, "vicuna_v1")[0] == f"{VICUNA} USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>"
-    assert render(turns, "llama_2")[0] == (
-        f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\nq1 [/INST] a1 </s><s>[INST] q2 [/INST] a2 </s>")
-    header = "<|start_header_id|>{}<|end_header_id|>\n\n".format
-    assert render(turns, "llama_3")[0] == (
-        f"{header('system')}{system}<|eot_id|>{header('user')}q1<|eot_id|>{header('assistant')}a1<|eot_id|>"
-        f"{header('user')}q2<|eot_id|>{header('assistant')}a2<|eot_id|>")
-    assert render(turns, "chatml")[0] == (
-        "<|im_start|>system\nAnswer the questions.<|im_end|>\n"
-        "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n"
-        "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\na2<|im_end|>")
-    assert render(turns, "chatml_direct")[0] == (
-        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\nq1<|im_end|><|im_start|>assistant\na1<|im_end|>"
-        "<|im_start|>user\nq2<|im_end|><|im_start|>assistant\na2<|im_end|>")
-    assert render(turns, "tiny")[0] == "USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>"
+    llama_3 = f"{header('system')}{dialogue.LLAVA}<|eot_id|>"
+    for i in (1, 2):
+        llama_3 += f"{header('user')}q{i}<|eot_id|>{{role}}a{i}<|eot_id|>"
+    chatml = "<|im_start|>system\nAnswer the questions.<|im_end|>"
+    for i in (1, 2):
+        chatml += f"{{n}}<|im_start|>user\nq{i}<|im_end|>{{n}}<|im_start|>assistant\na{i}<|im_end|>"
+    vicuna = f"{dialogue.VICUNA} USER: q1 ASSISTANT: a1{{end}}USER: q2 ASSISTANT: a2{{end}}"
+    expected = {
+        "plain": "a1\na2\n",
+        "vicuna_v1": vicuna.format(end="</s>"),
+        "phi": vicuna.format(end="<|endoftext|>"),
+        "llama_2": f"[INST] <<SYS>>\n{dialogue.LLAVA}\n<</SYS>>\n\nq1 [/INST] a1 </s>"
+        "<s>[INST] q2 [/INST] a2 </s>",
+        "llama_3": llama_3.format(role=header("assistant")),
+        "llama_3_dense": llama_3.format(role=header("system")),
+        "chatml": chatml.format(n="\n"),
+        "chatml_direct": chatml.format(n=""),
+        "tiny": "USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>",
+    }
+    assert {name: render(TWO_TURNS, name)[0] for name in TEMPLATES} == expected
     assert render([("Describe it.\n<image>", "A cat.")], "plain")[0] == "<image>A cat.\n"
+    assert render(TWO_TURNS, "vicuna_v1", "Be brief.")[0].startswith("Be brief. USER: q1")
+    with pytest.raises(InputError, match="tiny"):
+        render(TWO_TURNS, "tiny", "Be brief.")
+    with pytest.raises(InputError, match="vicuna_v1"):
+        render(TWO_TURNS, "vicuna")
+    with pytest.raises(InputError, match="chatml"):
+        encode(world_tokenizer, TWO_TURNS, "chatml")
 
 
-def test_prompt_ends_where_the_answer_is_to_begin():
-    assert render([("q1", "a1"), ("q2", None)], "vicuna_v1")[0].endswith("ASSISTANT: a1</s>USER: q2 ASSISTANT:")
-    assert render([("<image>\nq", None)], "plain")[0] == "<image>"
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_spans_are_the_answers_with_their_end(template):
-    layout = TEMPLATES[template]
-    for turns in DIALOGUES:
-        text, spans = render(turns, template)
-        assert [text[a:b] for a, b in spans] == [layout.reply + answer.lstrip() + layout.end for _, answer in turns]
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_prompt_tokens_are_a_prefix_of_training_tokens(tokenizer, template):
-    for turns in DIALOGUES:
-        for k in range(len(turns)):
-            prompt, labels = encode(tokenizer, turns[:k] + [(turns[k][0], None)], template)
-            trained, targets = encode(tokenizer, turns[:k + 1], template)
-            assert trained[:len(prompt)] == prompt
-            assert labels == targets[:len(prompt)]
-            assert all(label != IGNORE for label in targets[len(prompt):])   # what is generated is what was supervised
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_labels_are_the_answers_and_their_end_tokens(tokenizer, template):
-    for turns in DIALOGUES:
-        ids, labels = encode(tokenizer, turns, template)
-        assert len(ids) == len(labels) and all(label in (token, IGNORE) for token, label in zip(ids, labels))
-        assert ids.count(IMAGE) == sum(question.count("<image>") for question, _ in turns)
-        supervised = tokenizer.decode([label for label in labels if label != IGNORE], skip_special_tokens=False)
-        expected = "".join(answer.lstrip() + TEMPLATES[template].end for _, answer in turns)
-        assert supervised.replace(" ", "") == expected.replace(" ", "")      # decoders add and drop spaces at the ends
-
-
-def test_labels_survive_a_tokenizer_that_trims_its_offsets(small):
-    """Llama-3's own post-processor leaves spaces out of the offsets: a token of spaces only then has an empty range."""
-    trimming = Tokenizer.from_str(small.to_str())
-    trimming.post_processor = processors.ByteLevel(trim_offsets=True)
-    turns = [("q  q", "so  many   spaces 🎉  "), ("q", "  a")]
-    for template in TEMPLATES:
-        assert encode(trimming, turns, template) == encode(small, turns, template)
-
-
-def test_an_empty_answer_is_not_supervised(small):
-    ids, labels = encode(small, [("q1", " \n"), ("q2", "a2")], "vicuna_v1")
-    assert small.decode([label for label in labels if label != IGNORE], skip_special_tokens=False).strip() == "a2</s>"
-    assert set(encode(small, [("q1", "")], "chatml")[1]) == {IGNORE}
-
-
-def test_a_template_whose_tokens_the_tokenizer_lacks_is_an_error(real):
-    llama3 = load_tokenizer(real / "tokenizers" / "llama3")                  # this file has no special tokens
-    for template, token in (("llama_3", "<|begin_of_text|>"), ("vicuna_v1", "<s>"), ("chatml", "<|im_start|>")):
-        with pytest.raises(InputError, match=re.escape(f"no token {token}")):
-            encode(llama3, DIALOGUES[0], template)
-    llama3.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    with pytest.raises(InputError, match=r"no token <s>, .* it has the tokens of chatml, chatml_direct\)"):
-        encode(llama3, DIALOGUES[0], "vicuna_v1")
-    with pytest.raises(InputError, match="no template 'vicuna': there are plain, vicuna_v1"):
-        render(DIALOGUES[0], "vicuna")
-
-
-def test_generation_stops_at_what_was_trained_to_be_last(tokenizer):
-    for template in TEMPLATES:
+def test_a_prompt_is_a_prefix_of_what_is_trained_and_labels_are_the_answers(tokenizer):
+    for name, template in TEMPLATES.items():
         for turns in DIALOGUES:
-            assert encode(tokenizer, turns, template)[0][-1] in end_ids(tokenizer, template)
-    assert end_ids(tokenizer, "vicuna_v1") == [tokenizer.token_to_id("</s>")]
+            for k, (question, _) in enumerate(turns):
+                prompt, prompt_labels = encode(tokenizer, [*turns[:k], (question, None)], name)
+                ids, labels = encode(tokenizer, turns[: k + 1], name)
+                assert ids[: len(prompt)] == prompt
+                assert labels[: len(prompt)] == prompt_labels
+                assert labels[len(prompt) :] == ids[len(prompt) :]
+                assert ids[-1] in dialogue.end_ids(tokenizer, name)
+            assert all(label in (token, IGNORE) for token, label in zip(ids, labels, strict=True))
+            assert ids.count(IMAGE) == sum(question.count("<image>") for question, _ in turns)
+            supervised = [label for label in labels if label != IGNORE]
+            text = tokenizer.decode(supervised, skip_special_tokens=False)
+            expected = "".join(answer + template.end for _, answer in turns)
+            # decoders drop and add spaces
+            assert text.replace(" ", "") == expected.replace(" ", "")
+    # an empty answer is not supervised
+    labels = encode(tokenizer, [("q1", " \n"), ("q2", "a2")], "vicuna_v1")[1]
+    supervised = [label for label in labels if label != IGNORE]
+    assert tokenizer.decode(supervised, skip_special_tokens=False).strip() == "a2</s>"
 
 
-def llavas_tokenizer_image_token(prompt, tokenizer):
-    """LLaVA's llava/mm_utils.py: every chunk is tokenised with a BOS, which is taken off again behind a picture."""
-    chunks = [[1] + tokenizer.encode(chunk, add_special_tokens=False).ids for chunk in prompt.split("<image>")]
-    ids = [1]
-    for i, chunk in enumerate(chunks):
-        ids += ([IMAGE] if i else []) + chunk[1:]
+def test_too_long_a_dialogue_is_cut_at_a_whole_turn(tokenizer):
+    turns = [("<image>\nfirst q q", "a a end"), ("second", "yes"), ("<image> or <image>", "no")]
+    # captions in a row are one text, so that plain has no turns to cut
+    for name in TEMPLATES.keys() - {"plain"}:
+        wholes = [encode(tokenizer, turns[:k], name) for k in (1, 2, 3)]
+        lengths = [len(ids) + 9 * ids.count(IMAGE) for ids, _ in wholes]
+        for limit in range(lengths[-1] + 2):
+            fitting = [w for w, length in zip(wholes, lengths, strict=True) if length <= limit]
+            expected = fitting[-1] if fitting else ([], [])
+            assert dialogue.cut_to_length(*wholes[-1], limit, 10) == expected
+
+
+def llava_tokens(tokenizer, text):
+    """LLaVA's mm_utils.tokenizer_image_token: each chunk gets a BOS, dropped after an image."""
+    ids = []
+    for i, chunk in enumerate(text.split("<image>")):
+        ids += [IMAGE] if i else [1]
+        ids += tokenizer.encode(chunk, add_special_tokens=False).ids
     return ids
 
 
-def llavas_vicuna_v1(turns):
-    """LLaVA's llava/conversation.py, SeparatorStyle.TWO with sep " " and sep2 "</s>"."""
-    text = VICUNA + " "
-    for question, answer in turns:
-        text += "USER: " + question + " "
-        text += "ASSISTANT:" if answer is None else "ASSISTANT: " + answer + "</s>"
-    return text
+def llava_labels(tokenizer, text, ids):
+    """LLaVA's preprocess_v1: lengths of prefixes that are tokenized again."""
+    labels, place = [IGNORE] + ids[1:], 1
+    for turn in text.split("</s>")[:-1]:
+        question = turn.split(" ASSISTANT: ")[0] + " ASSISTANT: "
+        masked = len(llava_tokens(tokenizer, question)) - 2
+        labels[place : place + masked] = [IGNORE] * masked
+        place += len(llava_tokens(tokenizer, turn))
+    assert place == len(ids)
+    return labels
 
 
-def llavas_mask(conversation, ids, tokenizer):
-    """LLaVA's preprocess_v1: lengths of re-tokenised prefixes, less 2 for the BOS and the last space."""
-    targets, place = list(ids), 1
-    targets[0] = IGNORE
-    for turn in conversation.split("</s>"):
-        if not turn:
-            break
-        instruction = turn.split(" ASSISTANT: ")[0] + " ASSISTANT: "
-        length = len(llavas_tokenizer_image_token(turn, tokenizer))
-        masked = len(llavas_tokenizer_image_token(instruction, tokenizer)) - 2
-        targets[place:place + masked] = [IGNORE] * masked
-        place += length
-    assert place == len(ids)                                         # else LLaVA warns of a "tokenization mismatch"
-    return targets
-
-
-def test_vicuna_tokens_and_labels_are_llavas_own(real):
+def test_tokens_and_labels_of_real_dialogues_are_llavas(real):
     tokenizer = load_tokenizer(real / "tokenizers" / "llama2")
-    dialogues = [sample.turns for sample in LlavaData(real / "llava_instruct.json", real / "images").samples]
-    plain = [[(question, answer.strip()) for question, answer in turns] for turns in DIALOGUES]
-    for turns in dialogues + plain:
-        ids, labels = encode(tokenizer, turns, "vicuna_v1")
-        conversation = llavas_vicuna_v1(turns)
-        assert ids == llavas_tokenizer_image_token(conversation, tokenizer)
-        assert labels == llavas_mask(conversation, ids, tokenizer)
-        prompt = turns[:-1] + [(turns[-1][0], None)]
-        theirs = llavas_tokenizer_image_token(llavas_vicuna_v1(prompt), tokenizer)
-        assert encode(tokenizer, prompt, "vicuna_v1")[0] == theirs
-    assert ids[0] == 1 and ids.count(1) == 1
-
-
-def test_plain_tokens_are_llavas_stage_one(real):
-    tokenizer = load_tokenizer(real / "tokenizers" / "llama2")
-    for sample in LlavaData(real / "llava_pretrain.json", real / "images").samples:
-        caption = sample.turns[0][1]
+    for sample in LlavaData(real / "llava_instruct.json", real / "images"):
+        ids, labels = encode(tokenizer, sample.turns, "vicuna_v1")
+        text = dialogue.VICUNA + " "
+        for question, answer in sample.turns:
+            text += f"USER: {question} ASSISTANT: {answer.strip()}</s>"
+        assert ids == llava_tokens(tokenizer, text)
+        assert labels == llava_labels(tokenizer, text, ids)
+    for sample in LlavaData(real / "llava_pretrain.json", real / "images"):
         ids, labels = encode(tokenizer, sample.turns, "plain")
-        assert ids == llavas_tokenizer_image_token(f"<image>{caption}\n", tokenizer)
-        assert labels == [IGNORE, IGNORE] + ids[2:]                  # BOS and picture; then everything is learnt
+        assert ids == llava_tokens(tokenizer, f"<image>{sample.turns[0][1]}\n")
+        assert labels == [IGNORE, IGNORE, *ids[2:]]
 
 
-def test_tokenizer_is_loaded_without_truncation_padding_and_trimming(small, tmp_path):
-    dirty = Tokenizer.from_str(small.to_str())
-    dirty.enable_truncation(4)
-    dirty.enable_padding(length=50)
-    dirty.post_processor = processors.ByteLevel(trim_offsets=True)
-    dirty.save(str(tmp_path / "tokenizer.json"))
-    assert encode(load_tokenizer(tmp_path), DIALOGUES[2], "chatml") == encode(small, DIALOGUES[2], "chatml")
-    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
-    with pytest.raises(InputError, match="not a tokenizer"):
-        load_tokenizer(tmp_path)
-    with pytest.raises(InputError, match="no tokenizer.json"):
-        load_tokenizer(tmp_path / "elsewhere")
-
-
-def test_a_checkpoints_own_template_is_recognised(tmp_path):
-    def found(chat):
+def test_the_template_of_a_checkpoint_is_recognized(tmp_path):
+    def find(chat="", config="{}"):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat}))
+        (tmp_path / "config.json").write_text(config)
         return find_template(tmp_path)
-    assert find_template(tmp_path) is None and found(None) is None and found("") is None
-    assert found("{{ bos_token }}{% for m in messages %}<|start_header_id|>...<|eot_id|>") == "llama_3"
-    assert found([{"name": "default", "template": "{% for m in messages %}{{'<|im_start|>' + m.role}}"}]) == "chatml"
-    assert found("{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud.<|im_end|>\\n' }}") == "chatml"
-    assert found("{% if system %}<<SYS>>\\n{% endif %}[INST] {{ content }} [/INST]") == "llama_2"
-    assert found("{% for m in messages %}USER: {{ m }} ASSISTANT: {% endfor %}") == "vicuna_v1"
-    for chat, name in (("{{ bos_token }}{% for m in messages %}[INST] {{ m }} [/INST]{% endfor %}", "Mistral's"),
-                       ("{% if m.role == 'user' %}{{ '<|user|>\\n' + m.content + eos_token }}", "Zephyr's"),  # TinyLlama
-                       ("{% for m in messages %}Human: {{ m }}", "which begins '{% for m in messages %}Human: {{ m }}'")):
-        with pytest.raises(InputError, match=re.escape(f"{name}, is none of ours: choose one with --template= (plain, vicuna_v1")):
-            found(chat)
+
+    assert find_template(tmp_path) is None and find(None) is None
+    for chat, name in [
+        ("<|start_header_id|>...<|eot_id|>", "llama_3"),
+        ([{"name": "default", "template": "{{'<|im_start|>' + m.role}}"}], "chatml"),
+        ("<<SYS>>\\n[INST] {{ content }} [/INST]", "llama_2"),
+        ("{{ 'ASSISTANT:' }}", "vicuna_v1"),
+    ]:
+        assert find(chat) == name and find(chat, '{"template": "tiny"}') == "tiny"
+    assert find(config='{"model_type": "phi"}') == "phi"
+    with pytest.raises(InputError, match="huge"):
+        find(config='{"template": "huge"}')
+    with pytest.raises(InputError, match="--template="):
+        find("[INST] {{ m }} [/INST]")
     (tmp_path / "chat_template.jinja").write_text("<|im_start|>")
     assert find_template(tmp_path) == "chatml"
-    (tmp_path / "config.json").write_text('{"template": "tiny"}')
-    assert find_template(tmp_path) == "tiny"
-    (tmp_path / "config.json").write_text('{"template": "huge"}')
-    with pytest.raises(InputError, match="no template 'huge'"):
-        find_template(tmp_path)
 
 
-def test_phi_has_no_chat_template_and_takes_the_one_that_the_dense_connector_taught_it(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "phi"}')
-    assert find_template(tmp_path) == "phi"
-    text = render([("q1", "a1"), ("q2", None)], "phi")[0]
-    assert text == f"{VICUNA} USER: q1 ASSISTANT: a1<|endoftext|>USER: q2 ASSISTANT:"
+def protobuf(number, value):
+    """Write one field of a protobuf message: an int, a float, or bytes."""
+
+    def varint(value):
+        low = value & 127
+        return bytes([low | 128]) + varint(value >> 7) if value > 127 else bytes([low])
+
+    if isinstance(value, int):
+        return varint(number * 8) + varint(value)
+    if isinstance(value, float):
+        return varint(number * 8 + 5) + struct.pack("<f", value)
+    return varint(number * 8 + 2) + varint(len(value)) + value
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_too_long_a_dialogue_is_cut_at_a_whole_turn(tokenizer, template):
-    turns = [("<image>\nfirst " + "q " * 5, "a " * 4 + "end"), ("second", "yes"), ("<image> and <image>", "no, not"),
-             ("last", "it is")]
-    wholes = [encode(tokenizer, turns[:k], template) for k in range(1, 5)]
-    lengths = [sum(10 if token == IMAGE else 1 for token in ids) for ids, _ in wholes]
-    for limit in range(lengths[-1] + 2):
-        fitting = [whole for whole, length in zip(wholes, lengths) if length <= limit]
-        expected = fitting[-1] if fitting else ([], [])
-        if template == "plain" and fitting:                          # no questions: captions in a row are one text
-            expected = ([([], [])] + [whole for whole in (wholes[1], wholes[3]) if whole in fitting])[-1]
-        assert cut_to_length(*wholes[-1], limit, 10) == expected
+def write_model(tokenizer, folder, model_type=2):
+    """Write a tokenizer as tokenizer.model; LLaMA's scores: -1, -2, ..., -1e9 for spaces."""
+    vocabulary = json.loads(tokenizer.to_str())["model"]["vocab"]
+    message, score = b"", 0.0
+    for piece in sorted(vocabulary, key=vocabulary.get):
+        kind = {"<unk>": 2, "<s>": 3, "</s>": 3}.get(piece, 6 if piece.startswith("<0x") else 1)
+        score -= kind == 1
+        spaces = len(piece) > 1 and not piece.strip("▁")
+        value = protobuf(1, piece.encode()) + protobuf(2, -1e9 if spaces else score)
+        message += protobuf(1, value + protobuf(3, kind))
+    message += protobuf(2, protobuf(1, b"corpus") + protobuf(3, model_type))
+    (folder / "tokenizer.model").write_bytes(message)
+    return message
+
+
+# a tokenizer of LLaMA's kind with 356 pieces
+SMALL = ROOT / "tests" / "fixtures" / "llava"
+TEXTS = ("", "a photo of a cat", "  two  spaces\n\n ", "Ünï, 漢字 🦙", "<s> x**2 </s>a")
+
+
+@pytest.mark.parametrize("name", ["small", "llama2"])
+def test_a_tokenizer_model_gives_the_published_tokenizer_json(name, request, tmp_path):
+    """For LLaMA-2 all 61,249 merges in their order, and the same ids and texts."""
+    folder = SMALL if name == "small" else request.getfixturevalue("real") / "tokenizers" / name
+    published = load_tokenizer(folder)
+    write_model(published, tmp_path)
+    ours = load_tokenizer(tmp_path)
+    assert json.loads(ours.to_str())["model"] == json.loads(published.to_str())["model"]
+    for text in TEXTS:
+        ids = published.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, add_special_tokens=False).ids == ids
+        assert ours.decode(ids) == published.decode(ids)
+
+
+def test_added_tokens_are_read_and_legacy_false_puts_no_space_behind_a_special_token(tmp_path):
+    legacy = load_tokenizer(SMALL)
+    write_model(legacy, tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 357, "<image>": 356}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.get_vocab() == legacy.get_vocab()
+    assert tokenizer.encode("a</s>t<image>").tokens == ["▁a", "</s>", "▁t", "<image>"]
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": false}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a</s>t a").tokens == ["▁a", "</s>", "t", "▁a"]
+    for text in TEXTS[:4]:
+        assert tokenizer.encode(text).ids == legacy.encode(text).ids
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path):
+    small = load_tokenizer(SMALL)
+    unigram, whole = write_model(small, tmp_path, model_type=1), write_model(small, tmp_path)
+    for name, content in (
+        ("added_tokens.json", b'{"<pad>": 400}'),
+        ("tokenizer.model", b""),
+        ("tokenizer.model", whole[:-3]),
+        ("tokenizer.model", unigram),
+        ("tokenizer.json", b'{"model": 3}'),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=name):
+            load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="nowhere"):
+        load_tokenizer(tmp_path / "nowhere")

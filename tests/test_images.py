@@ -1,16 +1,20 @@
-"""images.py: pictures become pixels, and boxes text, each against a reference written out by hand."""
-import io
+"""common/images.py: images become pixels and boxes become text, as written out by hand here."""
+
 import json
-from pathlib import Path
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
-from hub import InputError
-from images import BadImage, ImageSpec, format_box, open_image, pad_box, parse_box, to_pixels, unpad_box
+from common import images
+from common.errors import InputError
+from common.images import BadImage, ImageSpec, open_frames, open_image, read_image, to_pixels
 
 
 def saved(image, path, **options):
@@ -23,169 +27,162 @@ def rgb():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8))
 
 
-def test_every_mode_opens_as_rgb(rgb, tmp_path):
-    grey, palette = rgb.convert("L"), rgb.convert("P")
-    opened = {mode: open_image(saved(image, tmp_path / f"{mode}.{kind}")) for mode, image, kind in [
-        ("L", grey, "png"), ("P", palette, "png"), ("1", rgb.convert("1"), "png"),
-        ("CMYK", rgb.convert("CMYK"), "tiff")]}
-    assert all(image.mode == "RGB" and image.size == (20, 12) for image in opened.values())
-    assert np.array_equal(opened["L"], np.repeat(np.asarray(grey)[..., None], 3, axis=2))
-    assert np.array_equal(opened["P"], palette.convert("RGB"))
-    assert np.array_equal(opened["CMYK"], rgb)                       # PIL's RGB to CMYK and back loses nothing
-
-
-def test_transparency_is_seen_on_white(rgb, tmp_path):
+def test_images_of_every_mode_open_as_rgb(rgb, tmp_path):
+    for mode in ("L", "P", "1", "CMYK"):
+        converted = rgb.convert(mode)
+        opened = open_image(saved(converted, tmp_path / "image.tiff"))
+        assert np.array_equal(opened, converted.convert("RGB")), mode
+    # transparent parts are white
     alpha = np.full((12, 20), 255, np.uint8)
     alpha[:, :10] = 0
     rgba = Image.merge("RGBA", [*rgb.split(), Image.fromarray(alpha)])
     pixels = np.asarray(open_image(saved(rgba, tmp_path / "rgba.png")))
-    assert (pixels[:, :10] == 255).all() and np.array_equal(pixels[:, 10:], np.asarray(rgb)[:, 10:])
-    palette = Image.new("P", (4, 4), 1)
-    palette.putpalette([255, 0, 0, 0, 255, 0])
-    assert np.asarray(open_image(saved(palette, tmp_path / "p.png", transparency=1))).min() == 255
-
-
-def test_sixteen_bits_become_eight(tmp_path):
+    assert (pixels[:, :10] == 255).all()
+    assert np.array_equal(pixels[:, 10:], np.asarray(rgb)[:, 10:])
+    # 16 bits become 8
     values = (np.arange(256, dtype=np.uint16) * 256 + 77).reshape(16, 16)
-    for kind in ("png", "tiff"):
-        path = saved(Image.fromarray(values), tmp_path / f"deep.{kind}")
-        assert np.array_equal(np.asarray(open_image(path))[..., 0], np.arange(256).reshape(16, 16))
+    deep = np.asarray(open_image(saved(Image.fromarray(values), tmp_path / "deep.png")))
+    assert np.array_equal(deep[..., 0], np.arange(256).reshape(16, 16))
 
 
-def test_floats_are_refused_since_their_white_is_not_known(tmp_path):
-    path = saved(Image.fromarray(np.random.default_rng(0).random((8, 8), dtype=np.float32)), tmp_path / "floats.tiff")
-    with pytest.raises(BadImage, match=r"floats\.tiff: not a readable image \(BadImage: its pixels are floats"):
-        open_image(path)
+def test_exif_orientation_is_applied(rgb, tmp_path):
+    array = np.asarray(rgb)
+    upright = [array, array[:, ::-1], array[::-1, ::-1], array[::-1], array.swapaxes(0, 1)]
+    upright += [np.rot90(array, -1), array[::-1, ::-1].swapaxes(0, 1), np.rot90(array)]
+    for orientation, expected in enumerate(upright, 1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = saved(rgb, tmp_path / "turned.png", exif=exif)
+        assert np.array_equal(open_image(path), expected), orientation
+        assert images.upright_size(path) == open_image(path).size
 
 
-@pytest.mark.parametrize("orientation, upright", [
-    (1, lambda a: a), (2, lambda a: a[:, ::-1]), (3, lambda a: a[::-1, ::-1]), (4, lambda a: a[::-1]),
-    (5, lambda a: a.swapaxes(0, 1)), (6, lambda a: np.rot90(a, -1)), (7, lambda a: a[::-1, ::-1].swapaxes(0, 1)),
-    (8, lambda a: np.rot90(a))])
-def test_exif_orientation_is_applied(rgb, tmp_path, orientation, upright):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = saved(rgb, tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(open_image(path), upright(np.asarray(rgb)))
-    assert torch.equal(to_pixels(Image.open(path), ImageSpec(20)), to_pixels(open_image(path), ImageSpec(20)))
+def test_frames_of_a_video_are_the_middles_of_equal_segments(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (i * 20, 0, 0)) for i in range(12)]
+    folder, animated = tmp_path / "folder", tmp_path / "video.png"
+    folder.mkdir()
+    for i, frame in enumerate(frames):
+        frame.save(folder / f"frame{i}.png")
+    frames[0].save(animated, save_all=True, append_images=frames[1:])
+    for path in (folder, animated):
+        opened = [frame.getpixel((0, 0))[0] // 20 for frame in open_frames(path, 3)]
+        assert opened == [2, 6, 10]
+        assert len(open_frames(path, 100)) == 12
 
 
-def test_unreadable_exif_is_no_reason_to_lose_a_picture(rgb, tmp_path):
-    assert open_image(saved(rgb, tmp_path / "broken.jpg", exif=b"Exif\0\0MM garbage")).size == (20, 12)
-
-
-def test_of_an_animation_the_first_frame_is_seen(tmp_path):
-    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
-    for kind in ("gif", "png", "webp"):
-        path = saved(red, tmp_path / f"moving.{kind}", save_all=True, append_images=[blue])
-        assert Image.open(path).n_frames == 2
-        assert np.asarray(open_image(path))[0, 0, 0] > 250
-
-
-def test_a_picture_that_cannot_be_used_is_named_in_one_line(rgb, tmp_path, monkeypatch):
+def test_an_image_that_cannot_be_used_is_named_in_one_line(rgb, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadImage, match="empty"):
+        open_frames(tmp_path / "empty", 3)
     whole = saved(rgb.resize((200, 200)), tmp_path / "whole.jpg").read_bytes()
-    (tmp_path / "truncated.jpg").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "text.jpg").write_text("not a picture")
-    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("not an image")
     saved(rgb.resize((300, 300)), tmp_path / "bomb.png")
-    (tmp_path / "folder.jpg").mkdir()
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60000)            # 90000 pixels: where PIL itself only warns
-    for name in ("truncated.jpg", "text.jpg", "empty.png", "bomb.png", "folder.jpg", "missing.jpg"):
+    saved(Image.fromarray(np.zeros((8, 8), np.float32)), tmp_path / "floats.tiff")
+    assert images.upright_size(tmp_path / "text.jpg") is None
+    needle = Image.new("RGB", (1, 60000))
+    for mode in ("pad", "crop"):
+        with pytest.raises(BadImage, match="1x60000"):
+            to_pixels(needle, ImageSpec(336, mode))
+    with pytest.raises(InputError):
+        to_pixels(np.zeros((8, 8, 3)), ImageSpec(8))
+    # bomb.png has 90,000 pixels: where PIL itself only warns
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60000)
+    for name in ("truncated.jpg", "text.jpg", "bomb.png", "floats.tiff", "none.jpg"):
         with pytest.raises(BadImage) as error:
             open_image(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(BadImage, match="bomb.png: has more than 0 million pixels: make it smaller"):
-        open_image(tmp_path / "bomb.png")
-    assert open_image(tmp_path / "whole.jpg").size == (200, 200)
-    assert open_image(io.BytesIO(whole)).size == (200, 200)
 
 
-@pytest.mark.parametrize("mode", ["pad", "crop"])
-def test_a_needle_is_refused_before_it_fills_the_memory(mode):
-    with pytest.raises(BadImage, match="1x60000 is too elongated"):          # padded: 3.6e9 pixels; cropped: 336 x 20e6
-        to_pixels(Image.new("RGB", (1, 60000)), ImageSpec(336, mode))
-    assert to_pixels(Image.new("RGB", (1, 60000)), ImageSpec(336, "stretch")).shape == (3, 336, 336)
+def test_an_image_is_read_from_a_url_up_to_a_limit(rgb, tmp_path, monkeypatch):
+    path = saved(rgb, tmp_path / "a.png")
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        assert np.array_equal(read_image(url + "a.png"), read_image(str(path)))
+        monkeypatch.setattr(images, "LARGEST_DOWNLOAD", 100)
+        for name in ("a.png", "none.png"):
+            with pytest.raises(InputError, match=name):
+                read_image(url + name)
+        server.shutdown()
 
 
-@pytest.mark.parametrize("array", (np.zeros((8, 8, 3)), np.zeros((3, 8, 9), np.uint8), np.zeros((8, 8), np.uint8), "a.png"), ids=lambda _: "")
-def test_what_is_no_picture_is_refused(array):
-    with pytest.raises(InputError, match="a picture should be PIL's, or a uint8 array"):
-        to_pixels(array, ImageSpec(8))
-
-
-def test_pixels_are_those_recorded_from_transformers():
-    """Recorded by make_data_fixtures.py; test_data_live.py compares with transformers itself, on photographs too."""
-    recorded = load_file(Path(__file__).parent / "fixtures" / "pixels.safetensors")
-    specs = {"clip": ImageSpec(32, "crop"), "siglip": ImageSpec(32, "stretch"),
-             "dinov2": ImageSpec(32, "crop", resize_to=37), "llava": ImageSpec(32, "pad")}
-    for name, theirs in recorded.items():
-        picture, processor = name.split(".")
+def test_pixels_equal_those_recorded_from_transformers():
+    expected = load_file(ROOT / "tests" / "fixtures" / "pixels.safetensors")
+    specs = {"clip": ImageSpec(32, "crop"), "dinov2": ImageSpec(32, "crop", resize_to=37)}
+    specs |= {"siglip": ImageSpec(32, "stretch"), "llava": ImageSpec(32, "pad")}
+    for name, theirs in expected.items():
+        image, processor = name.split(".")
         if processor in specs:
-            assert torch.equal(to_pixels(recorded[f"{picture}.input"].numpy(), specs[processor]), theirs), name
+            ours = to_pixels(expected[f"{image}.input"].numpy(), specs[processor])
+            assert torch.equal(ours, theirs), name
 
 
-MEAN = dict(image_mean=[0.5, 0.4, 0.3], image_std=[0.1, 0.2, 0.3])
+# --- preprocessor_config.json ---
+
+SQUARE = {"height": 224, "width": 224}
+CROP = {"do_center_crop": True, "crop_size": SQUARE}
+STATISTICS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}
+# as published by openai (older and newer), facebook/dinov2, google/siglip, google/vit (two ages),
+# facebook/deit and llava-hf -> size, mode, resample, resize_to
+PUBLISHED = [
+    ({"crop_size": 336, "do_center_crop": True, "size": 336}, "CLIP", (336, "crop", 3, None)),
+    (CROP | {"size": {"shortest_edge": 224}}, "CLIP", (224, "crop", 3, None)),
+    (CROP | {"size": {"shortest_edge": 256}}, "Bit", (224, "crop", 3, 256)),
+    ({"size": {"height": 384, "width": 384}}, "Siglip", (384, "stretch", 3, None)),
+    ({"size": SQUARE, "resample": 2}, "ViT", (224, "stretch", 2, None)),
+    ({"size": 224}, None, (224, "stretch", 2, None)),
+    (CROP | {"size": 256, "resample": 3}, "DeiT", (224, "stretch", 3, 256)),
+    (CROP | {"do_pad": True, "size": 224}, "Llava", (224, "pad", 3, None)),
+]
 
 
-@pytest.mark.parametrize("config, expected", [
-    # as published: openai/clip-vit-large-patch14-336, openai/clip-vit-base-patch16, facebook/dinov2-base,
-    # google/siglip-so400m-patch14-384
-    ({"crop_size": 336, "do_center_crop": True, "feature_extractor_type": "CLIPFeatureExtractor", "resample": 3,
-      "size": 336}, (336, "crop", 3, None)),
-    ({"crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "image_processor_type": "CLIPImageProcessor",
-      "size": {"shortest_edge": 224}}, (224, "crop", 3, None)),
-    ({"crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "image_processor_type": "BitImageProcessor",
-      "resample": 3, "size": {"shortest_edge": 256}}, (224, "crop", 3, 256)),
-    ({"image_processor_type": "SiglipImageProcessor", "resample": 3, "size": {"height": 384, "width": 384}},
-     (384, "stretch", 3, None)),
-    # google/vit-base-patch16-224, facebook/vit-mae-base, facebook/deit-base-distilled-patch16-224,
-    # llava-hf/llava-1.5-7b-hf
-    ({"image_processor_type": "ViTImageProcessor", "resample": 2, "size": {"height": 224, "width": 224}},
-     (224, "stretch", 2, None)),
-    ({"feature_extractor_type": "ViTFeatureExtractor", "resample": 2, "size": 224}, (224, "stretch", 2, None)),
-    ({"feature_extractor_type": "ViTFeatureExtractor", "size": 224}, (224, "stretch", 2, None)),
-    ({"crop_size": 224, "do_center_crop": True, "feature_extractor_type": "DeiTFeatureExtractor", "resample": 3,
-      "size": 256}, (224, "stretch", 3, 256)),
-    ({"crop_size": {"height": 336, "width": 336}, "do_center_crop": True, "do_pad": True, "resample": 3,
-      "image_processor_type": "LlavaImageProcessor", "size": {"shortest_edge": 336}}, (336, "pad", 3, None)),
-])
-def test_preprocessing_is_read_from_published_configs(config, expected, tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | MEAN))
-    spec = ImageSpec.from_folder(tmp_path)
-    assert (spec.size, spec.mode, spec.resample, spec.resize_to) == expected
-    assert spec.mean == (0.5, 0.4, 0.3) and spec.std == (0.1, 0.2, 0.3)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(spec.config()))
-    assert ImageSpec.from_folder(tmp_path) == spec
-
-
-@pytest.mark.parametrize("config", [{}, {"size": 224}, [1], {"size": {"longest_edge": 3}, **MEAN},
-                                    {"size": {"height": 224, "width": 448}, **MEAN}])
-def test_a_preprocessing_that_cannot_be_followed_is_an_error(config, tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="preprocessor_config.json: (not the description|only square|should hold)"):
+def test_published_preprocessing_is_read_and_written_and_others_are_an_error(tmp_path):
+    path = tmp_path / "preprocessor_config.json"
+    with pytest.raises(InputError, match=path.name):
         ImageSpec.from_folder(tmp_path)
+    for config, kind, expected in PUBLISHED:
+        config = config | STATISTICS
+        if kind:
+            key = "feature_extractor_type" if kind == "DeiT" else "image_processor_type"
+            config[key] = kind + "ImageProcessor"
+        path.write_text(json.dumps(config))
+        spec = ImageSpec.from_folder(tmp_path)
+        size, mode, resample, resize_to = expected
+        assert spec == ImageSpec(size, mode, *map(tuple, STATISTICS.values()), resample, resize_to)
+        path.write_text(json.dumps(spec.config()))
+        assert ImageSpec.from_folder(tmp_path) == spec
+    not_square = {"size": {"height": 224, "width": 448}} | STATISTICS
+    for config in ({}, {"size": 224}, [1], not_square):
+        path.write_text(json.dumps(config))
+        with pytest.raises(InputError, match=path.name):
+            ImageSpec.from_folder(tmp_path)
 
 
-# --- boxes ---
+def test_boxes_move_with_the_padding_and_back():
+    """A white rectangle is in the padded image where pad_box says; unpad_box leads back."""
+    for width, height in ((640, 480), (333, 500), (7, 1000)):
+        box = [width // 4, height // 4, width // 2 + 1, height // 2 + 1]
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[box[1] : box[3], box[0] : box[2]] = 255
+        side = max(width, height)
+        white = (to_pixels(pixels, ImageSpec(side)) == 255).all(0).nonzero()
+        top, left = white.min(0).values.tolist()
+        bottom, right = (white.max(0).values + 1).tolist()
+        padded = images.pad_box(box, width, height)
+        assert np.allclose(np.array(padded) * side, [left, top, right, bottom])
+        assert np.allclose(images.unpad_box(padded, width, height), box)
 
-@pytest.mark.parametrize("width, height", [(640, 480), (333, 500), (64, 64), (7, 1000)])
-def test_boxes_move_with_the_padding_and_back(width, height):
-    """A white rectangle is found in the padded picture where pad_box says, and unpad_box leads back to its pixels."""
-    box = [width // 4, height // 4, width // 2 + 1, height // 2 + 1]
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[box[1]:box[3], box[0]:box[2]] = 255
-    side = max(width, height)
-    white = (to_pixels(pixels, ImageSpec(side)) == 255).all(0).nonzero()     # (white pixels, 2): y, x
-    (top, left), (bottom, right) = white.min(0).values.tolist(), (white.max(0).values + 1).tolist()
-    padded = pad_box(box, width, height)
-    assert np.allclose(np.array(padded) * side, [left, top, right, bottom])
-    assert np.allclose(unpad_box(padded, width, height), box)
 
-
-def test_boxes_are_text_and_text_is_boxes():
-    assert format_box([0.39, 0.48301, 0.8836, 1]) == "[0.390,0.483,0.884,1.000]"
-    assert format_box([0, 0.5, 1, 1], decimals=2) == "[0.00,0.50,1.00,1.00]"
-    assert parse_box("It is at [0.390,0.483,0.884,0.866].") == [0.39, 0.483, 0.884, 0.866]
-    assert parse_box("[ 0, .5, 1., 1.25 ] or [1,1,1,1]") == [0, 0.5, 1, 1.25]
-    for text in ("", "no", "[0.1,0.2,0.3]", "[0.1,0.2,0.3,x]", "0.1,0.2,0.3,0.4", "[nan,0,0,0]", "[1,2,3,4,5]"):
-        assert parse_box(text) is None
+def test_boxes_are_text_and_iou_is_the_shared_area():
+    assert images.format_box([0.39, 0.48301, 0.8836, 1]) == "[0.390,0.483,0.884,1.000]"
+    two = "[ 0, .5, 1., 1.25 ] or [[1,1,1,-1]"
+    assert images.parse_boxes(two) == [[0, 0.5, 1, 1.25], [1, 1, 1, -1]]
+    assert images.parse_box(two) == [0, 0.5, 1, 1.25]
+    for text in ("", "[0.1,0.2,0.3]", "[0.1,0.2,0.3,x]", "[nan,0,0,0]", "[1,2,3,4,5]"):
+        assert images.parse_box(text) is None
+    assert images.iou((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
+    assert images.iou((0, 0, 2, 2), (0, 0, 2, 2)) == 1
+    # a reversed box has no area
+    assert images.iou((0, 0, 1, 1), (2, 2, 3, 3)) == images.iou((2, 2, 0, 0), (0, 0, 2, 2)) == 0

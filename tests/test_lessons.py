@@ -1,201 +1,158 @@
-"""docs/lessons: every snippet and every command in them runs, every change in them applies, every name in them exists.
+"""Run every snippet and command of docs/lessons and apply every change.
 
-The text says how, so that what a student reads is what is tested:
-
-    ```python                       one namespace a lesson; what follows a change has one of its own, and the changed files
-    ```diff, first line --- FILE    the change of an exercise; its old lines must stand in FILE exactly once
-    ```sh                           lines `python COMMAND.py --key=value`, all in one working directory a lesson
-    <!-- short: --steps1=2 -->      before a block of commands: further flags in the tests
-    <!-- short: 300 => 60 -->       before a snippet: what the tests put in the place of what
-    <!-- fails: words -->           before a command: it ends with an error that has these words
-
-Commands run in this process, as `train.main([...])`: starting Python and PyTorch twenty times would take longer than they do.
+```python, ```sh              one namespace a lesson; after a change a new one
+```diff, first --- FILE       a change; its old lines must be in FILE exactly once
+<!-- short: --steps1=2 -->    before commands: further flags for the tests
+<!-- short: 300 => 60 -->     before a snippet: a replacement for the tests
+<!-- fails: words -->         before a command: it ends with an error that has these words
 """
+
+import codeop
 import importlib
 import re
 import shlex
 import shutil
-import signal
 import sys
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
-
 from conftest import ROOT
 
 LESSONS = sorted((ROOT / "docs" / "lessons").glob("[0-9]*.md"))
-MODULES = [path.stem for path in ROOT.glob("*.py")]
-COMMANDS = ("train", "sample", "look", "eval")
-BLOCK = re.compile(r"^(?:<!-- (short|fails): ([^\n]+) -->\n)?```(python|sh|diff)\n(.*?)^```$", re.M | re.S)
+FILES = [path.stem for path in ROOT.glob("*.py")]
+ROOMS = ["common", "toy", "benchmarks", "interop", "tools"]
+OTHERS = shutil.ignore_patterns(".*", "docs", "out", "runs", "shared", "tests")
+BLOCK = re.compile(r"(?ms)^(?:<!-- (short|fails): ([^\n]+) -->\n)?```(python|sh|diff)\n(.*?)^```$")
+each_lesson = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
 
 
 class Block(NamedTuple):
-    kind: str                                                        # python, sh or diff
+    kind: str
     text: str
-    note: tuple                                                      # ("short" or "fails", its words), (None, None) without
-    line: int                                                        # of the lesson, counted from 0, where the text begins
+    note: tuple
 
 
 def read(lesson):
-    """-> [(heading, [Block, ...]), ...]: the walk first, then a part for each exercise."""
-    text, parts = lesson.read_text(encoding="utf-8"), []
-    starts = [0, *(found.start() for found in re.finditer(r"^### ", text, re.M)), len(text)]
-    for start, stop in zip(starts, starts[1:]):
-        blocks = [Block(found[3], found[4], (found[1], found[2]), text.count("\n", 0, found.start(4)))
-                  for found in BLOCK.finditer(text, start, stop)]
-        parts.append((text[start:stop].split("\n", 1)[0], blocks))
+    """Return lists of blocks: the walk, then one list for each exercise."""
+    parts = []
+    for part in re.split(r"^(?=### )", lesson.read_text(encoding="utf-8"), flags=re.M):
+        found = BLOCK.findall(part)
+        parts.append([Block(kind, text, (what, words)) for what, words, kind, text in found])
     return parts
 
 
+def at_change(blocks):
+    """Split an exercise: blocks before its change, the change, blocks that show its effect."""
+    first = next((i for i, block in enumerate(blocks) if block.kind == "diff"), len(blocks))
+    changes = [block for block in blocks if block.kind == "diff"]
+    return blocks[:first], changes, [block for block in blocks[first:] if block.kind != "diff"]
+
+
 def apply_change(diff, folder):
-    """--- FILE, then lines that begin with "-" (old), "+" (new) or a space (both)."""
+    """Apply --- FILE and the lines that begin with "-" (old), "+" (new) or a space (both)."""
     name, *lines = diff.splitlines()
     path = folder / name.removeprefix("--- ")
-    old, new = ("".join(f"{line[1:]}\n" for line in lines if line[0] in sides) for sides in (" -", " +"))
+    old = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
+    new = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
     text = path.read_text(encoding="utf-8")
     assert text.count(old) == 1, f"{path.name} has {text.count(old)} times:\n{old}"
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
+def is_ours(module):
+    return module.split(".")[0] in FILES + ROOMS
+
+
 @contextmanager
 def modules_of(folder):
-    """Inside, `import llama` imports folder/llama.py; afterwards everything is as it was."""
-    held = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
+    """Import our modules from this folder inside, and restore everything afterwards."""
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if is_ours(name)}
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     try:
         yield
     finally:
         sys.path.remove(str(folder))
-        for name in MODULES:
-            sys.modules.pop(name, None)
-        sys.modules.update(held)
+        for name in filter(is_ours, list(sys.modules)):
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 def run_command(line, note):
-    what, words = note
-    python, file, *arguments = shlex.split(line, comments=True)
-    assert python == "python" and file.removesuffix(".py") in COMMANDS, line
-    module = importlib.import_module(file.removesuffix(".py"))
-    if what != "fails":
-        return module.main(arguments + (words.split() if words else []))
-    with pytest.raises(importlib.import_module("hub").InputError) as error:
-        module.main(arguments)
-    assert words in str(error.value)
+    what, text = note
+    words = [word for word in shlex.split(line, comments=True) if word != "-m"]
+    assert words[0] == "python", line
+    command = importlib.import_module(words[1].removesuffix(".py"))
+    if what == "fails":
+        with pytest.raises(importlib.import_module("common.errors").InputError, match=text):
+            command.main(words[2:])
+    else:
+        command.main(words[2:] + text.split())
 
 
 def run_blocks(blocks, namespace, lesson):
     for block in blocks:
+        text = block.text
         if block.kind == "sh":
-            for line in block.text.replace("\\\n", " ").splitlines():
+            for line in text.replace("\\\n", " ").splitlines():
                 run_command(line, block.note)
-        elif block.kind == "python":
-            text = block.text
-            if block.note[0]:
-                old, new = block.note[1].split(" => ")
-                assert old in text
-                text = text.replace(old, new)
-            exec(compile("\n" * block.line + text, lesson, "exec"), namespace)       # errors name the lesson's own line
-
-
-def at_change(blocks):
-    """An exercise's blocks -> those before its change, the change (perhaps in several parts), those that show what it does."""
-    first = next((place for place, block in enumerate(blocks) if block.kind == "diff"), len(blocks))
-    return blocks[:first], [block for block in blocks if block.kind == "diff"], [b for b in blocks[first:] if b.kind != "diff"]
+            continue
+        if block.note[0]:
+            old, new = block.note[1].split(" => ")
+            assert old in text
+            text = text.replace(old, new)
+        exec(compile(text, lesson.name, "exec"), namespace)
 
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
-    """The working directory of a lesson: empty but for weights/. Ctrl-C, which a training run takes for itself, is given back."""
-    (tmp_path / "desk").mkdir()
-    (tmp_path / "desk" / "weights").symlink_to(ROOT / "weights")
-    monkeypatch.chdir(tmp_path / "desk")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    """Work in an empty folder that has weights/."""
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
-def test_a_lesson_runs_as_it_is_written(lesson, desk):
-    (_, walk), *exercises = read(lesson)
+@each_lesson
+def test_a_lesson_runs_as_written(lesson, desk):
+    walk, *exercises = read(lesson)
     namespace = {"__name__": "lesson"}
-    run_blocks(walk, namespace, str(lesson))
-    for i, (_, blocks) in enumerate(exercises):
+    run_blocks(walk, namespace, lesson)
+    for i, blocks in enumerate(exercises):
         before, changes, after = at_change(blocks)
-        run_blocks(before, namespace, str(lesson))
-        if changes:
-            (copy := desk / f"exercise{i + 1}").mkdir()
-            for path in ROOT.glob("*.py"):
-                shutil.copy(path, copy)
-            (copy / "weights").symlink_to(ROOT / "weights")
-            for change in changes:
-                apply_change(change.text, copy)
-            with modules_of(copy):
-                run_blocks(after, {"__name__": "exercise"}, str(lesson))
+        run_blocks(before, namespace, lesson)
+        if not changes:
+            continue
+        copy = desk / f"exercise{i}"
+        shutil.copytree(ROOT, copy, ignore=OTHERS)
+        for change in changes:
+            apply_change(change.text, copy)
+        with modules_of(copy):
+            run_blocks(after, {"__name__": "exercise"}, lesson)
 
 
-CHANGES = [pytest.param(lesson, blocks, id=f"{lesson.stem}-{heading[4:14]}") for lesson in LESSONS
-           for heading, blocks in read(lesson) if at_change(blocks)[1]]
+@each_lesson
+def test_every_block_is_read_and_can_be_pasted(lesson):
+    """Python 3.11 reads a paste line by line: a blank line must follow an indented block."""
+    text = lesson.read_text(encoding="utf-8")
+    blocks = [block for part in read(lesson) for block in part]
+    assert text.count("```") == 2 * len(blocks)
+    assert text.count("<!--") == len([block for block in blocks if block.note[0]])
+    for block in blocks:
+        waiting = []
+        for line in [*block.text.splitlines(), ""] if block.kind == "python" else []:
+            waiting.append(line)
+            if codeop.compile_command("\n".join(waiting), lesson.name):
+                waiting = []
+        assert not waiting
 
 
-@pytest.mark.parametrize("lesson, blocks", CHANGES)
-def test_what_an_exercise_shows_comes_from_its_change(lesson, blocks, desk):
-    """Without the change its assertion fails, so it is the change that has the effect."""
-    with pytest.raises(AssertionError):
-        run_blocks(at_change(blocks)[2], {"__name__": "exercise"}, str(lesson))
-
-
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
-def test_a_lesson_has_two_or_three_exercises_that_show_something(lesson):
-    _, *exercises = read(lesson)
-    assert 2 <= len(exercises) <= 3
-    for heading, blocks in exercises:
-        assert {"python", "sh"} & {block.kind for block in blocks}, heading
-
-
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
-def test_no_block_and_no_note_is_overlooked(lesson):
-    text, blocks = lesson.read_text(encoding="utf-8"), [block for _, blocks in read(lesson) for block in blocks]
-    assert len(blocks) == len(re.findall(r"^```\w", text, re.M)) and text.count("```") == 2 * len(blocks)
-    assert len([block for block in blocks if block.note[0]]) == text.count("<!--")
-    assert max(map(len, "\n".join(block.text for block in blocks).splitlines())) <= 130
-
-
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
-def test_names_in_a_lesson_exist(lesson):
-    """`llama.Attention.forward` is that; a reference that is out of date fails here."""
-    names = re.findall(r"`(\w+)((?:\.\w+)+)(?:\(\))?`", lesson.read_text(encoding="utf-8"))
-    names = [(module, path[1:].split(".")) for module, path in names if module in MODULES and path != ".py"]
-    assert names
-    for module, path in names:
-        found = importlib.import_module(module)
-        for name in path:
-            assert hasattr(found, name) or name in getattr(found, "__annotations__", {}), f"{module}.{'.'.join(path)}"
-            found = getattr(found, name, None)
-
-
-def test_the_index_lists_every_lesson_and_the_readme_the_index():
-    index = (ROOT / "docs" / "lessons" / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"\]\((\d[^)]*)\)", index) == [lesson.name for lesson in LESSONS] and len(LESSONS) >= 6
-    assert "docs/lessons/README.md" in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_lessons_walk_through_every_file_of_the_model():
-    told = "".join(lesson.read_text(encoding="utf-8") for lesson in LESSONS)
-    for name in ("vit", "dinov2", "clip", "llama", "connector", "mllm", "dialogue", "images", "data", "world", "train", "launch",
-                 "checkpoint", "sample", "look", "eval"):
-        assert f"`{name}.py`" in told, name
-
-
-def test_the_best_guessers_scores_are_those_that_readme_and_answers_tell(capsys):
-    page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/lessons/answers.md", "README.md"))
-    (code,) = (text for _, _, kind, text in BLOCK.findall(page) if kind == "python")
-    exec(code, {})
+def test_the_best_guess_of_the_answers_is_the_one_that_the_docs_state(capsys):
+    page = (ROOT / "docs" / "lessons" / "answers.md").read_text(encoding="utf-8")
+    exec(BLOCK.search(page)[4], {})
     scores = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    assert list(scores) == ["presence", "count", "attribute", "relation"]
     assert "It prints {}, {}, {} and {}.".format(*scores.values()) in page
-    told = "reaches {:.1f} in presence, {:.1f} in count, {:.1f} in attribute and {:.1f} in relation".format(
-        *(100 * float(score) for score in scores.values()))
-    assert told in " ".join(readme.split())
+    percent = [f"{100 * float(score):.1f}" for score in scores.values()]
+    stated = "{} in presence, {} in count, {} in attribute and {} in relation".format(*percent)
+    for name in ("README.md", "docs/results.md"):
+        assert stated in " ".join((ROOT / name).read_text(encoding="utf-8").split()), name

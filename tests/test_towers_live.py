@@ -1,162 +1,167 @@
-"""ViT, DINOv2, CLIP and SigLIP beside transformers itself: fresh weights, fresh pictures, every variant, both directions.
-
-The recorded tests hold the same where transformers is not installed; requirements-dev.txt installs it.
-"""
-import shutil
+"""Towers and exports against transformers: its classes load what we write and compute the same."""
 
 import pytest
 
 transformers = pytest.importorskip("transformers")
 
-import make_tower_fixtures
 import torch
-from conftest import relative_error
+from conftest import recorded, relative_error
+from make_dense_folder import wide
+from make_llava_tokenizer import make_tokenizer
 from make_tower_fixtures import VARIANTS, build, reference, save
-from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tower_outputs import CLASSES, logits_of, outputs, random_pixels
 
-from clip import CLIP, CLIPTextConfig, CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
+from clip import CLIP, CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
+from common.images import ImageSpec, to_pixels
+from dialogue import IMAGE
 from dinov2 import DINOv2, DINOv2Config
+from interop.export import export
+from llama import Llama, LlamaConfig
+from mllm import MLLM
 from vit import ViT, ViTConfig
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-TOLERANCE = 1e-5     # float32 parity as the project promises it; other orders of summation give about 1e-7
+# Relative, in float32; another order of summation gives about 1e-6.
+TOLERANCE, TOWER_TOLERANCE = 1e-4, 1e-5
+SHAPE = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 4}
+SHAPE |= {"image_size": 32, "patch_size": 8}
+VOCABULARY = 358
 
 
-def tower_class(variant):
-    return {"vit": ViT, "dei": ViT, "mae": ViT, "din": DINOv2, "cli": CLIPVision, "sig": SigLIPVision}[variant[:3]]
+# ---- towers -------------------------------------------------------------------------------------
 
 
-def logits_of(clip, pixels, tokens):
-    return clip.logit_scale.exp() * clip.image_features(pixels) @ clip.text_features(tokens).T
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_every_hidden_state_and_logit_equals_transformers(variant, tmp_path):
-    seed = 1000 + list(VARIANTS).index(variant)
-    model = build(variant, seed)
-    save(model, tmp_path)
-    tower = tower_class(variant).from_pretrained(tmp_path)
-    expected = reference(variant, model, seed, batch=3)
-    clip = CLIP.from_pretrained(tmp_path) if "tokens" in expected else None
-    for name, theirs in expected.items():
-        side, kind, *index = name.split(".") if "." in name else (None, name)
-        if side == "text":
-            ours = clip.text(expected["tokens"])[int(kind)]
-        elif kind == "hidden":
-            ours = tower(expected[f"{side}.pixels"])[int(index[0])]
-        elif kind == "masked":
-            ours = tower(expected[f"{side}.pixels"], mask=expected[f"{side}.mask"])[int(index[0])]
-        elif kind == "logits" and clip:
-            ours = logits_of(clip, expected[f"{side}.pixels"], expected["tokens"])
-        elif kind == "logits":
-            ours = tower.classify(expected[f"{side}.pixels"])
+def test_every_hidden_state_and_logit_equals_transformers(tmp_path):
+    for seed, variant in enumerate(VARIANTS, 1000):
+        model, folder = build(variant, seed), tmp_path / variant
+        save(model, folder)
+        expected = reference(variant, model, seed)
+        for name, output in outputs(variant, folder, expected).items():
+            assert relative_error(output, expected[name]) < TOWER_TOLERANCE, (variant, name)
+
+
+@torch.no_grad()
+def test_transformers_loads_what_towers_save(tmp_path):
+    """No key is missing or left over, outputs are equal, and so are the processor's pixels."""
+    saved = {"vit": "ViTModel", "deit": "DeiTModel", "mae": "ViTMAEModel", "clip": "CLIPModel"}
+    saved |= {"dinov2_swiglu": "Dinov2Model", "dinov2_registers": "Dinov2WithRegistersModel"}
+    saved |= {"clip_vision": "CLIPVisionModel", "siglip_vision": "SiglipVisionModel"}
+    for variant, name in saved.items():
+        folder, recorded_outputs = recorded(variant)
+        read = CLIP if variant == "clip" else CLASSES[variant[:3]]
+        model = read.from_pretrained(folder)
+        model.save_pretrained(tmp_path / name)
+        load = getattr(transformers, name).from_pretrained
+        theirs, report = load(tmp_path / name, output_loading_info=True)
+        missing = {key for key in report.pop("missing_keys") if not key.startswith("pooler.")}
+        assert not missing and not any(report.values()), (name, missing, report)
+        tower = getattr(model, "vision", model)
+        pixels = random_pixels(tower.config.image_size)
+        values = tower.normalize(pixels, torch.float32)
+        options = {"noise": torch.arange(16.0).expand(2, -1)} if variant == "mae" else {}
+        if variant == "clip":
+            tokens = recorded_outputs["tokens"]
+            expected = theirs.eval()(tokens, values).logits_per_image
+            assert relative_error(logits_of(model, pixels, tokens), expected) < TOWER_TOLERANCE
         else:
-            continue                                                 # an input
-        assert relative_error(ours, theirs) < TOLERANCE, name
+            expected = theirs.eval()(values, output_hidden_states=True, **options).hidden_states
+            assert relative_error(tower(pixels)[-1], expected[-1]) < TOWER_TOLERANCE, name
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / name)
+        image = torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8).numpy()
+        values = processor(image, return_tensors="pt")["pixel_values"]
+        spec = ImageSpec.from_folder(tmp_path / name)
+        ours = tower.normalize(to_pixels(image, spec)[None], torch.float32)
+        assert (values - ours).abs().max() < 0.02, name
 
 
-@torch.no_grad()
-def test_similarity_equals_transformers_with_the_real_tokenizer(real, tmp_path, monkeypatch):
-    """Pictures and texts all the way: OpenAI's vocabulary, legacy eos_token_id 2, texts of several lengths, one too long."""
-    text = make_tower_fixtures.LEGACY | dict(vocab_size=49408, max_position_embeddings=77)
-    settings = dict(vision_config=make_tower_fixtures.VIT, text_config=text, projection_dim=16)
-    monkeypatch.setitem(VARIANTS, "clip_real", ("CLIPModel", "CLIPConfig", settings, (32,)))
-    model = build("clip_real", 7)
-    save(model, tmp_path)
-    shutil.copy(real / "tokenizers" / "clip" / "tokenizer.json", tmp_path)
-    words = transformers.CLIPTokenizer.from_pretrained(tmp_path)
-    texts = ["a photo of a cat", "Two dogs, asleep on the RED sofa!", "", "naïve café 東京", "very " * 200 + "long"]
-    tokens = words(texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
-    pixels = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    clip = CLIP.from_pretrained(tmp_path)
-    theirs = model(tokens["input_ids"], clip.vision.normalize(pixels, torch.float32), tokens["attention_mask"]).logits_per_image
-    ours = clip.similarity(pixels, texts)
-    assert relative_error(ours, theirs) < TOLERANCE
-    assert ours.std() > 1                                            # they differ between texts by far more than that
+# ---- exports ------------------------------------------------------------------------------------
 
 
-def loads_without_complaint(model_class, folder):
-    model, report = getattr(transformers, model_class).from_pretrained(folder, output_loading_info=True)
-    assert not any(report.values()), report                          # missing, unexpected or mismatched keys
-    return model.eval()
+def assert_complete(report):
+    """Nothing is left over; only a pooler is missing, which our towers never have."""
+    assert not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert all("pooler" in key for key in report["missing_keys"])
 
 
-@pytest.mark.parametrize("registers, swiglu", [(0, False), (0, True), (3, False)])
-@torch.no_grad()
-def test_transformers_loads_what_dinov2_saves(registers, swiglu, tmp_path):
+def model_of(connector, tower, template="vicuna_v1", **llm):
+    """Build a small MLLM whose tokenizer is of LLaMA's kind and has no <image>."""
     torch.manual_seed(0)
-    tower = DINOv2(DINOv2Config(**make_tower_fixtures.DINO, num_register_tokens=registers, use_swiglu_ffn=swiglu)).eval()
-    tower.save_pretrained(tmp_path)
-    model = loads_without_complaint("Dinov2WithRegistersModel" if registers else "Dinov2Model", tmp_path)
-    pixels = torch.randint(0, 256, (2, 3, 42, 42), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    theirs = model(tower.normalize(pixels, torch.float32)).last_hidden_state
-    assert relative_error(tower.norm(tower(pixels)[-1]), theirs) < TOLERANCE
-    assert type(transformers.AutoModel.from_pretrained(tmp_path)) is type(model)
+    tokenizer = Tokenizer.from_str(make_tokenizer().to_str().replace("<image>", "<other>"))
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 512}
+    llm = Llama(LlamaConfig(vocab_size=VOCABULARY, **sizes, **llm))
+    return wide(MLLM([tower], llm, connector, tokenizer, template, ImageSpec(32)), 5)
+
+
+def clip_tower():
+    return CLIPVision(CLIPVisionConfig(intermediate_size=24, **SHAPE))
 
 
 @torch.no_grad()
-def test_transformers_loads_what_clip_saves(tmp_path):
-    torch.manual_seed(0)
-    shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=28, hidden_act="gelu")
-    clip = CLIP(CLIPVisionConfig(**shape, image_size=32, patch_size=8),
-                CLIPTextConfig(**shape, vocab_size=61, max_position_embeddings=12, eos_token_id=60), projection_dim=8).eval()
-    clip.save_pretrained(tmp_path)
-    model = loads_without_complaint("CLIPModel", tmp_path)
-    pixels = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    tokens = torch.tensor([[59, 4, 5, 60], [59, 7, 60, 60]])
-    theirs = model(tokens, clip.vision.normalize(pixels, torch.float32)).logits_per_image
-    assert relative_error(logits_of(clip, pixels, tokens), theirs) < TOLERANCE
+def test_transformers_llava_gives_the_logits_of_what_we_trained(tmp_path):
+    """With its own tokenizer, chat template and <image> token; a new token is never chosen."""
+    cases = [
+        ("mlp", SigLIPVision(SigLIPVisionConfig(**SHAPE)), {"num_key_value_heads": 1}),
+        ("linear", DINOv2(DINOv2Config(mlp_ratio=2, **SHAPE)), {}),
+        ("mlp", ViT(ViTConfig(intermediate_size=24, **SHAPE)), {}),
+        ("mlp", clip_tower(), {"tie_word_embeddings": True}),
+        ("mlp", clip_tower(), {"sliding_window": 9}),
+        ("linear", clip_tower(), {"qkv_bias": True}),
+    ]
+    for i, (connector, tower, llm) in enumerate(cases):
+        ours, folder = model_of(connector, tower, **llm), tmp_path / str(i)
+        assert export(ours, folder) == "llava-hf"
+        theirs, report = transformers.LlavaForConditionalGeneration.from_pretrained(
+            folder, output_loading_info=True
+        )
+        assert_complete(report)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        image = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8).numpy()
+        for images in ([image], []):
+            check_answer(ours, theirs.eval(), tokenizer, images)
 
 
-@pytest.mark.parametrize("variant", ["vit", "deit", "dinov2_swiglu", "clip"])
+def check_answer(ours, theirs, tokenizer, images):
+    """Compare prompt, logits and greedy answer."""
+    pixels, ids = ours.prompt(images, [("What is this?", None)])
+    parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": "What is this?"}]
+    text = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    tokens = tokenizer(text.replace("<image>", "<image>" * 16), return_tensors="pt").input_ids
+    image_id = theirs.config.image_token_index
+    assert tokens[0].tolist() == [image_id if i == IMAGE else i for i in ids]
+    inputs = {"input_ids": tokens}
+    if images:
+        inputs["pixel_values"] = ours.vision[0].normalize(pixels, torch.float32)
+    logits = theirs(**inputs).logits
+    expected = ours.llm(embeds=ours.embed(torch.tensor([ids]), pixels))
+    assert relative_error(logits[..., :VOCABULARY], expected) < TOLERANCE
+    assert (logits.argmax(-1) < VOCABULARY).all()
+    inputs["attention_mask"] = torch.ones_like(tokens)
+    greedy = theirs.generate(**inputs, max_new_tokens=10, do_sample=False)
+    answer = greedy[0, tokens.shape[1] :].tolist()
+    assert ours.generate([images], ["What is this?"], 10) == [ours.text(answer)]
+
+
 @torch.no_grad()
-def test_shards_that_transformers_writes_load_like_one_file(variant, tmp_path):
-    model = build(variant, 3)
-    model.save_pretrained(tmp_path / "whole")
-    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    whole, shards = (tower_class(variant).from_pretrained(tmp_path / name) for name in ("whole", "shards"))
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), shards.parameters(), strict=True))
-
-
-@torch.no_grad()
-def test_a_clip_vision_tower_loads_from_all_layouts_of_its_file(tmp_path):
-    """Names with `vision_model.` (the hub), without it (transformers 5 writes some so), and a whole CLIP's."""
-    model = build("clip_vision", 5)
-    save(model, tmp_path)
-    old = CLIPVision.from_pretrained(tmp_path)
-    tensors = {name.removeprefix("vision_model."): tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
-    save_file(tensors, tmp_path / "model.safetensors")
-    new = CLIPVision.from_pretrained(tmp_path)
-    model.save_pretrained(tmp_path)
-    today = CLIPVision.from_pretrained(tmp_path)
-    for parameters in zip(old.parameters(), new.parameters(), today.parameters(), strict=True):
-        assert torch.equal(parameters[0], parameters[1]) and torch.equal(parameters[0], parameters[2])
-
-
-@torch.no_grad()
-def test_the_papers_resolution_equals_transformers(tmp_path, monkeypatch):
-    """518 to 336 with patches of 14, for the tower without registers and the antialiased one with them."""
-    shape = make_tower_fixtures.DINO | dict(image_size=518, patch_size=14, num_hidden_layers=1)
-    for name in ("dinov2", "dinov2_registers"):
-        monkeypatch.setitem(VARIANTS, name, (*VARIANTS[name][:2], shape, (336,)))
-        model = build(name, 11)
-        save(model, tmp_path)
-        expected = reference(name, model, 11, batch=1)
-        hidden = DINOv2.from_pretrained(tmp_path)(expected["336.pixels"])
-        assert all(relative_error(state, expected[f"336.hidden.{i}"]) < TOLERANCE for i, state in enumerate(hidden))
-
-
-@pytest.mark.parametrize("ours, theirs", [
-    (ViTConfig, "ViTConfig"), (ViTConfig, "DeiTConfig"), (ViTConfig, "ViTMAEConfig"), (DINOv2Config, "Dinov2Config"),
-    (CLIPVisionConfig, "CLIPVisionConfig"), (CLIPTextConfig, "CLIPTextConfig"), (SigLIPVisionConfig, "SiglipVisionConfig")])
-def test_keys_that_a_config_json_omits_have_the_defaults_of_transformers(ours, theirs):
-    """A config.json of the hub leaves out whatever is a default of its class, in nested configurations above all."""
-    ours, theirs = ours(), getattr(transformers, theirs)()
-    own = {"model_type", "num_labels", "distilled_head", "num_register_tokens"}      # not read from there, or not a key there
-    different = {key: (value, getattr(theirs, key)) for key, value in vars(ours).items()
-                 if key not in own and value != getattr(theirs, key)}
-    assert not different
+def test_transformers_reads_the_llm_alone(tmp_path):
+    ours = model_of("dense", clip_tower(), template="llama_2")
+    export(ours, tmp_path / "llm", "llama")
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "llm", output_loading_info=True
+    )
+    assert type(theirs).__name__ == "LlamaForCausalLM" and not any(report.values())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "llm")
+    turns = [("What is red?", "A color."), ("And two?", None)]
+    messages = [
+        {"role": "user", "content": "What is red?"},
+        {"role": "assistant", "content": "A color."},
+        {"role": "user", "content": "And two?"},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    tokens = tokenizer(text, return_tensors="pt").input_ids
+    assert tokens[0].tolist() == ours.prompt([], turns)[1]
+    assert relative_error(theirs(tokens).logits, ours.llm(tokens)) < TOLERANCE

@@ -1,1 +1,0 @@
-"""The sections of bench.py, a file each."""

@@ -1,0 +1,85 @@
+"""Answers as files: those of a run, which may stop and resume, and those for a benchmark's server.
+
+    read_answers(folder, items)      earlier answers: {id: {"id", "prompt", "answer", "target"}}
+    write_lines(path, lines)         after every batch, each process to its own file
+    merge(folder, items, known)      answers.jsonl, in the order of the questions
+    json_file, mmbench_sheet         (file name, bytes) for the server or the official script
+
+MMBench's server takes an Excel sheet (.xlsx), the others JSON.
+"""
+
+import io
+import json
+import os
+
+from benchmarks.scores import mmbench_letter
+from common.errors import InputError
+
+# --- of a run -----------------------------------------------------------------------------
+
+
+def read_answers(folder, items):
+    """Read all earlier answers -> {id: line}, except to questions whose prompt has changed.
+
+    A line that cannot be read is skipped, so its question is asked again: a run that is stopped may
+    leave half a line.
+    """
+    prompts, known = {item.id: item.prompt for item in items}, {}
+    for path in sorted(folder.glob("answers*.jsonl")):
+        for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                line = json.loads(text)
+                name, prompt, answer = line["id"], line["prompt"], line["answer"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if prompts.get(name, prompt) == prompt and isinstance(answer, str):
+                known[name] = line
+    return known
+
+
+def write_lines(path, lines, mode="a"):
+    with open(path, mode, encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def merge(folder, items, known):
+    """Write the answers of all processes to answers.jsonl, in the order of the questions.
+
+    Answers beyond --limit are kept at the end.
+    """
+    order = dict.fromkeys([*(item.id for item in items), *known])
+    write_lines(folder / "answers.partial", [known[name] for name in order], "w")
+    os.replace(folder / "answers.partial", folder / "answers.jsonl")
+    for path in folder.glob("answers.rank*.jsonl"):
+        path.unlink()
+
+
+# --- for servers --------------------------------------------------------------------------
+
+
+def json_file(key, normalize, items, answers):
+    """Write each item's record with its normalized answer under `key`."""
+    rows = [{**item.record, key: normalize(answers[item.id])} for item in items]
+    return "submission.json", (json.dumps(rows, ensure_ascii=False) + "\n").encode()
+
+
+def mmbench_sheet(items, answers):
+    """Write the columns of MMBench's table and the letter of each prediction as an Excel sheet."""
+    try:
+        from openpyxl import Workbook
+    except ImportError:
+        raise InputError(
+            "MMBench's server takes an Excel sheet: pip install openpyxl, then repeat the command "
+            "(the answers are saved)"
+        ) from None
+    columns = ["index", "question", *"ABCD", "answer", "split"]
+    workbook, packed = Workbook(), io.BytesIO()
+    workbook.active.append([*columns, "prediction"])
+    for item in items:
+        answer = answers[item.id]
+        letter = mmbench_letter(answer, item.record["options"])
+        # A sheet cannot hold control characters.
+        prediction = letter or "".join(filter(str.isprintable, answer))
+        workbook.active.append([*(item.record.get(key) for key in columns), prediction])
+    workbook.save(packed)
+    return "submission.xlsx", packed.getvalue()

@@ -1,0 +1,133 @@
+"""The score of captions: CIDEr of sentences against several references.
+
+    caption_scores(answers, references)  ->  {"CIDEr": mean}
+
+CIDEr-D, the variant that COCO's evaluation code (coco-caption, pycocoevalcap) computes: Vedantam et
+al., arXiv 1411.5726. Papers print it times 100. Sentences are split into words as in the Penn
+Treebank ("isn't" is "is n't"), in lower case, without punctuation. The official tokenizer is a Java
+program with thousands of rules. Ours has those that English captions need, and tests/test_scores.py
+compares it with recorded output of the official one.
+"""
+
+import math
+import re
+from collections import Counter
+
+# --- words --------------------------------------------------------------------------------
+
+# Tokens that are dropped.
+PUNCTUATION = set("'' ' `` ` . ? ! , : - -- ... ;".split())
+RENAMED = """
+    ( -lrb- ) -rrb- [ -lsb- ] -rsb- { -lcb- } -rcb- " '' £ # € $ ¢ cents – -- — -- ― -- … ...
+""".split()
+RENAMED = dict(zip(RENAMED[::2], RENAMED[1::2], strict=True))
+QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "½": "1/2", "¼": "1/4", "¾": "3/4"})
+# Split after the number of characters.
+TWO_WORDS = {"cannot": 3, "gonna": 3, "wanna": 3, "gotta": 3, "gimme": 3, "lemme": 3}
+TWO_WORDS |= {"'tis": 2, "'twas": 2}
+ABBREVIATIONS = "|".join(
+    r"""mr mrs ms dr prof st ave blvd rd mt ft jr sr inc co corp ltd vs etc pres gov sen rep gen col
+        capt lt sgt rev jan feb mar apr jun jul aug sept sep oct nov dec bros esq ph\.d""".split()
+)
+TOKEN = re.compile(
+    rf"""
+    # addresses
+    -[lr][rsc]b- | (?:https?://|www\.)[^\s"]*[^\s".,:;!?()]
+    # mail, HTML
+  | [\w.+-]+@[\w-]+(?:\.[\w-]+)+ | </?[a-z]+>
+    # runs
+  | \.{{2,}} | -{{2,}} | [?!]+
+    # words that begin with an apostrophe
+  | 'n' | '(?:em|cause|til|n|tis|twas)\b | '\d0s\b
+    # second halves of words
+  | '(?:s|m|d|re|ve|ll)(?!\w) | n't(?!\w)
+    # abbreviations with their dot
+  | (?:{ABBREVIATIONS})\.(?!\w) | no\.(?=\s*\d) | [^\W\d_]+\.(?=[,;:])
+    # initials: p.m., U.S., A.
+  | (?<![\w'])(?:[a-z]\.)+(?:[a-z](?![\w'-])\.?)?
+    # 10:30|am, 0.5|ms, 3/4-size, 1 1/2
+  | \d+:\d+(?=[ap]\.?m) | \d+\.\d+(?=[a-z]) | \d+/\d+-\w+ | \d+\s+\d+/\d+(?!\w)
+    # other numbers, times, fractions
+  | (?<!\w)[-+]?(?:\d+(?:[.,:/-]\d+)*|\.\d+)(?!\w|[-']\w) | \.\d+(?:\.\d+)*
+    # two words in one; AT&T
+  | (?:cannot|gonna|wanna|gotta|gimme|lemme)\b(?!-) | (?-i:[A-Z]+&[A-Z]+)\b
+    # first halves of isn't, ...
+  | [^\W\d_]+(?=n't(?!\w))
+    # words with an apostrophe inside
+  | o'clock | ma'am | c'mon | ne'er | [od]'[a-z]{{2,}} | d'you | y'
+    # words, also joined ones
+  | \w+(?:[-_/]\w+|[.?!][^\W\d]+)*
+  | @\w+ | \#[a-z]\w* | \S
+""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def words(sentence):
+    """Split a sentence as coco-caption does: "The dog's ball." -> ["the", "dog", "'s", "ball"]."""
+    found = []
+    for token in TOKEN.findall(sentence.translate(QUOTES)):
+        token = token.lower()
+        if re.fullmatch(r"\.{2,}", token):
+            token = "..."
+        elif re.fullmatch("-{2,4}", token):
+            token = "--"
+        if token in TWO_WORDS:
+            found += [token[: TWO_WORDS[token]], token[TWO_WORDS[token] :]]
+        else:
+            # "1 1/2" is one match and two words.
+            found += RENAMED.get(token, token).split()
+    return [token for token in found if token not in PUNCTUATION]
+
+
+# --- scores -------------------------------------------------------------------------------
+
+
+def ngrams(tokens):
+    """Count all n-grams of a list of words, n = 1..4; each is a tuple."""
+    found = Counter()
+    for n in range(1, 5):
+        found.update(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+    return found
+
+
+def cider(answers, references, sigma=6.0):
+    """Return CIDEr-D of every answer, lists of words against lists of references.
+
+    A sentence is a vector of its n-grams' counts, each weighted by how few images have the n-gram
+    in a reference. The score is 10 times the cosine of answer and reference, with clipped counts
+    and a penalty on different lengths, averaged over references and n = 1..4. For a single image
+    every weight is 0.
+    """
+    images = Counter()
+    for others in references:
+        images.update(set().union(*map(ngrams, others)))
+
+    def vectors(tokens):
+        """Return the weights of all n-grams, a dict for each n."""
+        weights = [{}, {}, {}, {}]
+        for gram, count in ngrams(tokens).items():
+            rarity = math.log(len(references)) - math.log(max(1, images[gram]))
+            weights[len(gram) - 1][gram] = count * rarity
+        return weights
+
+    scores = []
+    for answer, others in zip(answers, references, strict=True):
+        weights, total = vectors(answer), 0.0
+        for other in others:
+            # In bigrams, as in the official code.
+            difference = max(1, len(answer)) - max(1, len(other))
+            penalty = math.exp(-(difference**2) / (2 * sigma**2))
+            for a, b in zip(weights, vectors(other), strict=True):
+                product = sum(min(a[gram], b[gram]) * b[gram] for gram in a if gram in b)
+                norm = math.hypot(*a.values()) * math.hypot(*b.values())
+                total += penalty * product / norm if norm else 0.0
+        scores.append(10 * total / (4 * len(others)))
+    return scores
+
+
+def caption_scores(answers, references):
+    """Score texts against a list of reference texts each -> {"CIDEr": mean}."""
+    answers = [words(answer) for answer in answers]
+    references = [[words(text) for text in texts] for texts in references]
+    return {"CIDEr": sum(cider(answers, references)) / len(answers)}

@@ -1,0 +1,179 @@
+"""Run a model on one of the papers' benchmarks, and score it as the official scorer does.
+
+    python -m benchmarks pope --model=FOLDER --data=coco_pope_random.json --image_dir=val2014
+    torchrun --nproc_per_node=8 -m benchmarks rec --model=FOLDER --data=REC_refcoco_unc_testA.jsonl
+
+The first word is the benchmark: rec, reg, caption, pope, vqav2, okvqa, vizwiz, textvqa, gqa,
+scienceqa, mmbench, mme, choice (MMMU) or video. Its data are the files as they are published; leave
+out --data to see which. Several processes share the questions.
+
+--out gets answers.jsonl, scores.json and, where a server scores, the submission. A run that was
+stopped resumes: questions that have an answer are not asked again.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from benchmarks import readers
+from benchmarks.answers import merge, read_answers, write_lines
+from benchmarks.prompts import images_of
+from benchmarks.scores import score
+from common import cli
+from common.cli import option
+from common.errors import InputError
+from common.hub import dtype_to_answer, locate, newest_model, read_json, write_json
+from common.speed import speed_up
+from connector import half_side, halve_grid
+from interop.load import load_model
+
+
+@dataclass
+class Config:
+    task: str = option("", "the benchmark; the first word of the command")
+    model: str = option("", "folder of a trained model; default: the newest under out/")
+    data: list[str] = option([], "the benchmark's file, or several: its splits")
+    annotations: str = option("", "file with the answers, if it is another one (mme: a folder)")
+    image_dir: str = option(".", "folder of the images or videos")
+    out: str = option("", "folder for answers and scores; default: out/eval/MODEL/TASK")
+    limit: int | None = option(None, "number of questions; default: all")
+    batch: int = option(50, "questions answered at once")
+    prompt: str = option(
+        "", "other prompt, with <question>, <expr> or <boxes>; default: the paper's"
+    )
+    max_new_tokens: int = option(128, "length of the longest answer")
+    split: str = option("test", "caption: Karpathy's split")
+    frames: int = option(8, "video: number of frames to show")
+    pool: int = option(0, "halve the side of every image's grid of tokens this many times")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    bf16: bool | None = option(None, "bfloat16; default: on CUDA or if the checkpoint is 16-bit")
+
+
+# --- the model ----------------------------------------------------------------------------
+
+
+def load(config, name, size):
+    """Load the model. --pool halves the side of its grid of tokens, which must be even.
+
+    Video needs this: eight frames of 576 tokens are more than most LLMs were trained to read. It is
+    the Dense Connector's "efficient" without training.
+    """
+    device = cli.pick_device(config.device)
+    model = load_model(name, dtype_to_answer(name, device, config.bf16), device)
+    # speed_up copies weights. Several processes share the mapped file instead.
+    if size == 1:
+        speed_up(model, "batch")
+    for _ in range(config.pool):
+        model.tokens_per_image = half_side(model.tokens_per_image) ** 2
+        model.connector.register_forward_hook(lambda connector, hidden, tokens: halve_grid(tokens))
+    return model
+
+
+# --- the run ------------------------------------------------------------------------------
+
+
+def benchmark(config, rank, size):
+    """Read, answer, merge and score. Every process answers its share, the first one scores."""
+    if min(config.batch, config.frames, config.max_new_tokens) < 1:
+        raise InputError("--batch, --frames and --max_new_tokens: must be 1 or more")
+    items = readers.read(config)
+    name = config.model or str(newest_model())
+    folder = Path(config.out or f"out/eval/{name.strip('/').replace('/', '-')}/{config.task}")
+    check_same_run(config, name, folder, rank)
+    known = read_answers(folder, items)
+    # All processes have read before one writes.
+    barrier()
+    missing = [item for item in items if item.id not in known]
+    if missing[rank::size]:
+        answer_all(config, name, folder, missing[rank::size], rank, size)
+    # All answers are written.
+    barrier()
+    if rank == 0:
+        known = read_answers(folder, items)
+        merge(folder, items, known)
+        answers = {item.id: known[item.id]["answer"] for item in items}
+        report(config, name, folder, items, answers, len(missing))
+    barrier()
+
+
+def answer_all(config, name, folder, items, rank, size):
+    """Answer these questions, and append the answers to this process's file after every batch."""
+    model = load(config, name, size)
+    start = time.time()
+    # A new file, since that of a killed run may end in half a line.
+    path = folder / f"answers.rank{rank}-{start:.0f}.jsonl"
+    for i in range(0, len(items), config.batch):
+        batch = items[i : i + config.batch]
+        images, prompts = [images_of(item) for item in batch], [item.prompt for item in batch]
+        try:
+            answers = model.generate(images, prompts, config.max_new_tokens)
+        except InputError as error:
+            hint = "--max_new_tokens, --frames and --pool=1 make it shorter"
+            raise InputError(f"questions from {batch[0].id} on: {error} ({hint})") from None
+        lines = []
+        for item, answer in zip(batch, answers, strict=True):
+            line = {"id": item.id, "prompt": item.prompt, "answer": answer, "target": item.target}
+            lines.append(line)
+        write_lines(path, lines)
+        if rank == 0:
+            done = i + len(batch)
+            left = (time.time() - start) / 60 * (len(items) / done - 1)
+            print(f"{done:,} of {len(items):,} questions, {left:.0f} minutes left", flush=True)
+
+
+def check_same_run(config, name, folder, rank):
+    """Refuse a folder with answers of another model, data or options, recorded in run.json."""
+    run = {key: getattr(config, key) for key in ("image_dir", "max_new_tokens", "frames", "pool")}
+    for key, files in (("data", config.data), ("model", locate(name).glob("*.safetensors"))):
+        stats = [(str(file), Path(file).stat()) for file in sorted(files)]
+        run[key] = [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    path = folder / "run.json"
+    if rank == 0 and not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, run)
+    barrier()
+    before = read_json(path)
+    changed = [key for key in run if before.get(key) != run[key]]
+    if changed:
+        raise InputError(
+            f"{folder}: has answers of a run with other {', '.join(changed)}; "
+            "choose another --out or remove the folder"
+        )
+
+
+def report(config, name, folder, items, answers, asked):
+    """Print the scores, and write them and the file for the server."""
+    benchmark = readers.BENCHMARKS[config.task]
+    results = score(benchmark, items, answers)
+    write_json(folder / "scores.json", {"task": config.task, "model": name, "results": results})
+    print(f"{name}: {config.task}, {len(items):,} questions ({asked:,} of them asked now)\n")
+    for group, result in results.items():
+        for metric, value in result["scores"].items():
+            print(f"{group[:40]:40} {result['samples']:7,}  {metric:20} {100 * value:8.2f}")
+    if not results:
+        print("The files have no answers to compare with, so there is no score.")
+    print(f"\n{folder}: answers.jsonl, scores.json")
+    if benchmark.submit:
+        file, content = benchmark.submit(items, answers)
+        (folder / file).write_bytes(content)
+        print(f"{folder / file}: for the server")
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def main(arguments):
+    config = cli.parse(Config, arguments, __doc__)
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1:
+        # Only for barriers: the fastest process may wait long for the slowest.
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    benchmark(config, rank, size)
+    if size > 1:
+        dist.destroy_process_group()

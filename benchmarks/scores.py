@@ -1,0 +1,310 @@
+"""The scores of the papers' benchmarks, each by the rule of its official scorer.
+
+    Shikra's REC      boxes in pixels          accuracy at IoU 0.5
+    POPE, MME         yes or no                accuracy, F1, ...; pairs
+    VQAv2 and others  ten people's answers     how many of them agree with the model
+    multiple choice   a letter                 MMBench: right in every rotation of the options
+
+All are pure functions of answers and targets. Values are from 0 to 1; papers print them times 100.
+Scores of captions are in captions.py. The code is our own, and tests/test_scores.py compares it
+with recorded results of the official scorers.
+"""
+
+import re
+
+import eval as world_eval
+from common.images import iou, parse_boxes, unpad_box
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def mean(values):
+    """Return the mean of any number of values, or 0 if there are none."""
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def accuracy(match, answers, targets):
+    """Average match(answer, target) over all answers."""
+    pairs = zip(answers, targets, strict=True)
+    return {"accuracy": mean(match(answer, target) for answer, target in pairs)}
+
+
+# --- boxes: RefCOCO, RefCOCO+, RefCOCOg ---------------------------------------------------
+
+
+def box_scores(answers, targets):
+    """Score texts against (box in pixels, width, height) each.
+
+    An answer without a box, or with more than one, is wrong (Shikra's rule, arXiv 2306.15195).
+    """
+    overlaps = []
+    for answer, (target, width, height) in zip(answers, targets, strict=True):
+        boxes, overlap = parse_boxes(answer), 0.0
+        if len(boxes) == 1:
+            overlap = iou(unpad_box(boxes[0], width, height), target)
+        overlaps.append(overlap)
+    hits = mean(overlap >= 0.5 for overlap in overlaps)
+    return {"accuracy at IoU 0.5": hits, "mean IoU": mean(overlaps)}
+
+
+# --- yes or no: POPE, MME -----------------------------------------------------------------
+
+
+def read_pope(answer):
+    """Read "no" if the first sentence has the word No, no or not, else "yes" (arXiv 2305.10355)."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def pope_scores(answers, targets):
+    """Score "yes" or "no". "yes" is the positive class, and 0 / 0 is 0."""
+    scores = world_eval.score("presence", [read_pope(answer) for answer in answers], targets)
+    return {metric: value for metric, value in scores.items() if metric != "unparsable"}
+
+
+def read_mme(answer):
+    """Read "yes" or "no" from the first four characters, else None (MME, arXiv 2306.13394)."""
+    start = answer.lower()[:4]
+    if "yes" in start:
+        return "yes"
+    return "no" if "no" in start else None
+
+
+def mme_scores(answers, targets):
+    """Score one category: two questions per image, of which one is to be answered yes.
+
+    "accuracy+" is the share of images with both right. "score" is the sum of both accuracies;
+    times 100 it is the points of the category. targets: {"answer", "image"} each.
+    """
+    right = {}
+    for answer, target in zip(answers, targets, strict=True):
+        right.setdefault(target["image"], []).append(read_mme(answer) == target["answer"])
+    single = mean(correct for both in right.values() for correct in both)
+    pairs = mean(all(both) for both in right.values())
+    return {"score": single + pairs, "accuracy": single, "accuracy+": pairs}
+
+
+MME = {
+    "perception": "existence count position color posters celebrity scene landmark artwork OCR",
+    "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning",
+}
+
+
+def mme_totals(results):
+    """Sum the points of MME's categories to its two numbers."""
+    totals = {}
+    for total, names in MME.items():
+        parts = [results[name] for name in names.split() if name in results]
+        points = sum(part["scores"]["score"] for part in parts)
+        samples = sum(part["samples"] for part in parts)
+        if parts:
+            totals[total] = {"samples": samples, "scores": {"score": points}}
+    return totals
+
+
+# --- ten people's answers: VQAv2, OK-VQA, VizWiz, TextVQA ---------------------------------
+
+COUNTS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = {word: str(i) for i, word in enumerate(COUNTS)} | {"none": "0"}
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+# The official list of words without their apostrophe, with its own slips.
+CONTRACTIONS = """
+    'ow'sat='ow's'at 'ows'at='ow's'at aint=ain't arent=aren't cant=can't couldn'tve=couldn't've
+    couldnt've=couldn't've couldnt=couldn't couldve=could've didnt=didn't doesnt=doesn't
+    dont=don't hadn'tve=hadn't've hadnt've=hadn't've hadnt=hadn't hasnt=hasn't havent=haven't
+    he'dve=he'd've hed've=he'd've hed=he'd hes=he's howd=how'd howll=how'll hows=how's
+    I'dve=I'd've Id've=I'd've Im=I'm isnt=isn't it'dve=it'd've itd've=it'd've itd=it'd itll=it'll
+    Ive=I've let's=let's maam=ma'am mightn'tve=mightn't've mightnt've=mightn't've mightnt=mightn't
+    mightve=might've mustnt=mustn't mustve=must've neednt=needn't notve=not've oclock=o'clock
+    oughtnt=oughtn't ow's'at='ow's'at shant=shan't she'dve=she'd've she's=she's shed've=she'd've
+    shouldn'tve=shouldn't've shouldnt've=shouldn't've shouldnt=shouldn't shouldve=should've
+    somebody'd=somebodyd somebody'dve=somebody'd've somebodyd've=somebody'd've
+    somebodyll=somebody'll somebodys=somebody's someone'dve=someone'd've someoned've=someone'd've
+    someoned=someone'd someonell=someone'll someones=someone's something'dve=something'd've
+    somethingd've=something'd've somethingd=something'd somethingll=something'll thats=that's
+    there'dve=there'd've thered've=there'd've thered=there'd therere=there're theres=there's
+    they'dve=they'd've theyd've=they'd've theyd=they'd theyll=they'll theyre=they're
+    theyve=they've twas='twas wasnt=wasn't we'dve=we'd've wed've=we'd've werent=weren't weve=we've
+    whatll=what'll whatre=what're whats=what's whatve=what've whens=when's whered=where'd
+    wheres=where's whereve=where've who'dve=who'd've whod've=who'd've whod=who'd wholl=who'll
+    whos=who's whove=who've whyll=why'll whyre=why're whys=why's wont=won't wouldn'tve=wouldn't've
+    wouldnt've=wouldn't've wouldnt=wouldn't wouldve=would've y'all'dve=y'all'd've
+    y'alld've=y'all'd've y'allll=y'all'll yall'd've=y'all'd've yall'll=y'all'll yall=y'all
+    you'dve=you'd've youd've=you'd've youd=you'd youll=you'll youre=you're youve=you've
+"""
+CONTRACTIONS = dict(pair.split("=") for pair in CONTRACTIONS.split())
+
+
+def one_line(text):
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def vqa_normalize(text):
+    """Normalize an answer as VQAv2's scorer does (visualqa.org/evaluation.html).
+
+    Lower case, no punctuation, no articles, number words as digits, contractions with apostrophe.
+    """
+    text = one_line(text)
+    thousands = re.search(r"\d,\d", text)
+    stripped = text
+    for sign in PUNCTUATION:
+        # A sign between letters separates words, any other vanishes.
+        vanishes = thousands or sign + " " in text or " " + sign in text
+        stripped = stripped.replace(sign, "" if vanishes else " ")
+    # The official scorer passes a flag, re.UNICODE = 32, as the count.
+    stripped = re.sub(r"\.(?!\d)", "", stripped, count=32)
+    words = [NUMBERS.get(word, word) for word in stripped.lower().split()]
+    words = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words)
+
+
+def evalai_normalize(text):
+    """Normalize as EvalAI's server for TextVQA does, and LLaVA for every answer it submits."""
+    return vqa_normalize(text.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
+
+
+def agreement(answer, people):
+    """Average min(1, agreeing people / 3) over leaving out one person (arXiv 1505.00468)."""
+    agreeing = people.count(answer)
+    return mean(min(1.0, (agreeing - (person == answer)) / 3) for person in people)
+
+
+def vqa_accuracy(answer, people):
+    """Score one answer of VQAv2 or OK-VQA. Where all people agree, nothing is normalized."""
+    answer, people = one_line(answer), [one_line(person) for person in people]
+    if len(set(people)) > 1:
+        answer, people = vqa_normalize(answer), [vqa_normalize(person) for person in people]
+    return agreement(answer, people)
+
+
+def submitted_vqa_accuracy(answer, people):
+    """Score the answer as LLaVA submits it to VQAv2's server."""
+    return vqa_accuracy(evalai_normalize(answer), people)
+
+
+def vizwiz_accuracy(answer, people):
+    """Score one answer of VizWiz as it is submitted. People's answers are not normalized."""
+    return agreement(vqa_normalize(evalai_normalize(answer)), list(people))
+
+
+def textvqa_accuracy(answer, people):
+    """Score one answer of TextVQA. All answers are normalized as EvalAI does."""
+    return agreement(evalai_normalize(answer), [evalai_normalize(person) for person in people])
+
+
+# --- one right answer: GQA, video ---------------------------------------------------------
+
+
+def gqa_normalize(answer):
+    """Normalize as LLaVA does before GQA's exact match."""
+    return answer.rstrip(".").lower()
+
+
+def gqa_match(answer, target):
+    return gqa_normalize(answer) == target
+
+
+def video_match(answer, target):
+    """Compare two answers after VQA's normalization."""
+    return evalai_normalize(answer) == evalai_normalize(target)
+
+
+# --- multiple choice: ScienceQA, MMBench, MMMU --------------------------------------------
+
+
+def scienceqa_letter(answer, options="ABCDE"):
+    """Read "B", "B. ..." or a single "The answer is B." by LLaVA's rule, else None."""
+    if len(answer) == 1 and answer in options:
+        return answer
+    if len(answer) >= 3 and answer[0] in options and answer[1:3] == ". ":
+        return answer[0]
+    found = re.findall(r"The answer is ([A-Z]).", answer)
+    return found[0] if len(found) == 1 and found[0] in options else None
+
+
+def scienceqa_match(answer, target):
+    return scienceqa_letter(answer) == target
+
+
+def mmbench_letter(answer, options):
+    """Read an answer by VLMEvalKit's exact matching, without a judge: a letter or None.
+
+    It is the one option letter that appears as a word, else the one option whose text appears.
+    options: the texts of A, B, ...
+    """
+    letters = LETTERS[: len(options)]
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", answer).split()
+    found = [letter for letter in letters if letter in words]
+    if len(found) == 1:
+        return found[0]
+    if not found and "Z" in words:
+        return None
+    texts = zip(letters, options, strict=True)
+    named = [letter for letter, text in texts if text.lower() in answer.lower()]
+    return named[0] if len(named) == 1 else None
+
+
+def last_of(text, parts):
+    """Return the index of the part that appears last in a text, or None."""
+    positions = [text.rfind(part) for part in parts]
+    last = max(positions)
+    return positions.index(last) if last >= 0 else None
+
+
+def mmmu_letter(answer, options):
+    """Read an answer by MMMU's rule (arXiv 2311.16502): a letter or None.
+
+    It looks for "(A)", then for the word A, then, in answers of more than five words, for an
+    option's text. Of several, the last one counts. Where nothing is found, the official scorer
+    guesses; here the answer is wrong.
+    """
+    letters = LETTERS[: len(options)]
+    for sign in ",.!?;:'":
+        answer = answer.strip(sign)
+    answer = f" {answer} "
+    choice = last_of(answer, [f"({letter})" for letter in letters])
+    if choice is None:
+        choice = last_of(answer, [f" {letter} " for letter in letters])
+    if choice is None and len(answer.split()) > 5:
+        choice = last_of(answer.lower(), [text.lower() for text in options])
+    return None if choice is None else letters[choice]
+
+
+def choice_match(answer, target):
+    return mmmu_letter(answer, target["options"]) == target["letter"]
+
+
+def mmbench_scores(answers, targets):
+    """Score MMBench (arXiv 2307.06281): circular accuracy needs all rotations of a question right.
+
+    targets: {"letter", "options", "index"} each; questions are equal modulo a million. The first of
+    a question's rotations counts for the plain accuracy.
+    """
+    rotations = {}
+    for answer, target in zip(answers, targets, strict=True):
+        correct = mmbench_letter(answer, target["options"]) == target["letter"]
+        rotations.setdefault(target["index"] % 1_000_000, []).append(correct)
+    circular = mean(all(right) for right in rotations.values())
+    return {"circular accuracy": circular, "accuracy": mean(r[0] for r in rotations.values())}
+
+
+# --- a whole benchmark --------------------------------------------------------------------
+
+
+def score(benchmark, items, answers):
+    """Score {id: answer} -> {group: {"samples", "scores": {metric: value}}}.
+
+    Items without a target are left out. The first metric of a group is the main one.
+    """
+    groups, results = {}, {}
+    for item in items:
+        for group in item.groups if item.target is not None else ():
+            groups.setdefault(group, []).append(item)
+    for group, members in groups.items():
+        texts = [answers[item.id] for item in members]
+        scores = benchmark.score(texts, [item.target for item in members])
+        results[group] = {"samples": len(members), "scores": scores}
+    if benchmark.totals:
+        results |= benchmark.totals(results)
+    return results

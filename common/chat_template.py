@@ -1,0 +1,39 @@
+"""Read a checkpoint's chat template, and recognize which of ours it is."""
+
+from common.errors import InputError
+from common.hub import read_json
+
+# What a chat template must contain to be one of ours.
+RECOGNIZED = [
+    ("llama_3", ["<|start_header_id|>"]),
+    ("chatml", ["<|im_start|>"]),
+    ("llama_2", ["[INST]", "<<SYS>>"]),
+    ("vicuna_v1", ["ASSISTANT:"]),
+]
+
+
+def chat_template(folder):
+    """Read a chat template, Jinja or a list of named ones; "" if the checkpoint has none."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    names = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
+    files = [folder / name for name in names if (folder / name).exists()]
+    chats = [read_json(file).get("chat_template") for file in files]
+    return next((str(chat) for chat in chats if chat), "")
+
+
+def recognize(folder, model_type):
+    """Return the name of the template that a checkpoint's chat template is, None without one.
+
+    Phi-2 has no chat template, but a template of ours. Raises InputError for an unknown one.
+    """
+    chat = chat_template(folder)
+    if not chat:
+        return "phi" if model_type == "phi" else None
+    for name, marks in RECOGNIZED:
+        if all(mark in chat for mark in marks):
+            return name
+    raise InputError(
+        f"{folder}: its chat template is none of ours, it begins {' '.join(chat.split())[:60]!r}: "
+        "choose one with train.py --template="
+    )

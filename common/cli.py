@@ -1,0 +1,229 @@
+"""The command line of every command: a dataclass holds the options, --key=value sets them.
+
+    python train.py config/dense_7b.toml --lr2=1e-5 --connector.groups=3 --resume
+
+A field is declared with `option(default, help)`, and --help prints all fields. A recipe is a TOML
+file of options; flags override it. A field NAME_options of type dict collects the options
+--NAME.KEY=VALUE as text. An unknown key or a value of the wrong type is an InputError.
+"""
+
+import atexit
+import difflib
+import inspect
+import os
+import sys
+import tomllib
+import types
+import typing
+from contextlib import suppress
+from dataclasses import field, fields
+from pathlib import Path
+
+from common.errors import InputError
+
+BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def option(default, help, section=None):
+    """Declare a dataclass field with its help text. section: --help starts a section here."""
+    metadata = {"help": help, "section": section}
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def parse(cls, arguments, about=""):
+    """Build cls(...) from recipes, then flags. `--key` alone means true. Raises InputError.
+
+    A word without dashes is a TOML file or the value of the first field.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(f"{about.strip()}\n{describe(cls)}")
+        sys.exit(0)
+    values, flags, words = {}, [], []
+    for argument in arguments:
+        if argument.startswith("-"):
+            flags.append(argument)
+        elif argument.endswith(".toml"):
+            set_options(cls, values, read_recipe(argument), f"{argument}: ")
+        elif argument.partition("=")[0] in typing.get_type_hints(cls):
+            raise InputError(f"{argument}: options begin with two dashes: --{argument}")
+        elif words:
+            raise InputError(f"{argument!r}: options are --key=value")
+        else:
+            words.append(argument)
+            flags.append(f"--{fields(cls)[0].name}={argument}")
+    set_options(cls, values, flags)
+    return cls(**values)
+
+
+def read_recipe(path):
+    """Return the options of a TOML file as flags. The table [NAME_options] is --NAME.KEY=VALUE."""
+    try:
+        recipe = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as TOML ({error})") from None
+    flags = []
+    for key, value in recipe.items():
+        if isinstance(value, dict):
+            name = key.removesuffix("_options")
+            flags += [f"--{name}.{inner}={as_text(each)}" for inner, each in value.items()]
+        else:
+            flags.append(f"--{key}={as_text(value)}")
+    return flags
+
+
+def as_text(value):
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def set_options(cls, values, flags, where=""):
+    """Convert flags and put them into the dict `values`. where: a prefix of error messages."""
+    hints = typing.get_type_hints(cls)
+    for flag in flags:
+        key, equals, text = flag.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        name, dot, inner_key = key.partition(".")
+        if dot and f"{name}_options" in hints:
+            values.setdefault(f"{name}_options", {})[inner_key] = text if equals else "true"
+        elif key not in hints or hints[key] is dict:
+            known = [known.replace("_options", ".KEY") for known in hints]
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            raise InputError(f"{where}{flag}: unknown, the nearest is --{nearest} (see --help)")
+        elif not equals and hints[key] not in (bool, bool | None):
+            raise InputError(f"{flag} needs a value: --{key}=VALUE")
+        else:
+            values[key] = convert(text if equals else "true", hints[key], f"{where}--{key}")
+
+
+def convert(value, hint, where):
+    """Convert text to bool, int, float, str, list[str], or one of them or None."""
+    text = as_text(value)
+    if isinstance(hint, types.UnionType):
+        if text in ("", "none", "None"):
+            return None
+        hint = hint.__args__[0]
+    if typing.get_origin(hint) is list:
+        return [at_home(item) for item in text.split(",") if item]
+    if hint is str:
+        return at_home(text)
+    try:
+        return BOOLS[text.lower()] if hint is bool else hint(text)
+    except (KeyError, ValueError):
+        raise InputError(f"{where}={text}: should be {hint.__name__}") from None
+
+
+def at_home(text):
+    """Expand ~/, which a shell leaves alone behind --key=; also behind a prefix, as in rec:~/a."""
+    prefix, colon, path = text.rpartition(":")
+    return prefix + colon + os.path.expanduser(path) if path.startswith("~/") else text
+
+
+def describe(cls):
+    """Return the lines of --help: each field, its default, its help text."""
+    lines, defaults = [], cls()
+    for each in fields(cls):
+        name, default = each.name, as_text(getattr(defaults, each.name))
+        if name.endswith("_options"):
+            name, default = name.removesuffix("_options") + ".KEY", "VALUE"
+        if each.metadata.get("section"):
+            lines.append(f"\n{each.metadata['section']}")
+        lines.append(f"  --{name}={default}".ljust(30) + "  " + each.metadata.get("help", ""))
+    return "\n".join(lines)
+
+
+# ---- classes by name, whose constructor's keywords are options -----------------------------------
+
+
+def find_class(classes, name, flag):
+    """Return classes[name], or raise InputError that names the nearest one."""
+    if name not in classes:
+        nearest = difflib.get_close_matches(name, classes, n=1, cutoff=0)[0]
+        raise InputError(f"{flag}={name}: unknown, the nearest is {nearest} ({', '.join(classes)})")
+    return classes[name]
+
+
+def options_of(cls):
+    """Return {option: its inspect.Parameter}: the keywords with defaults of the constructor."""
+    parameters = inspect.signature(cls.__init__).parameters
+    return {name: p for name, p in parameters.items() if p.default is not p.empty}
+
+
+def parse_options(classes, name, raw, flag):
+    """Convert {option: text} by the types of the constructor's keywords. Raises InputError."""
+    known = options_of(find_class(classes, name, flag))
+    unknown = [option for option in raw if option not in known]
+    if unknown:
+        names = ", ".join(known) or "none"
+        raise InputError(f"{flag}.{unknown[0]}: {name} has no such option (it has: {names})")
+    return {
+        option: convert(value, known[option].annotation, f"{flag}.{option}")
+        for option, value in raw.items()
+    }
+
+
+def class_help(classes, flag):
+    """Return the options of all classes, a line for each class that has some."""
+    lines = []
+    for name, cls in classes.items():
+        options = [f"{flag}.{option}={p.default}" for option, p in options_of(cls).items()]
+        if options:
+            lines.append(f"  {name:12} {' '.join(options)}")
+    return "\n".join(lines)
+
+
+def pick_device(name):
+    """Find the torch.device of "auto" (CUDA, else MPS, else CPU) or of a device's name.
+
+    Each process that torchrun started gets a GPU of its own. Raises InputError.
+    """
+    import torch  # here, so that --help starts fast
+
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device={name}: cannot be used ({reason})") from None
+
+
+def leave(status):
+    """End the process. One of several ranks ends without Python's cleanup.
+
+    While Python shuts down, a thread of gloo may abort the process when it frees its last tensor
+    (pytorch/pytorch issue 190489).
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(status)
+    atexit._run_exitfuncs()  # wandb sends its last lines, temporary folders are deleted
+    with suppress(OSError):  # the reader of our output may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def run(main):
+    """Call main(arguments) and end the process. An InputError is one line and exit status 2."""
+    from common.speed import keep_freed_memory
+
+    keep_freed_memory()
+    try:
+        main(sys.argv[1:])
+        status = 0
+    except SystemExit as end:  # --help, or a second Ctrl-C
+        status = end.code or 0
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # the reader (head, say) has seen enough
+        status = 0
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # a bug, not the system's answer
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        status = 2
+    leave(status)

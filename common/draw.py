@@ -1,0 +1,74 @@
+"""Draw boxes and text on images, and save them."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from common.errors import InputError
+from common.images import unpad_box
+
+COLORS = ("#ff4fd8", "#5dff5d", "#ffb000", "#4fc3ff", "#ff6a5d")  # of an image's predicted boxes
+TRUE_COLOR = "white"
+MARGIN, LINE, DASH = 8, 21, 6  # pixels
+
+
+def panel(image, boxes, lines, side=448):
+    """Scale an image to the longer side `side`, draw boxes in it and write lines below it.
+
+    boxes: [(color, box)], normalized by the side of the padded image. A box in TRUE_COLOR is
+    dashed. lines: [(color, text)].
+    """
+    scale = side / max(image.size)
+    width, height = (max(1, round(edge * scale)) for edge in image.size)
+    size = side + 2 * MARGIN, height + 2 * MARGIN + LINE * len(lines)
+    canvas = Image.new("RGB", size, "#202020")
+    canvas.paste(image.resize((width, height), Image.Resampling.BICUBIC), (MARGIN, MARGIN))
+    draw = ImageDraw.Draw(canvas)
+    for color, box in boxes:
+        corners = np.reshape(unpad_box(box, *image.size), (2, 2)) * scale
+        # a model may predict any number, and the corners in any order
+        corners = MARGIN + np.clip(np.sort(corners, axis=0), -MARGIN, (width, height))
+        if color == TRUE_COLOR:
+            draw_dashed(canvas, corners.ravel().tolist())
+        else:
+            draw.rectangle(corners.ravel().tolist(), outline=color, width=3)
+    font = ImageFont.load_default(size=15)
+    for i, (color, text) in enumerate(lines):
+        text = " ".join(text.split())[:200]
+        while draw.textlength(text, font) > side:
+            text = text[:-4] + "..."
+        draw.text((MARGIN, height + MARGIN + 4 + LINE * i), text, color, font)
+    return canvas
+
+
+def draw_dashed(canvas, box):
+    """Draw white dashes on a black rectangle: they can be seen on any background."""
+    ImageDraw.Draw(canvas).rectangle(box, outline="black", width=2)
+    outline = Image.new("L", canvas.size)
+    ImageDraw.Draw(outline).rectangle(box, outline="white", width=2)
+    y, x = np.indices((canvas.height, canvas.width))
+    dashes = np.asarray(outline) * ((x + y) // DASH % 2 == 0)
+    canvas.paste(TRUE_COLOR, mask=Image.fromarray(dashes))
+
+
+def save_image(panels, path):
+    """Save panels, two in a row, as one image file. Raises InputError."""
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    width = max(image.width for image in panels)
+    height = max(image.height for image in panels)
+    sheet = Image.new("RGB", (width * columns, height * rows), "#202020")
+    for i, image in enumerate(panels):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out={path}: cannot be written ({error})") from None
+
+
+def check_name(path):
+    """Raise InputError if no image can be saved under this name: at once, not after the work."""
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"--out={path}: the name should end in .png, .jpg or the like")

@@ -1,0 +1,346 @@
+"""Images and boxes: from any image file to the uint8 pixels that a tower was trained on.
+
+    open_image(file)        -> PIL image, RGB, upright; read_image takes a URL, too
+    open_frames(video, n)   -> n frames of a folder of images or of an animated image
+    to_pixels(image, spec)  -> uint8 (3, R, R), equal to those of transformers' PIL processors
+    Normalize               uint8 pixels -> floats; each tower has its own mean and std
+    pad_box, unpad_box      boxes between an image's pixels and the square-padded image, 0 to 1
+
+Boxes in text follow Shikra (arXiv 2306.15195): "[x1,y1,x2,y2]", normalized by the side of the
+padded square. format_box writes three decimals.
+"""
+
+import io
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import ExifTags, Image, ImageOps
+
+from common.errors import InputError
+from common.hub import read_processor
+
+LARGEST_DOWNLOAD = 50_000_000  # bytes
+# mean and std of the pixels of OpenAI's CLIP
+OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class BadImage(InputError):
+    """An image that cannot be used. The loader skips its sample, and stops after too many."""
+
+
+# --- how a checkpoint wants its images ---
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How images are brought to R x R pixels.
+
+    pad: pad to a square with the mean color, then resize; boxes keep their meaning. crop: resize
+    the shorter side, then cut out the middle. stretch: resize to a square.
+    """
+
+    size: int  # R
+    mode: str = "pad"
+    mean: tuple = OPENAI[0]
+    std: tuple = OPENAI[1]
+    resample: int = 3  # PIL's number: 3 bicubic, 2 bilinear
+    resize_to: int = None  # crop, stretch: resize to this side, then cut out the middle
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Read a checkpoint's preprocessor_config.json or processor_config.json.
+
+        Reads CLIP, SigLIP, DINOv2 (Bit), ViT, DeiT and LLaVA, and their older spellings. Raises
+        InputError.
+        """
+        path, config = read_processor(folder)
+        if path is None:
+            raise InputError(f"{folder}/preprocessor_config.json: no such file")
+        try:
+            return cls.from_config(config)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{path}: not a usable image processor ({error!r})") from None
+
+    @classmethod
+    def from_config(cls, config):
+        # the first files of ViT and MAE do not name their processor
+        default = "CLIP" if "crop_size" in config else "ViT"
+        kind = config.get("image_processor_type") or config.get("feature_extractor_type") or default
+        size = config["size"]
+        # a number: the square for these, else the shorter side
+        is_square = kind.startswith(("ViT", "DeiT", "Siglip"))
+        if isinstance(size, dict):
+            is_square = "height" in size
+            size = square_side(size) if is_square else size["shortest_edge"]
+        mode = "stretch" if is_square else "pad" if config.get("do_pad") else "crop"
+        crop = config.get("crop_size") if config.get("do_center_crop") else None
+        side = square_side(crop) if crop else size
+        return cls(
+            side,
+            mode,
+            tuple(config["image_mean"]),
+            tuple(config["image_std"]),
+            config.get("resample", 2 if kind.startswith("ViT") else 3),
+            size if size != side else None,
+        )
+
+    def config(self):
+        """Write the preprocessor_config.json that from_folder and transformers read."""
+        side = self.resize_to or self.size
+        stretched = {"height": side, "width": side}
+        return {
+            "image_processor_type": "LlavaImageProcessor",
+            "do_pad": self.mode == "pad",
+            "size": stretched if self.mode == "stretch" else {"shortest_edge": side},
+            "do_center_crop": True,
+            "crop_size": {"height": self.size, "width": self.size},
+            "resample": int(self.resample),
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+
+def square_side(size):
+    """Read {"height": 224, "width": 224} or 224 -> 224. Raises ValueError if it is not square."""
+    if not isinstance(size, dict):
+        return size
+    if size["height"] != size["width"]:
+        raise ValueError("only square images are supported")
+    return size["height"]
+
+
+# --- open ---
+
+
+def open_image(path_or_file):
+    """Open any image file -> PIL image, RGB and upright; the first frame of an animation.
+
+    Raises BadImage, which names the file.
+    """
+    return open_file(path_or_file)[0]
+
+
+def open_frames(path, count):
+    """Open `count` frames of a video -> PIL images, as open_image's.
+
+    path: a folder of images, in the order of the numbers in their names, or an animated image (GIF,
+    WebP, APNG). The frames are those in the middle of `count` equal segments; all, if there are
+    fewer. Raises BadImage.
+    """
+    if not Path(path).is_dir():
+        return open_file(path, count)
+    suffixes = Image.registered_extensions()
+    names = [name for name in Path(path).iterdir() if name.suffix.lower() in suffixes]
+    if not names:
+        raise BadImage(f"{path}: no image files in this folder; it should hold a video's frames")
+    names.sort(key=number_order)
+    return [open_image(names[i]) for i in midpoints(len(names), count)]
+
+
+def open_file(path_or_file, count=None, name=None):
+    """Open `count` frames of an image file; None: the first one only. Raises BadImage.
+
+    name: what an error calls the file.
+    """
+    try:
+        with warnings.catch_warnings():
+            # an image of very many pixels is an error
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path_or_file) as image:
+                if count is None:
+                    return [to_rgb(image).copy()]
+                frames = []
+                for i in midpoints(getattr(image, "n_frames", 1), count):
+                    image.seek(i)
+                    frames.append(to_rgb(image).copy())
+                return frames
+    except Exception as error:  # on damaged files, decoders raise many kinds
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadImage(f"{name or path_or_file}: not a readable image ({cause})") from None
+
+
+def midpoints(total, count):
+    """Choose `count` of `total` frames: those in the middle of as many equal segments."""
+    count = min(count, total)
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def number_order(path):
+    """Sort key by which frame2.png comes before frame10.png."""
+    parts = re.split(r"(\d+)", path.name)
+    return [int(part) if part.isdigit() else part for part in parts]
+
+
+def read_image(name):
+    """Open an image file or an http(s) URL -> PIL image, RGB. Raises InputError."""
+    if name.startswith(("http://", "https://")):
+        return download_image(name)
+    return open_image(name)
+
+
+def download_image(url):
+    """Download an image of at most LARGEST_DOWNLOAD bytes -> PIL image, RGB. Raises InputError."""
+    import requests  # imported here: it is slow, and files do not need it
+
+    content = b""
+    try:
+        with requests.get(url, timeout=20, stream=True) as reply:
+            reply.raise_for_status()
+            for part in reply.iter_content(1 << 16):
+                content += part
+                if len(content) > LARGEST_DOWNLOAD:
+                    raise InputError(f"{url}: larger than {LARGEST_DOWNLOAD // 1_000_000} MB")
+    except requests.RequestException as error:
+        raise InputError(f"{url}: cannot be downloaded ({error})") from None
+    return open_file(io.BytesIO(content), name=url)[0]
+
+
+def upright_size(path):
+    """Read an image's header -> (width, height) as of open_image, or None if it is unreadable."""
+    try:
+        with Image.open(path) as image:
+            # 5 to 8: turned by a quarter
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
+    except Exception:  # decoders raise many kinds; open_image reports the cause
+        return None
+
+
+# --- convert ---
+
+
+def to_rgb(image):
+    """Convert a PIL image to RGB: upright by its EXIF, 8 bits, transparent parts on white."""
+    # else exif_transpose would copy it
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise BadImage("its pixels are floats, of unknown range: save it with 8 bits per color")
+    if image.mode.startswith("I"):
+        # 16-bit gray; convert() would clip it at 255
+        gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+        image = Image.fromarray(gray.astype(np.uint8))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_pixels(image, spec):
+    """Convert a PIL image or uint8 (H, W, 3) to uint8 (3, R, R), as transformers' PIL processors.
+
+    Raises BadImage for an image that is too elongated, InputError for another type.
+    """
+    if not isinstance(image, Image.Image):
+        if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InputError("an image should be PIL's, or a uint8 array (H, W, 3)")
+        image = Image.fromarray(image)
+    image = to_rgb(image)
+    longest, shortest = max(image.size), min(image.size)
+    side = spec.resize_to or spec.size
+    size = (side, side)
+    if spec.mode == "pad":
+        check_area(image, longest**2, spec.mode)
+        image = pad_to_square(image, spec.mean)
+        size = (spec.size, spec.size)
+    elif spec.mode == "crop":
+        size = tuple(int(side * edge / shortest) for edge in image.size)
+        check_area(image, size[0] * size[1], spec.mode)
+    # all of it: resizing only what is kept would be faster, but differs by one level
+    image = image.resize(size, spec.resample)
+    left, top = (image.width - spec.size) // 2, (image.height - spec.size) // 2
+    image = image.crop((left, top, left + spec.size, top + spec.size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def check_area(image, area, mode):
+    """Raise BadImage if the padded or resized image would not fit into memory."""
+    if area > 2 * Image.MAX_IMAGE_PIXELS:
+        raise BadImage(f"an image of {image.width}x{image.height} is too elongated to {mode}")
+
+
+def pad_to_square(image, mean):
+    """Pad an image with the mean color, as LLaVA's expand2square."""
+    side, (left, top, _, _) = padding(*image.size)
+    square = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean))
+    square.paste(image, (left, top))
+    return square
+
+
+class Normalize(nn.Module):
+    """Turn uint8 pixels (B, 3, R, R) into (pixels / 255 - mean) / std.
+
+    Each tower has its own mean and std, so one uint8 tensor on the device serves all towers.
+    """
+
+    def __init__(self, mean, std):
+        super().__init__()
+        # plain tensors, not buffers: float32 on the CPU whatever becomes of the module
+        self.mean = torch.tensor(mean, device="cpu").view(3, 1, 1)
+        self.std = torch.tensor(std, device="cpu").view(3, 1, 1)
+
+    def forward(self, pixels, dtype):
+        mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        return ((pixels.float() / 255 - mean) / std).to(dtype)
+
+
+# --- boxes ---
+
+
+def padding(width, height):
+    """Return the side of the padded square, and the image's offsets in it: x, y, x, y."""
+    side = max(width, height)
+    return side, ((side - width) // 2, (side - height) // 2) * 2
+
+
+def pad_box(box, width, height):
+    """Convert a box from pixels of the image to fractions (0 to 1) of the padded square."""
+    side, offsets = padding(width, height)
+    return [(value + offset) / side for value, offset in zip(box, offsets, strict=True)]
+
+
+def unpad_box(box, width, height):
+    """Convert a box from fractions of the padded square to pixels of the image."""
+    side, offsets = padding(width, height)
+    return [value * side - offset for value, offset in zip(box, offsets, strict=True)]
+
+
+def format_box(box, decimals=3):
+    """Write a box as text: "[0.390,0.483,0.884,0.866]"."""
+    return "[" + ",".join(f"{value:.{decimals}f}" for value in box) + "]"
+
+
+NUMBER = r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*"
+BOX = re.compile(r"\[" + ",".join([NUMBER] * 4) + r"\]")
+
+
+def parse_boxes(text):
+    """Find all boxes in a text -> list of [x1, y1, x2, y2]."""
+    return [[float(value) for value in found.groups()] for found in BOX.finditer(text)]
+
+
+def parse_box(text):
+    """Find the first box in a text -> [x1, y1, x2, y2], or None."""
+    boxes = parse_boxes(text)
+    return boxes[0] if boxes else None
+
+
+def iou(a, b):
+    """Compute the intersection over union of two boxes (x1, y1, x2, y2).
+
+    A reversed box (x2 < x1) has no area: 0.
+    """
+    left, top = max(a[0], b[0]), max(a[1], b[1])
+    right, bottom = min(a[2], b[2]), min(a[3], b[3])
+    both = area((left, top, right, bottom))
+    return both / (area(a) + area(b) - both) if both > 0 else 0.0
+
+
+def area(box):
+    x1, y1, x2, y2 = box
+    return max(0.0, x2 - x1) * max(0.0, y2 - y1)

@@ -1,0 +1,46 @@
+"""Read DeiT III's config in timm's layout (timm/deit3_*).
+
+config.json there names an architecture. `model_args` holds what differs from it, and
+`pretrained_cfg` the pixel statistics. Paper: arXiv 2204.07118.
+"""
+
+import re
+
+from common.errors import InputError
+from common.hub import tensor_files
+
+# size -> width D, depth L, heads H
+SIZES = {
+    "small": (384, 12, 6),
+    "medium": (512, 12, 8),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+
+
+def read(config, folder):
+    """Translate timm's config.json -> the fields of vit.ViTConfig, mean, std. Raises InputError."""
+    architecture = str(config["architecture"])
+    found = re.match(r"deit3_([a-z]+)_patch(\d+)_(\d+)", architecture)
+    if not found or found[1] not in SIZES:
+        raise InputError(
+            f"{folder}: architecture {architecture!r}: only DeiT III (deit3_*) is read from timm"
+        )
+    width, depth, heads = SIZES[found[1]]
+    changed = config.get("model_args") or {}
+    width = changed.get("embed_dim", width)
+    has_head = any(name.endswith("head.weight") for name in tensor_files(folder))
+    pixels = config.get("pretrained_cfg") or {}
+    fields = {
+        "hidden_size": width,
+        "num_hidden_layers": changed.get("depth", depth),
+        "num_attention_heads": changed.get("num_heads", heads),
+        "intermediate_size": 4 * width,
+        "layer_norm_eps": 1e-6,
+        "image_size": changed.get("img_size", int(found[3])),
+        "patch_size": changed.get("patch_size", int(found[2])),
+        "model_type": "deit3",
+        "num_labels": config.get("num_classes", 1000) if has_head else 0,
+    }
+    return fields, pixels.get("mean"), pixels.get("std")

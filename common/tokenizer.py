@@ -1,0 +1,153 @@
+"""Load LLaMA's tokenizer.model, for a checkpoint without a tokenizer.json.
+
+Vicuna, LLaVA-1.5 and the Dense Connector's 7B and 13B only have a tokenizer.model. It is
+sentencepiece's (arXiv 1808.06226), a protobuf message of all pieces of text with a score each,
+best first. It is read here without a package for either, into the kind of tokenizer that a
+tokenizer.json gives:
+
+    "a photo" -> "▁a▁photo" -> characters -> merge the best-scored neighbors until none -> ids
+
+What no piece covers falls apart into bytes, <0x00> to <0xFF>. sentencepiece scores pieces, the
+tokenizers library ranks merges. So every way to cut a piece into two pieces becomes a merge,
+ranked by the score of the whole.
+"""
+
+import struct
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from common.errors import InputError
+from common.hub import read_json
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of pieces
+BPE = 2  # the trainer's model_type; 1 is unigram
+
+
+def set_prefix(tokenizer, folder):
+    """Put a space before a text, but not behind a special token within it, if "legacy" is false.
+
+    LLaMA's first tokenizers put one before every piece of text between two special tokens, as the
+    normalizer Prepend does. LLaVA-1.5's has "legacy": false in its tokenizer_config.json, and so
+    other ids behind "</s>".
+    """
+    config = Path(folder) / "tokenizer_config.json"
+    legacy = read_json(config).get("legacy") if config.exists() else True
+    if legacy is False and '"type":"Prepend"' in tokenizer.to_str():
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        # Texts have no spaces by now: the first step adds one at the start, the second replaces it.
+        first = pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False)
+        second = pre_tokenizers.Metaspace("▁", prepend_scheme="never", split=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, second])
+
+
+def read_varint(message, place):
+    """Read a protobuf integer, 7 bits a byte, low bits first -> value, the place after it."""
+    value, shift = 0, 0
+    while True:
+        byte = message[place]
+        place += 1
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value, place
+
+
+def fields(message):
+    """Yield the (field number, value) of a protobuf message; values are ints, floats or bytes."""
+    place = 0
+    while place < len(message):
+        key, place = read_varint(message, place)
+        number, wire_type = divmod(key, 8)
+        if wire_type == 0:
+            value, place = read_varint(message, place)
+            yield number, value
+            continue
+        if wire_type == 2:
+            length, place = read_varint(message, place)
+        else:
+            length = {1: 8, 5: 4}[wire_type]
+        value = message[place : place + length]
+        place += length
+        if place > len(message):
+            raise IndexError("ends within a field")
+        yield number, struct.unpack("<f", value)[0] if wire_type == 5 else value
+
+
+def read_pieces(message):
+    """Read a tokenizer.model -> [(piece, score, type)] by id, and two {field number: value}.
+
+    The dictionaries are the specifications of the trainer and of the normalizer.
+    """
+    pieces, trainer, normalizer = [], {}, {}
+    for number, value in fields(message):
+        if number == 1:
+            piece = dict(fields(value))
+            pieces.append((piece[1].decode("utf-8"), piece.get(2, 0.0), piece.get(3, NORMAL)))
+        elif number == 2:
+            trainer = dict(fields(value))
+        elif number == 3:
+            normalizer = dict(fields(value))
+    return pieces, trainer, normalizer
+
+
+def merges_of(pieces):
+    """List the merges (left, right), best first.
+
+    Equal scores keep the order of the pieces. Cuts of one piece are in the order of their ids.
+    """
+    ids = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+    scored = []
+    for piece, score, _ in pieces:
+        cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        cuts = [(left, right) for left, right in cuts if left in ids and right in ids]
+        cuts.sort(key=lambda cut: (ids[cut[0]], ids[cut[1]]))
+        scored += [(-score, cut) for cut in cuts]
+    scored.sort(key=lambda pair: pair[0])
+    return [cut for _, cut in scored]
+
+
+def load_tokenizer_model(folder):
+    """Load the tokenizer.model of a folder, and its added_tokens.json. Raises InputError."""
+    path = Path(folder) / "tokenizer.model"
+    if not path.exists():
+        raise InputError(f"{folder}: an LLM needs its tokenizer.json or tokenizer.model")
+    try:
+        pieces, trainer, normalizer = read_pieces(path.read_bytes())
+    except (OSError, IndexError, KeyError, ValueError, struct.error) as error:
+        raise InputError(f"{path}: not a sentencepiece model, or damaged ({error!r})") from None
+    if not pieces or trainer.get(3, 1) != BPE or normalizer.get(2):
+        raise InputError(f"{path}: not a sentencepiece BPE model: take one with a tokenizer.json")
+    unknown = [piece for piece, _, type_ in pieces if type_ == UNKNOWN]
+    vocabulary = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+    options = {"unk_token": unknown[0] if unknown else None, "fuse_unk": True}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges_of(pieces), byte_fallback=True, **options))
+    steps = [normalizers.Replace(" ", "▁")]
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    has_prefix = normalizer.get(3, 1)
+    if has_prefix:
+        steps.insert(0, normalizers.Prepend("▁"))
+        back.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence(back)
+    for piece, _, type_ in pieces:
+        token = AddedToken(piece, normalized=False)
+        if type_ in (UNKNOWN, CONTROL):
+            tokenizer.add_special_tokens([token])
+        elif type_ == USER_DEFINED:
+            tokenizer.add_tokens([token])
+    add_tokens(tokenizer, path.with_name("added_tokens.json"))
+    set_prefix(tokenizer, folder)
+    return tokenizer
+
+
+def add_tokens(tokenizer, path):
+    """Add the special tokens {token: id} of an added_tokens.json, if there is one."""
+    added = read_json(path) if path.exists() else {}
+    for token, number in sorted(added.items(), key=lambda item: item[1]):
+        tokenizer.add_special_tokens([AddedToken(token, normalized=False)])
+        if tokenizer.token_to_id(token) != number:
+            raise InputError(
+                f"{path}: {token} is {number}, but after the tokens of tokenizer.model it would be "
+                f"{tokenizer.token_to_id(token)}"
+            )

@@ -1,0 +1,319 @@
+"""Write a trained model in a layout that other programs read.
+
+    python -m interop.export --model=out/mlp/model --to=FOLDER        linear, mlp: llava-hf
+    python -m interop.export --model=out/dense/model --to=FOLDER      sti, sci, dense, ...: llava
+    python -m interop.export --model=out/dense/model --to=FOLDER --format=llama
+    python -m interop.export --model=out/comm/model --to=FOLDER --format=tower --tower=1
+    python -m interop.export --model=out/dense/checkpoints/stage2-0001500 --to=FOLDER
+
+    llava-hf   LlavaForConditionalGeneration of transformers, as llava-hf/llava-1.5-*
+    llava      liuhaotian/llava-v1.5-* and HuanjinYao/DenseConnector-v1.5-*, tower included
+    llama      LlamaForCausalLM (or the class of that LLM), tokenizer and chat template
+    tower      CLIPVisionModel, Dinov2Model, ...
+
+--model is whatever sample.py reads, or a run's checkpoint: the parts that it lacks are read where
+that run read them, and LoRA adapters are merged. Our own commands read all four layouts.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from tokenizers import AddedToken, Tokenizer, processors
+
+import train
+from clip import CLIPVision, SigLIPVision
+from common import checkpoint, cli, lora
+from common.cli import option
+from common.distributed import Ranks
+from common.errors import InputError
+from common.hub import (
+    locate,
+    newest_model,
+    on_meta,
+    read_json,
+    replace_folder,
+    save_checkpoint,
+    write_json,
+)
+from common.tower import hugging_face
+from connector import Tower, make_connector
+from dialogue import MARK, named
+from interop.llava import DENSE, KNOWN_TOWERS, TOWER
+from interop.load import load_model
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class Config:
+    model: str = option("", "folder, hub id or checkpoint of a run; default: the newest under out/")
+    to: str = option("", "the folder to write")
+    format: str = option(
+        "", "llava-hf, llava, llama or tower; default: llava-hf if it can, or llava"
+    )
+    tower: int = option(0, "which tower, for --format=tower")
+    dtype: str = option("", "float32, bfloat16 or float16; default: as stored")
+
+
+# ---- the formats: a model -> {file name: content}, tensors, config.json --------------------------
+
+
+def llava_hf(model):
+    """Write linear or mlp for transformers.
+
+    <image> becomes a token if the tokenizer lacks it.
+    """
+    tower, name = model.vision[0], model.connector.name
+    check_connector(model, "llava-hf", ("linear", "mlp"))
+    if tower.num_prefix_tokens > 1 or tower.config.model_type == "vit_mae":
+        name = tower.config.model_type
+        raise InputError(f"--format=llava-hf: not for {name}, which has several prefix tokens")
+    llm = llm_tensors(model.llm)
+    if "lm_head.bias" in llm:
+        raise InputError("--format=llava-hf: not for Phi, whose lm_head has a bias")
+    tokenizer = Tokenizer.from_str(model.tokenizer.to_str())
+    tokenizer.add_special_tokens([AddedToken(MARK, normalized=False)])
+    image_id = tokenizer.token_to_id(MARK)
+    text_config = model.llm.config.to_dict()
+    if image_id >= text_config["vocab_size"]:
+        # The next multiple of 64, as llava-hf does.
+        text_config["vocab_size"] = (image_id // 64 + 1) * 64
+    vision, vision_config = hugging_face(tower)
+    tensors = {f"vision_tower.{key}": tensor for key, tensor in vision.items()}
+    for key, tensor in llm.items():
+        if key.endswith(("embed_tokens.weight", "lm_head.weight")):
+            # New rows are the mean: a new token is never the most likely one.
+            mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+            missing = text_config["vocab_size"] - len(tensor)
+            tensor = torch.cat([tensor, mean.expand(missing, -1)])
+        tensors[f"language_model.{key}"] = tensor
+    projector = model.connector.mm_projector
+    if name == "linear":
+        # LlavaForConditionalGeneration has two linear layers: make the second one the identity.
+        identity = nn.Linear(projector.out_features, projector.out_features).to(projector.weight)
+        nn.init.eye_(identity.weight)
+        nn.init.zeros_(identity.bias)
+        projector = nn.Sequential(projector, nn.GELU(), identity)
+    for key, parameter in projector.named_parameters():
+        key = key.replace("0.", "linear_1.").replace("2.", "linear_2.")
+        tensors[f"multi_modal_projector.{key}"] = parameter
+    strategy = "default" if tower.num_prefix_tokens else "full"
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": image_id,
+        "image_seq_length": model.tokens_per_image,
+        "projector_hidden_act": "linear" if name == "linear" else "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": strategy,
+        "text_config": text_config,
+        "tie_word_embeddings": text_config.get("tie_word_embeddings", False),
+        "vision_config": vision_config,
+        "template": model.template,
+    }
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": MARK,
+        "patch_size": tower.config.patch_size,
+        "num_additional_image_tokens": tower.num_prefix_tokens,
+        "vision_feature_select_strategy": strategy,
+    }
+    files = {"processor_config.json": processor}
+    return tokenizer_files(model, tokenizer) | image_files(model, tower) | files, tensors, config
+
+
+def llava(model):
+    """Write the authors' layout of LLaVA-1.5 and the Dense Connector."""
+    tower, name = model.vision[0], model.connector.name
+    check_connector(model, "llava", ("linear", "mlp", *DENSE.values()))
+    if not isinstance(tower, CLIPVision):
+        raise InputError(f"--format=llava: not for a {tower.config.model_type} tower, only CLIP's")
+    vision, vision_config = hugging_face(tower)
+    if isinstance(tower, SigLIPVision):
+        # No connector reads the last block, and the authors drop it.
+        last = f"vision_model.encoder.layers.{tower.config.num_hidden_layers - 1}."
+        vision = {key: tensor for key, tensor in vision.items() if not key.startswith(last)}
+    tensors = {TOWER + key: tensor for key, tensor in vision.items()} | llm_tensors(model.llm)
+    tensors |= {f"model.{key}": tensor for key, tensor in model.connector.state_dict().items()}
+    llm_config = model.llm.config.to_dict()
+    family = llm_config["model_type"].replace("qwen2", "qwen")
+    config = llm_config | {
+        "architectures": [f"Llava{family.capitalize()}ForCausalLM"],
+        "model_type": f"llava_{family}",
+        "use_mm_proj": True,
+        "mm_vision_tower": "siglip" if isinstance(tower, SigLIPVision) else "clip",
+        # A key of ours, for a tower that has no public name.
+        "mm_vision_config": vision_config,
+        "mm_hidden_size": next(model.connector.parameters()).shape[1],
+        "mm_projector_type": "linear" if name == "linear" else "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "is_video": False,
+        "image_aspect_ratio": "pad" if model.spec.mode == "pad" else "square",
+        "template": model.template,
+    }
+    for public_name, shape in KNOWN_TOWERS.items():
+        if shape == tower.config:
+            config["mm_vision_tower"] = public_name
+            config.pop("mm_vision_config", None)
+    for their_kind, ours in DENSE.items():
+        if name == ours:
+            config["mm_dense_connector_type"] = their_kind
+    return tokenizer_files(model) | image_files(model, tower), tensors, config
+
+
+def llama(model):
+    """Write the LLM alone, with its tokenizer and template."""
+    config = model.llm.config.to_dict() | {"template": model.template}
+    return tokenizer_files(model), llm_tensors(model.llm), config
+
+
+def tower(model, index):
+    """Write one vision tower alone, with its image processor."""
+    if not 0 <= index < len(model.vision):
+        raise InputError(f"--tower={index}: this model has {len(model.vision)} (0 is the first)")
+    return image_files(model, model.vision[index]), *hugging_face(model.vision[index])
+
+
+FORMATS = {"llava-hf": llava_hf, "llava": llava, "llama": llama, "tower": tower}
+
+
+# ---- shared --------------------------------------------------------------------------------------
+
+
+def check_connector(model, layout, names):
+    """Raise InputError if the layout cannot record this connector and its layers."""
+    connector, name = model.connector, model.connector.name
+    if name not in names:
+        raise InputError(f"--format={layout}: not for connector {name}, only {', '.join(names)}")
+    c = model.vision[0].config
+    shape = Tower(c.num_hidden_layers, c.hidden_size, (model.spec.size // c.patch_size) ** 2)
+    with on_meta():
+        usual = make_connector(name, [shape], llm_width=1)
+    if connector.layers != usual.layers:
+        raise InputError(
+            f"--format={layout}: this model's connector reads the layers {connector.layers}, and "
+            f"what loads the folder would read {usual.layers}"
+        )
+
+
+def llm_tensors(llm):
+    """Return {name in Hugging Face's causal language models: tensor}."""
+    return {
+        name if name.startswith("lm_head.") else f"model.{name}": parameter
+        for name, parameter in llm.named_parameters()
+    }
+
+
+def image_files(model, tower):
+    """Return preprocessor_config.json with this tower's mean and standard deviation."""
+    mean, std = tower.normalize.mean.flatten().tolist(), tower.normalize.std.flatten().tolist()
+    return {"preprocessor_config.json": replace(model.spec, mean=mean, std=std).config()}
+
+
+def tokenizer_files(model, tokenizer=None):
+    """Return the tokenizer's files.
+
+    Its BOS and its chat template give the same prompt as dialogue.render.
+    """
+    template = named(model.template)
+    tokenizer = Tokenizer.from_str((tokenizer or model.tokenizer).to_str())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for bos in template.bos:
+        bos_id = tokenizer.token_to_id(bos)
+        if bos_id is not None:
+            settings["bos_token"] = bos
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, bos_id)]
+            )
+            break
+    end = template.end.strip(" ")
+    if end in template.special:
+        settings |= {"eos_token": end, "pad_token": end}
+    files = {"tokenizer.json": json.loads(tokenizer.to_str()), "tokenizer_config.json": settings}
+    if template.keeps_questions:
+        files["chat_template.jinja"] = chat_template(template)
+    return files
+
+
+def chat_template(template):
+    """Write a template in Jinja.
+
+    Images come first. A message's content is a string or a list of parts.
+    """
+    first = template.first.replace("{system}", template.system)
+    texts = (first, template.later, template.ask, template.reply, template.end)
+    first, later, ask, reply, end = map(json.dumps, texts)
+    content = (
+        "{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content if part.type == 'image' %}<image>\n{% endfor %}"
+        "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endif %}"
+    )
+    return (
+        "{% for m in messages %}{% if m.role == 'user' %}"
+        f"{{{{ {first} if loop.first else {later} }}}}{content}{{{{ {ask} }}}}"
+        "{% elif m.role == 'assistant' %}"
+        f"{{{{ {reply} }}}}{content}{{{{ {end} }}}}"
+        "{% endif %}{% endfor %}"
+    )
+
+
+def read_checkpoint(folder):
+    """Load a run's checkpoint as a whole MLLM in float32, LoRA adapters merged."""
+    state = read_json(folder / "state.json")
+    config = train.Config(**state["config"])
+    run = folder.resolve().parents[1]
+    model = train.build_stage(config, state["stage"], run, Ranks("cpu"))
+    checkpoint.load(folder, model)
+    lora.merge(model.llm)
+    return model.eval()
+
+
+def export(model, folder, format="", index=0):
+    """Write an MLLM and return the format. The folder appears whole or not at all.
+
+    format: one of FORMATS; index: which tower, for "tower". Raises InputError where the format
+    cannot represent the model.
+    """
+    folder = Path(folder)
+    if not format:
+        format = "llava-hf" if model.connector.name in ("linear", "mlp") else "llava"
+    options = [index] if format == "tower" else []
+    files, tensors, config = FORMATS[format](model, *options)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    dtype = str(model.llm.embed_tokens.weight.dtype).removeprefix("torch.")
+    save_checkpoint(partial, tensors, config | {"dtype": dtype, "torch_dtype": dtype})
+    for name, content in files.items():
+        if isinstance(content, str):
+            (partial / name).write_text(content, encoding="utf-8")
+        else:
+            write_json(partial / name, content)
+    replace_folder(partial, folder)
+    return format
+
+
+def main(arguments):
+    config = cli.parse(Config, arguments, __doc__)
+    if not config.to or Path(config.to).exists():
+        raise InputError(f"--to={config.to}: give the name of a new folder")
+    for key, known in (("format", FORMATS), ("dtype", DTYPES)):
+        value = getattr(config, key)
+        if value not in ("", *known):
+            raise InputError(f"--{key}={value}: must be one of {', '.join(known)}")
+    source = locate(config.model or newest_model())
+    if (source / "state.json").exists():
+        model = read_checkpoint(source).to(getattr(torch, config.dtype or "float32"))
+    else:
+        model = load_model(source, getattr(torch, config.dtype, None))
+    format = export(model, config.to, config.format, config.tower)
+    print(f"wrote {config.to} ({format})")
+
+
+if __name__ == "__main__":
+    cli.run(main)

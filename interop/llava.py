@@ -1,0 +1,256 @@
+"""Read LLaVA-1.5's and the Dense Connector's checkpoints into an MLLM.
+
+One design (LLaVA, arXiv 2304.08485; LLaVA-1.5, 2310.03744) in two layouts. `0` is any block:
+
+    ours                      llava-hf/llava-1.5-*                          liuhaotian/llava-v1.5-*, HuanjinYao/DenseConnector-*
+    vision.0.blocks.0 ...     vision_tower.vision_model.encoder.layers.0    model.vision_tower.vision_tower.vision_model...
+    connector.mm_projector.0  multi_modal_projector.linear_1                model.mm_projector.0
+    connector.mm_projector.2  multi_modal_projector.linear_2                model.mm_projector.2
+    llm.layers.0 ...          language_model.model.layers.0 ...             model.layers.0 ...
+    llm.lm_head               language_model.lm_head                        lm_head
+    config.json               model_type llava; vision_config, text_config  the LLM's keys, mm_vision_tower, mm_...
+
+transformers 5 writes the first layout as model.vision_tower..., model.language_model.layers...,
+lm_head; both are read. In the second layout the tower is in the file or in a folder or repository
+that mm_vision_tower names. The Dense Connector's releases use SigLIP-so400m at 384; its last block
+is in no file, since no connector reads it.
+"""  # noqa: E501
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
+from common.errors import InputError
+from common.hub import (
+    fields_of,
+    load_weights,
+    locate,
+    on_meta,
+    open_safetensors,
+    read_config,
+    read_statistics,
+    tensor_files,
+)
+from common.images import ImageSpec
+from dialogue import find_template, load_tokenizer
+from mllm import LLMS, MLLM, TOWERS, import_class
+
+# values of mm_dense_connector_type and our names; efficient is ours
+DENSE = {"sti": "sti", "sci": "sci", "dci": "dense", "efficient": "efficient"}
+# What a text_config leaves out: the defaults of transformers' LlamaConfig.
+VICUNA_7B = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+LLM_TYPES = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+    "llava_phi": "phi",
+}
+# Towers that LLaVA's configs name without describing them: width, depth, heads, MLP, R, P.
+KNOWN_TOWERS = {
+    "openai/clip-vit-large-patch14": CLIPVisionConfig(
+        1024, 24, 16, 4096, image_size=224, patch_size=14
+    ),
+    "openai/clip-vit-large-patch14-336": CLIPVisionConfig(
+        1024, 24, 16, 4096, image_size=336, patch_size=14
+    ),
+    "google/siglip-so400m-patch14-384": SigLIPVisionConfig(
+        1152, 27, 16, 4304, image_size=384, patch_size=14
+    ),
+}
+TOWER = "model.vision_tower.vision_tower."
+
+
+def load(folder, config, dtype, device):
+    """Load a folder of either layout, ready to generate. Raises InputError."""
+    names = tensor_files(folder)
+    model, module, rename = read(folder, config, names, dtype, device)
+    blocks = model.vision[0].blocks
+    unused = blocks.pop(-1) if lacks_last_block(model.vision[0], names) else None
+    load_weights(module, folder, rename, dtype, device)
+    if unused is not None:
+        # Zeros, which no connector reads.
+        blocks.append(unused.to_empty(device=device).to(dtype))
+        for parameter in unused.parameters():
+            nn.init.zeros_(parameter)
+    return model.eval()
+
+
+def read(folder, config, names, dtype=torch.float32, device="cpu"):
+    """Build the MLLM on the meta device -> (model, the part of it in the file, `rename`).
+
+    names: the tensors in the file. A tower outside of the file is loaded already.
+    """
+    try:
+        if "mm_vision_tower" in config:
+            return read_llava(folder, config, names, dtype, device)
+        return read_llava_hf(folder, config)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}: config.json is not that of a LLaVA ({error!r})") from None
+
+
+def expect(folder, config, key, values, default):
+    """Return config[key], by default `default`. InputError unless it is one of `values`."""
+    value = config.get(key, default)
+    if value not in values:
+        known = " or ".join(repr(value) for value in values)
+        raise InputError(f"{folder}/config.json: {key} is {value!r}; only {known} can be read")
+    return value
+
+
+def make_llm(config, folder):
+    llm_class = import_class(LLMS, config.get("model_type", "llama"), folder)
+    return llm_class(llm_class.config_class.from_dict(config, folder))
+
+
+def with_prefix(prefix, name):
+    return None if name is None else prefix + name
+
+
+# ---- llava-hf ------------------------------------------------------------------------------------
+
+
+def read_llava_hf(folder, config):
+    spec = ImageSpec.from_folder(folder)
+    text, vision = config["text_config"], config["vision_config"]
+    if text.get("model_type", "llama") == "llama":
+        text = VICUNA_7B | text
+    tower_class = import_class(TOWERS, vision.get("model_type", "clip_vision_model"), folder)
+    act = expect(folder, config, "projector_hidden_act", ("gelu", "linear"), "gelu")
+    projector = {"linear_1": "mm_projector.0", "linear_2": "mm_projector.2"}
+    if act == "linear":
+        projector = {"linear_1": "mm_projector"}
+        check_identity(folder)
+    with on_meta():
+        tower_config = fields_of(tower_class.config_class, vision, folder)
+        tower = tower_class(tower_config, spec.mean, spec.std)
+        final = (-2, tower_config.num_hidden_layers - 1)
+        expect(folder, config, "vision_feature_layer", final, -2)
+        select = "default" if tower.num_prefix_tokens else "full"
+        expect(folder, config, "vision_feature_select_strategy", (select,), "default")
+        llm = make_llm(text, folder)
+        template = find_template(folder) or "vicuna_v1"
+        connector = "linear" if act == "linear" else "mlp"
+        model = MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
+
+    def rename(name):
+        part, _, rest = name.removeprefix("model.").partition(".")
+        if part == "vision_tower":
+            return with_prefix("vision.0.", tower.name_of(rest))
+        if part == "language_model":
+            return with_prefix("llm.", llm.name_of(rest))
+        if part == "lm_head":
+            return with_prefix("llm.", llm.name_of(name))
+        if part == "multi_modal_projector":
+            linear, _, leaf = rest.partition(".")
+            return f"connector.{projector[linear]}.{leaf}" if linear in projector else None
+        # A name that the model does not have is reported as left over.
+        return name
+
+    return model, model, rename
+
+
+def check_identity(folder):
+    """Raise InputError unless linear_2 is the identity.
+
+    interop.export writes a single linear layer so, since the layout has two.
+    """
+    for name, file in tensor_files(folder).items():
+        if "multi_modal_projector.linear_2." not in name:
+            continue
+        with open_safetensors(file) as opened:
+            tensor = opened.get_tensor(name)
+        identity = torch.eye(len(tensor)) if tensor.dim() == 2 else torch.zeros(len(tensor))
+        if not torch.equal(tensor, identity.to(tensor.dtype)):
+            raise InputError(f"{file}: {name} is not the identity; such a connector is not known")
+
+
+# ---- LLaVA's own ---------------------------------------------------------------------------------
+
+
+def read_llava(folder, config, names, dtype, device):
+    projector = expect(folder, config, "mm_projector_type", ("linear", "mlp2x_gelu"), "linear")
+    dense = expect(folder, config, "mm_dense_connector_type", (*DENSE, "none", None), None)
+    expect(folder, config, "mm_vision_select_feature", ("patch",), "patch")
+    expect(folder, config, "mm_use_im_start_end", (False, None), False)
+    connector = "linear" if projector == "linear" else "mlp"
+    if dense in DENSE:
+        expect(folder, config, "mm_projector_type", ("mlp2x_gelu",), "linear")
+        connector = DENSE[dense]
+    is_inside = any(name.startswith(TOWER) for name in names)
+    tower, tower_folder = describe_tower(folder, config, is_inside)
+    if not is_inside:
+        tower = type(tower).from_pretrained(tower_folder, dtype, device)
+    is_siglip = isinstance(tower, SigLIPVision)
+    if not is_siglip:
+        # Of SigLIP the authors' code takes the last of 26 layers, whatever the config says.
+        expect(folder, config, "mm_vision_select_layer", (-2,), -2)
+    if (tower_folder / "preprocessor_config.json").exists():
+        spec = ImageSpec.from_folder(tower_folder)
+    else:
+        mode = "stretch" if is_siglip else "crop"
+        spec = ImageSpec(tower.config.image_size, mode, *tower.layout.statistics)
+    if expect(folder, config, "image_aspect_ratio", ("pad", "square", None), None) == "pad":
+        spec = replace(spec, mode="pad", resize_to=None)
+    template = find_template(folder) or "vicuna_v1"
+    if "template" not in config:
+        # The chat template is the LLM's. The authors trained with their own.
+        if template == "chatml":
+            template = "chatml_direct"
+        if template == "llama_3" and dense in DENSE:
+            template = "llama_3_dense"
+    with on_meta():
+        llm_type = LLM_TYPES.get(config["model_type"], config["model_type"])
+        llm = make_llm(config | {"model_type": llm_type}, folder)
+        model = MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
+
+    def rename(name):
+        if name.startswith(TOWER):
+            return with_prefix("vision.0.", tower.name_of(name.removeprefix(TOWER)))
+        if name.startswith("model.mm_projector."):
+            return "connector." + name.removeprefix("model.")
+        return with_prefix("llm.", llm.name_of(name))
+
+    inside = model if is_inside else nn.ModuleDict({"connector": model.connector, "llm": llm})
+    return model, inside, rename
+
+
+def describe_tower(folder, config, is_inside):
+    """Build the tower that config.json names on the meta device -> (tower, its folder).
+
+    The folder says how images are prepared: this one if the tower is in the file and known.
+    """
+    name = config["mm_vision_tower"]
+    known = {Path(name).name: tower_config for name, tower_config in KNOWN_TOWERS.items()}
+    # interop.export describes towers that have no public name.
+    stated = config.get("mm_vision_config")
+    tower_folder, tower_config = folder, known.get(Path(name).name)
+    if not (is_inside and (stated or tower_config)):
+        tower_folder = folder / name if (folder / name).is_dir() else locate(name)
+        stated = read_config(tower_folder)
+    model_type = stated["model_type"] if stated else tower_config.model_type
+    tower_class = import_class(TOWERS, model_type, tower_folder)
+    if not issubclass(tower_class, CLIPVision):
+        raise InputError(f"{folder}: its tower {name} is {model_type}, not CLIP or SigLIP")
+    if stated:
+        stated = stated.get("vision_config", stated)
+        tower_config = fields_of(tower_class.config_class, stated, tower_folder)
+    statistics = read_statistics(tower_folder)
+    with on_meta():
+        return tower_class(tower_config, *statistics), tower_folder
+
+
+def lacks_last_block(tower, names):
+    """Say whether the file has a SigLIP without its last block."""
+    last = f"{TOWER}vision_model.encoder.layers.{len(tower.blocks) - 1}.layer_norm1.weight"
+    is_inside = any(name.startswith(TOWER) for name in names)
+    return isinstance(tower, SigLIPVision) and is_inside and last not in names

@@ -1,0 +1,90 @@
+"""Load a multimodal model by its name, whoever wrote the folder.
+
+load_model      -> MLLM: a folder of ours, LLaVA-1.5 (llava-hf's or the authors' layout), or
+                the Dense Connector's release
+load_connector  puts a connector alone into an MLLM: LLaVA's mm_projector, or that of a model
+"""
+
+from pathlib import Path
+
+import torch
+
+from common.errors import InputError
+from common.hub import locate, open_safetensors, read_config
+from mllm import MLLM
+
+
+def load_model(folder_or_id, dtype=torch.float32, device="cpu"):
+    """Load a folder or Hugging Face id, ready to generate. Raises InputError."""
+    folder = locate(folder_or_id)
+    config = read_config(folder)
+    if "mm_vision_tower" in config or config.get("model_type") == "llava":
+        from interop import llava
+
+        return llava.load(folder, config, dtype, device)
+    return MLLM.from_pretrained(folder, dtype, device)
+
+
+def load_connector(model, path):
+    """Copy a connector from a .safetensors file, a folder or an id into `model`.
+
+    The file may hold LLaVA's mm_projector alone or a whole model. Raises InputError where it is
+    another connector.
+    """
+    path = Path(path)
+    if path.suffix in (".bin", ".pt", ".pth"):
+        raise InputError(
+            f"{path}: pickled weights can run any code: convert them with "
+            "torch.load(..., weights_only=True) and safetensors.torch.save_file"
+        )
+    if path.suffix != ".safetensors":
+        path = locate(path)
+        check_spec(model, path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(
+            f"{path}: has no safetensors file; name a connector, a run's model/, or a checkpoint"
+        )
+    tensors = {}
+    for file in files:
+        with open_safetensors(file) as opened:
+            for name in opened.keys():
+                ours = connector_name(name)
+                if ours is not None:
+                    tensors[ours] = opened.get_tensor(name)
+    parameters = dict(model.connector.named_parameters())
+    mismatched = sorted(parameters.keys() ^ tensors.keys())
+    if mismatched:
+        kind = "missing" if mismatched[0] in parameters else "left over"
+        name = model.connector.name
+        raise InputError(f"{path}: tensor {mismatched[0]} is {kind}: not the {name} connector")
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise InputError(
+                f"{path}: tensor {name} has shape {tuple(tensors[name].shape)}, the "
+                f"{model.connector.name} connector needs {tuple(parameter.shape)}"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def connector_name(name):
+    """Translate a checkpoint's tensor name into the connector's; None for other parts."""
+    name = name.removeprefix("model.")
+    for theirs, ours in (("linear_1", "mm_projector.0"), ("linear_2", "mm_projector.2")):
+        name = name.replace(f"multi_modal_projector.{theirs}", ours)
+    if name.startswith("mm_projector."):
+        return name
+    return name.removeprefix("connector.") if name.startswith("connector.") else None
+
+
+def check_spec(model, folder):
+    """Raise InputError if a folder of ours records another connector, options or layers."""
+    if not (folder / "config.json").exists():
+        return
+    config = read_config(folder)
+    if config.get("model_type") == "mllm" and config["connector"] != model.connector.spec():
+        raise InputError(
+            f"{folder}: has the connector {config['connector']}, not {model.connector.spec()}"
+        )

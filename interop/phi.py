@@ -1,0 +1,146 @@
+"""Phi: a language model with parallel attention and MLP.
+
+Checkpoints: microsoft/phi-2 (2.7B, the Dense Connector's smallest), phi-1 and phi-1_5. Papers:
+Textbooks Are All You Need (arXiv 2306.11644, and II: 2309.05463). The parallel block is GPT-J's,
+partial rotary positions are GPT-NeoX's (2204.06745).
+
+    tokens (B, T) --embed--> hidden[0] (B, T, C)
+        each of L blocks:   y = norm(x)                       one norm for both branches
+                            x = x + attention(y) + mlp(y)     LLaMA runs one after the other
+    hidden[i] (B, T, C): the output of block i; hidden[L]: the same after the final norm
+        --lm_head--> logits (B, T, V): position t scores token t+1
+
+Compared with llama.py: LayerNorm instead of RMSNorm, a plain MLP with GELU, biases everywhere, also
+in lm_head, and RoPE on only the first 32 of the 80 channels of a head. Everything around the blocks
+is llama.py's: the forward pass, the cache, generation, loading and saving.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch.nn as nn
+import torch.nn.functional as F
+
+import llama
+from common.errors import InputError
+from common.llm import make_config, read_rope
+from llama import Llama, LlamaConfig, rope_frequencies
+
+
+@dataclass
+class PhiConfig:
+    """Keys of config.json. A default is what a missing key means."""
+
+    vocab_size: int  # V; the tokenizer uses 50295 of Phi-2's 51200
+    hidden_size: int  # C
+    intermediate_size: int  # width inside the MLP
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # H, query heads
+    num_key_value_heads: int = None  # G, key/value heads; None: H
+    head_dim: int = None  # D; None: C / H
+    partial_rotary_factor: float = 0.5  # the part of a head's channels that RoPE rotates
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict = None
+    max_position_embeddings: int = 2048  # tokens of the trained context
+    hidden_act: str = "gelu_new"  # GELU's tanh approximation, or "gelu"
+    bos_token_id: int = 1
+    eos_token_id: int | list = 2  # 50256, <|endoftext|>, in Phi-2's file
+
+    # A Phi never has these, but Llama reads them.
+    tie_word_embeddings, sliding_window, max_window_layers = False, None, 0
+    __post_init__ = LlamaConfig.__post_init__
+    context = LlamaConfig.context
+
+    @classmethod
+    def from_dict(cls, config, where):
+        """Read config.json's object. `where` names the folder in errors (InputError)."""
+        model_type = config.get("model_type")
+        if model_type != "phi":
+            raise InputError(
+                f"{where}: model_type is {model_type!r}, not phi (phi-msft: an early file with its "
+                "own code, download the newest revision)"
+            )
+        for key in ("qk_layernorm", "tie_word_embeddings"):
+            if config.get(key):
+                raise InputError(f"{where}: {key} is true, which is not implemented")
+        if config.get("hidden_act", "gelu_new") not in ("gelu", "gelu_new"):
+            raise InputError(f"{where}: hidden_act is {config['hidden_act']!r}, not gelu, gelu_new")
+        rope = config.get("rope_parameters") or {}
+        factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        config = config | read_rope(config, where) | {"partial_rotary_factor": factor}
+        return make_config(cls, config, where)
+
+    def to_dict(self):
+        """Return what config.json holds for this model. transformers reads it, too."""
+        fixed = {"architectures": ["PhiForCausalLM"], "model_type": "phi"}
+        return fixed | {"tie_word_embeddings": False} | asdict(self)
+
+    @property
+    def rotary_dim(self):
+        return int(self.head_dim * self.partial_rotary_factor)
+
+
+class Attention(llama.Attention):
+    """LLaMA's attention with biases. The output layer is named `dense`."""
+
+    def __init__(self, config, layer):
+        nn.Module.__init__(self)
+        self.layer, self.head_dim = layer, config.head_dim
+        query_width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width)
+        self.k_proj = nn.Linear(config.hidden_size, key_width)
+        self.v_proj = nn.Linear(config.hidden_size, key_width)
+        self.dense = nn.Linear(query_width, config.hidden_size)
+
+    @property
+    def o_proj(self):
+        return self.dense
+
+
+class MLP(nn.Module):
+    """Linear, GELU, linear, (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.approximate = "tanh" if config.hidden_act == "gelu_new" else "none"
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+
+
+class Block(nn.Module):
+    """A layer, (B, T, C) -> (B, T, C): attention and MLP read the same normed input."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, x, *attention):
+        y = self.input_layernorm(x)
+        return x + self.self_attn(y, *attention) + self.mlp(y)
+
+
+class Phi(Llama):
+    """A Llama with other parts."""
+
+    config_class = PhiConfig
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.register_buffer("rope_frequencies", rope_frequencies(config), persistent=False)
+        self.initialize(("dense.weight", "fc2.weight"))
+
+    @property
+    def norm(self):
+        return self.final_layernorm

@@ -1,0 +1,173 @@
+"""Training on several ranks with --fsdp and DDP, as torchrun starts them, with gloo on the CPU.
+
+Ranks sum the same float32 numbers in another order than one process, and Adam turns the last bit
+of a gradient near zero into a step of up to the learning rate: hence the tolerances.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import records, saved_weights, torchrun
+
+import train
+from common.errors import InputError
+
+# KILL or STOP is "RANK STAGE STEP": this rank is killed or asked to stop after that step
+DRIVER = """
+import os, signal, time
+import train
+from common import cli
+from common.run import Log
+write, rank = Log.write, os.environ.get("RANK", "0")
+def act(self, record):
+    write(self, record)
+    now = f"{rank} {record['stage']} {record['step']}"
+    if os.environ.get("KILL") == now and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ.get("STOP") == now:
+        os.kill(os.getpid(), signal.SIGTERM)
+Log.write = act
+if os.environ.get("APART"):                  # the folders of two nodes that share no disk
+    time.sleep = lambda seconds: None
+    os.makedirs(f"node{rank}", exist_ok=True)
+    os.chdir(f"node{rank}")
+cli.run(train.main)
+"""
+
+pytestmark = pytest.mark.usefixtures("clean_run")
+
+
+@pytest.fixture(scope="module")
+def sharded(flags):
+    """sharded(key=value, ...): a run whose global batch of 5 divides by neither 2 ranks nor 2."""
+
+    def make(**options):
+        defaults = {"batch1": 5, "batch2": 5, "micro_batch": 2, "fsdp": "true"}
+        defaults |= {"lr1": 1e-3, "lr2": 1e-3, "connector_lr2": 1e-3}
+        return flags(**defaults | options)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def one(sharded, tmp_path_factory):
+    """The folder of that run by one process, on which --fsdp has no effect."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    train.main(sharded(out=folder))
+    return folder
+
+
+def run_ranks(ranks, arguments, script=DRIVER, options=(), **environment):
+    Path("driver.py").write_text(script)
+    return torchrun(ranks, ["driver.py", *arguments], options, **environment)
+
+
+def assert_near(run, other, loss=1e-5, weight=2e-4):
+    """Compare the losses, gradient norms and weights of two runs."""
+    assert len(records(run)) == len(records(other))
+    for mine, theirs in zip(records(run), records(other), strict=True):
+        assert mine["step"] == theirs["step"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=loss)
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=10 * loss)
+    mine, theirs = saved_weights(run), saved_weights(other)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == theirs[name].dtype
+        assert (tensor - theirs[name]).abs().max() < weight, name
+
+
+def test_two_ranks_compute_what_one_process_computes(sharded, one):
+    """Adapters and a tower with recomputed blocks; bfloat16. Full training: see the next tests."""
+    options = {"stage": 2, "init": "new", "train2": "vision,connector,llm", "lora_rank": 4}
+    options |= {"lora_lr2": 1e-3, "activation_checkpointing": "true", "steps2": 3}
+    train.main(sharded(out="lora1", **options))
+    done = run_ranks(2, sharded(out="lora2", **options))
+    assert done.returncode == 0 and "arning" not in done.stderr
+    assert_near("lora2", "lora1")
+    assert run_ranks(2, sharded(out="half", bf16="true")).returncode == 0
+    assert_near("half", one, loss=0.02, weight=2e-2)
+
+
+def test_a_run_resumes_on_any_number_of_ranks(sharded, one):
+    """Two ranks, three and one; then two read and write the finished model bit for bit."""
+    arguments = [*sharded(save_every=100), "--resume"]
+    for ranks, stop in ((2, "0 2 1"), (3, "0 2 3")):
+        assert run_ranks(ranks, arguments, STOP=stop).returncode == 0
+        assert not Path("run/model").exists()
+    shutil.copytree("run", "damaged")
+    next(Path("damaged/checkpoints").glob("stage2-*/shard-00002*")).unlink()
+    with pytest.raises(InputError, match="shard-00002"):
+        train.main([*sharded(out="damaged"), "--resume"])
+    train.main(arguments)
+    assert_near("run", one)
+    trained = saved_weights()
+    shutil.rmtree("run/model")
+    assert run_ranks(2, arguments).returncode == 0
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in saved_weights().items())
+
+
+def test_ddp_resumes_on_one_rank(sharded, one):
+    arguments = [*sharded(fsdp="false", save_every=100), "--resume"]
+    assert run_ranks(2, arguments, STOP="0 2 1").returncode == 0
+    train.main(arguments)
+    assert_near("run", one)
+
+
+def test_a_killed_rank_ends_the_others_and_torchrun_restarts_the_run(sharded, one):
+    arguments = [*sharded(), "--resume"]
+    done = run_ranks(2, arguments, options=["--max-restarts=1"], KILL="1 2 3")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "rank 0" in line and "run/checkpoints/stage2-0000002" in line and "--resume" in line
+    assert_near("run", one)
+
+
+def test_ranks_must_share_a_disk(sharded):
+    done = run_ranks(2, sharded(), APART="1")
+    assert done.returncode and "error: rank 1" in done.stderr and "--out" in done.stderr
+
+
+MEASURE = """
+import sys, threading
+import torch, torch.distributed.fsdp, torch._dynamo
+import train
+from common import cli
+from common.distributed import Ranks
+def anonymous_memory():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+def watch():
+    while not ended.wait(0.002):
+        highest.append(anonymous_memory())
+config, ranks = cli.parse(train.Config, sys.argv[1:]), Ranks("cpu")
+ranks.barrier()
+highest, ended = [anonymous_memory()], threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = train.build_stage(config, 2, None, ranks)
+ended.set()
+watcher.join()
+whole = 4 * sum(p.numel() for p in model.parameters())
+print("MEASURED", (max(highest + [anonymous_memory()]) - highest[0]) / whole)
+ranks.close()
+cli.leave(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_rank_ever_holds_the_whole_model(sharded, tiny_folders, world_tokenizer, tmp_path):
+    """Anonymous memory while an LLM of 35 MB in bfloat16 is sharded into 74 MB of float32."""
+    from llama import Llama, LlamaConfig
+
+    shutil.copytree(tiny_folders["llama"], tmp_path / "large")
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
+    vocabulary = world_tokenizer.get_vocab_size()
+    config = LlamaConfig(vocab_size=vocabulary, num_hidden_layers=16, **sizes)
+    Llama(config).to(torch.bfloat16).save_pretrained(tmp_path / "large")
+    options = {"llm": tmp_path / "large", "template": "tiny", "init": "new", "stage": 2}
+    done = run_ranks(2, sharded(**options), MEASURE)
+    shares = [float(x.split()[1]) for x in done.stdout.splitlines() if "MEASURED" in x]
+    assert len(shares) == 2 and all(0.4 < share < 0.7 for share in shares), done

@@ -1,0 +1,159 @@
+"""plan, look and bench: each runs, writes its output, and its main numbers are right."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from common import cli
+from common.errors import InputError
+from common.run import stage_options
+from data import Batches
+from mllm import MLLM
+from tools import look, plan
+
+# ---- plan ----------------------------------------------------------------------------------------
+
+
+def planned_step(stage, connector, recompute, samples=8):
+    """Return the plan of a step on the toy world, the model, the optimizer and the step itself."""
+    flags = [f"--connector={connector}", f"--activation_checkpointing={recompute}", "--gpus=1"]
+    config = cli.parse(plan.PlanConfig, [*flags, "--device=cpu"])
+    options = stage_options(config, stage)
+    model = train.build_model(config, stage, torch.device("cpu")).train()
+    model.llm.gradient_checkpointing = recompute
+    trainable = train.freeze(model, options["train"])
+    parameters = [p for part in trainable.values() for p in part]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    dataset = train.build_dataset(config, stage)
+    template = options.get("template", model.template)
+    batches = Batches(dataset, model.tokenizer, template, model.spec, model.tokens_per_image, 512)
+    batch = batches[range(samples)]
+
+    def step():
+        arguments = batch.pixels, batch.tokens, batch.labels, batch.lengths, batch.image_index
+        loss, number = model(*arguments)
+        (loss / number).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    squares, num_supervised = sum(n**2 for n in batch.lengths), (batch.labels >= 0).sum().item()
+    load = plan.Load(sum(batch.lengths), squares, num_supervised, len(batch.pixels))
+    shapes = plan.build(config)
+    assert all(p.is_meta for p in shapes.parameters())
+    trains_llm = "llm" in options["train"]
+    return plan.Plan(config, shapes, trains_llm, load, 1, False), model, optimizer, step
+
+
+def most_allocated(step):
+    """Return the most bytes that the allocator has given out at one time during the step."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    events = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    now = most = 0
+    for event in events:
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def test_planned_memory_is_within_15_percent_of_the_allocators():
+    for stage, connector, recompute in ((1, "comm", False), (2, "mlp", False), (2, "dense", True)):
+        step_plan, model, optimizer, step = planned_step(stage, connector, recompute)
+        step()
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        moments = 0
+        for state in optimizer.state.values():
+            moments += sum(x.numel() * x.element_size() for x in state.values() if x.numel() > 1)
+        found = plan.memory(step_plan)
+        assert (found["weights"], found["optimizer"]) == (weights, moments)
+        added = found["peak"] - weights - moments
+        assert added == pytest.approx(most_allocated(step), rel=0.15), (stage, recompute)
+
+
+def test_planned_flops_are_those_that_pytorch_counts():
+    """PyTorch counts all pairs of attention, the plan counts the causal half."""
+    for stage, connector, recompute in ((1, "dense", False), (2, "comm", False), (2, "sti", True)):
+        step_plan, _, _, step = planned_step(stage, connector, recompute, samples=3)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            step()
+        found = plan.flops(step_plan)
+        not_causal = found["attention"] * (4 if recompute else 3) // 3
+        expected = sum(found.values()) + not_causal
+        assert counter.get_total_flops() == expected, (stage, connector, recompute)
+
+
+def rows(text):
+    """Read the plan's tables -> {(stage, name): numbers}."""
+    found, stage = {}, 0
+    for line in text.splitlines():
+        if line.startswith("stage"):
+            stage = int(line.split()[1].rstrip(","))
+        match = re.match(r"  ((?:LoRA )?(?:DDP|FSDP)) +(.*)", line)
+        if match:
+            found[stage, match[1]] = [float(x.replace(",", "")) for x in match[2].split()]
+    return found
+
+
+def test_the_dense_recipe_needs_what_a_hand_count_says(capsys):
+    """Vicuna-7B has 6,738.4M parameters and the connector 29.4M, in float32 with two moments."""
+    plan.main([str(ROOT / "config" / "dense_7b.toml"), "--gpus=8", "--gpu_memory=80"])
+    text = capsys.readouterr().out
+    parameters = (6738.4 + 29.4) / 1000
+    found = rows(text)
+    assert found[2, "DDP"][2] == pytest.approx(8 * parameters, abs=0.01)
+    assert found[2, "FSDP"][2] == pytest.approx(parameters, abs=0.01)
+    assert found[2, "DDP"][6] == pytest.approx(2 * 7 / 8 * 4 * parameters, abs=0.01)
+    assert found[2, "DDP"][-1] == 0 and found[2, "FSDP"][-1] > 12_832 and (1, "FSDP") in found
+    # 128 dialogues of 802 tokens: 2 FLOPs a weight, for three passes and the recomputed forward.
+    tera = float(re.findall(r"([\d,.]+) TFLOP", text)[1].replace(",", ""))
+    assert tera == pytest.approx(8 * 6738.4e6 * 128 * 802 / 1e12, rel=0.07)
+
+
+def test_data_that_is_here_is_measured(tmp_path, capsys):
+    turns = [{"from": "human", "value": "Is there a red circle?"}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns}] * 40))
+    plan.main(["--stage=2", f"--data2={tmp_path / 'data.json'}", "--steps2=0"])
+    text = capsys.readouterr().out
+    assert "40 samples, 3 steps" in text and "measured" in text
+
+
+def test_recipes_are_planned_without_their_checkpoints_and_wrong_ones_are_one_line(capsys):
+    for recipe in (ROOT / "config").glob("*.toml"):
+        plan.main([str(recipe), "--gpus=8", "--stage=2"])
+        assert {(2, "DDP"), (2, "FSDP"), (2, "LoRA FSDP")} <= set(rows(capsys.readouterr().out))
+    for flag, name in (("--llm=no/such", "no/such"), ("--train1=vision,llm", "--train1")):
+        with pytest.raises(InputError) as error:
+            plan.main([flag])
+        assert name in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- look ----------------------------------------------------------------------------------------
+
+
+def test_look_draws_models_and_towers(model_folder, tmp_path, capsys):
+    weights = ROOT / "weights"
+    comm = MLLM.assemble([weights / "clip", weights / "dinov2"], weights / "llama", "comm")
+    comm.save(tmp_path / "comm")
+    Image.new("RGB", (90, 60), "blue").save(tmp_path / "photo.png")
+    heights = []
+    for flags in (
+        ["--image=photo.png", "--prompt=What?"],
+        ["--scene=3", "--model=comm", "--max_new_tokens=4"],
+        [f"--vision={weights / 'clip'},{weights / 'dinov2'}"],
+    ):
+        look.main([*flags, "--device=cpu", "--out=sheet.png"])
+        heights.append(Image.open(tmp_path / "sheet.png").height)
+        assert "sheet.png shows" in capsys.readouterr().out
+    # comm has two towers, and layer weights below them
+    assert heights[1] > heights[0]
+    with pytest.raises(InputError, match="--out"):
+        look.main(["--out=sheet.txt"])

@@ -1,0 +1,1 @@
+"""Measure training and decoding against transformers or another checkout."""

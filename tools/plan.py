@@ -1,0 +1,456 @@
+"""Estimate what a training run needs: parameters, GPU memory, FLOPs and hours.
+
+    python -m tools.plan config/dense_7b.toml --gpus=8 --gpu_memory=80
+
+The model is built on the meta device (shapes without storage), so it needs config.json files only.
+tools/shapes.json has those of the recipes in config/, which need no download. The plan follows
+train.py: packed dialogues without padding, float32 trained weights, AdamW's two moments in float32,
+bf16 autocast, a frozen LLM in bf16, and logits at supervised positions only.
+
+Memory of one GPU in bytes. A forward has T tokens, n of them supervised, and I images of N patches.
+b is 2 under autocast, otherwise 4. e is the residual stream's: 2 for a bf16 LLM, otherwise 4.
+C is the LLM's width, F its MLP's, W that of all query heads, K that of all key heads, H the number
+of heads, L of blocks, V the vocabulary, D a tower's width.
+
+    weights      4 a parameter, 2 in a frozen LLM. FSDP splits the LLM and all trained parameters.
+                 It gathers the embedding, lm_head and two blocks at a time, b a parameter.
+    gradients    4 a trained parameter. DDP's buckets take 4 more.
+    optimizer    8 a trained parameter
+    LLM block    T·(8C [both norms] + b(2W + 2K) [queries, output, keys, values]
+                 + 3bF [gate, SiLU, up]). If the LLM is trained, T·b(2C or 5C [inputs of the linear
+                 layers, each cast separately by autocast] + F [input of the last]) more, and
+                 without LoRA T·2eC [outputs of the norms]. In float32 4T(H + W [if trained]) more.
+    all blocks   L of these. With activation checkpointing: eC·T for each input, and one block.
+    casts        2 a weight of a float32 LLM under autocast
+    connector    b·I·N·(inputs of linear layers and GELUs), COMM: (4 + b)D more for each LayerNorm
+    logits       12nV: log-softmax and two gradients in float32, of mllm.MAX_LOGITS values at a time
+    peak         weights, optimizer, and the most that exists at one time: at the end of the
+                 forward; with the logits; in the backward of the last block; in that of the first
+                 block, when all gradients exist
+
+FLOPs are those of matrix products. A weight takes 2 a token in the forward, 2 for the gradient of
+its input and 2 for its own. Attention takes 2W·T² in the forward (causal), twice that backward.
+
+The plan does not know the CUDA context, fragmentation, the communication library and torch.compile,
+so a run fits if it takes at most ROOM of the memory. The loader groups dialogues by length, so some
+micro-batches are far longer than the mean. tests/test_tools.py compares the plan with PyTorch's
+allocator and FLOP counter on a CPU.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch.nn as nn
+
+from common import cli
+from common.cli import option, parse_options
+from common.errors import InputError
+from common.hub import fields_of, on_meta, read_config, read_json
+from common.images import ImageSpec
+from common.run import PARTS, Config, check, stage_options
+from connector import CONNECTORS
+from data import Batches
+from dialogue import IGNORE, find_template, load_tokenizer
+from mllm import LLMS, MAX_LOGITS, MLLM, TOWERS, import_class
+from train import WEIGHTS, build_dataset
+
+# The share of a GPU's memory that may be planned for.
+ROOM = 0.9
+# "checkpoints": what the plan reads in a config.json. "data": the papers' files, their number of
+# samples (null: unknown) and the assumed text tokens and supervised tokens of a dialogue.
+KNOWN = read_json(Path(__file__).with_name("shapes.json"))
+
+
+@dataclass
+class PlanConfig(Config):
+    gpus: int = option(8, "number of GPUs")
+    gpu_memory: float = option(80, "memory of a GPU in GB (1e9 bytes)")
+    gpu_flops: float = option(989, "peak of a GPU in bf16, in TFLOP/s; 989: an H100")
+    utilization: float = option(0.4, "the share of the peak that matrix products reach")
+
+
+class Load(NamedTuple):
+    """What one forward (or one dialogue) contains; averages may be fractions."""
+
+    tokens: float  # T, images included
+    squared: float  # the sum of T² over the dialogues
+    supervised: float  # n
+    images: float  # I
+
+    def times(self, factor):
+        return Load(*(value * factor for value in self))
+
+
+class Plan(NamedTuple):
+    """One stage on one GPU."""
+
+    config: PlanConfig
+    model: MLLM  # on the meta device
+    trains_llm: bool  # the connector always is, the towers never are
+    load: Load  # of one forward
+    forwards: int  # in an optimizer step
+    bf16: bool
+    lora_rank: int = 0  # 0: without adapters
+    shards: int = 1  # FSDP: the number of GPUs
+
+    @property
+    def tunes_llm(self):
+        """Whether the LLM's own weights are trained."""
+        return self.trains_llm and not self.lora_rank
+
+    @property
+    def activation_bytes(self):
+        return 2 if self.bf16 else 4
+
+    @property
+    def llm_bytes(self):
+        return 2 if self.bf16 and not self.tunes_llm else 4
+
+    def adapters(self):
+        """Count LoRA's parameters: rank · (in + out) for every linear layer of the blocks."""
+        weights = linear_weights(self.model.llm.layers)
+        return self.lora_rank * sum(sum(weight.shape) for weight in weights)
+
+    def num_trained(self):
+        """Count the trained parameters."""
+        llm = size(self.model.llm) if self.tunes_llm else self.adapters()
+        return llm + size(self.model.connector)
+
+
+# ---- the model and its data ----------------------------------------------------------------------
+
+
+def read_shape(name):
+    """Return a checkpoint's config.json: from its folder, shapes.json or the hub."""
+    name = str(name)
+    if Path(name).is_dir():
+        return read_config(Path(name))
+    if name in KNOWN["checkpoints"]:
+        return KNOWN["checkpoints"][name]
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_json(hf_hub_download(name, "config.json"))
+    except Exception as error:
+        raise InputError(f"{name}: its config.json cannot be read or downloaded: {error}") from None
+
+
+def build(config):
+    """Build the run's model on the meta device."""
+    tiny = {"comm": ["clip", "dinov2"], "comm_dino": ["dinov2"]}.get(config.connector, ["clip"])
+    connector = {"name": config.connector, **config.connector_options}
+    with on_meta():
+        towers = []
+        for name in config.vision or [WEIGHTS / name for name in tiny]:
+            shape = read_shape(name)
+            cls = import_class(TOWERS, shape.get("model_type", "timm_wrapper"), name)
+            towers.append(cls(fields_of(cls.config_class, shape.get("vision_config", shape), name)))
+        name = config.llm or WEIGHTS / "llama"
+        shape = read_shape(name)
+        cls = import_class(LLMS, shape.get("model_type", "llama"), name)
+        llm = cls(cls.config_class.from_dict(shape, name))
+        tokenizer = SimpleNamespace(get_vocab_size=lambda: 0)
+        spec = ImageSpec(config.image_size or towers[0].config.image_size, config.image_mode)
+        return MLLM(towers, llm, connector, tokenizer, "", spec)
+
+
+def longest(config, model):
+    return min(config.max_length, model.llm.config.context)
+
+
+def read_data(config, stage, model):
+    """Return the number of samples (None: unknown), the mean dialogue, its source."""
+    options, folder = stage_options(config, stage), Path(config.llm or WEIGHTS / "llama")
+    files = [Path(name.partition(":")[2] or name) for name in options["data"]]
+    if not folder.is_dir() or not all(file.exists() or str(file) == "world" for file in files):
+        return *assume(config, options, files, model), "assumed"
+    dataset = build_dataset(config, stage)
+    template = options.get("template") or config.template or find_template(folder)
+    batches = Batches(
+        dataset,
+        load_tokenizer(folder),
+        template or "vicuna_v1",
+        model.spec,
+        model.tokens_per_image,
+        longest(config, model),
+    )
+    batch = batches[range(0, len(dataset), max(1, len(dataset) // 256))]
+    lengths = batch.lengths
+    total = Load(
+        sum(lengths),
+        sum(length**2 for length in lengths),
+        (batch.labels != IGNORE).sum().item(),
+        len(batch.image_index),
+    )
+    return len(dataset), total.times(1 / len(lengths)), "measured"
+
+
+def assume(config, options, files, model):
+    """Return the number of samples (None: unknown) and the mean dialogue of files."""
+    known = [KNOWN["data"].get(file.name, KNOWN["data"]["other"]) for file in files]
+    counts, samples = [data["samples"] for data in known], None
+    if None not in counts:
+        repeats = [round(max(counts) / count) if options["equal"] else 1 for count in counts]
+        samples = sum(count * times for count, times in zip(counts, repeats, strict=True))
+    text = statistics.mean(data["text_tokens"] for data in known)
+    supervised = statistics.mean(data["supervised"] for data in known)
+    tokens = min(text + model.tokens_per_image, longest(config, model))
+    return samples, Load(tokens, tokens**2, supervised, 1)
+
+
+# ---- memory, FLOPs, communication ----------------------------------------------------------------
+
+
+def numel(tensors):
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def size(module):
+    return numel(module.parameters())
+
+
+def linear_weights(module):
+    return [part.weight for part in module.modules() if isinstance(part, nn.Linear)]
+
+
+def num_patches(model, tower):
+    return (model.spec.size // tower.config.patch_size) ** 2
+
+
+def connector_tokens(model):
+    """Count an image's tokens in the connector; `efficient` drops some at its end."""
+    return max(num_patches(model, model.vision[0]), model.tokens_per_image)
+
+
+def connector_memory(plan):
+    """Count the bytes that the connector keeps for its backward."""
+    model, b = plan.model, plan.activation_bytes
+    channels = out_features = 0
+    for module in model.connector.modules():
+        if isinstance(module, nn.Linear):
+            channels += b * module.in_features
+            out_features = module.out_features
+        elif isinstance(module, nn.GELU):
+            channels += b * out_features
+        elif isinstance(module, nn.LayerNorm):
+            channels += (4 + b) * module.normalized_shape[0]
+    casts = 2 * size(model.connector) if plan.bf16 else 0
+    return plan.load.images * connector_tokens(model) * channels + casts
+
+
+def block_memory(plan, e):
+    """Count the bytes that a block of the LLM keeps for its backward."""
+    c, b = plan.model.llm.config, plan.activation_bytes
+    W, K = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    C, F = c.hidden_size, c.intermediate_size
+    channels = 8 * C + b * (2 * W + 2 * K + 3 * F)
+    if plan.trains_llm:
+        channels += b * ((2 if e == b else 5) * C + F)
+    if plan.tunes_llm:
+        channels += 2 * e * C
+    if not plan.bf16:
+        channels += 4 * (c.num_attention_heads + W * plan.trains_llm)
+    # The inputs of LoRA's second factors.
+    channels += 7 * b * plan.lora_rank
+    return plan.load.tokens * channels
+
+
+def memory(plan):
+    """Return {part: bytes on one GPU}; "peak" is the most that exists at one time."""
+    model, load, c, b = plan.model, plan.load, plan.model.llm.config, plan.activation_bytes
+    V, C, L, T = c.vocab_size, c.hidden_size, c.num_hidden_layers, load.tokens
+    recompute, sharded = plan.config.activation_checkpointing, plan.shards > 1
+    block_size = size(model.llm.layers[0])
+    rest = size(model.llm) - L * block_size
+
+    split = plan.llm_bytes * size(model.llm) + 4 * plan.adapters() + 4 * size(model.connector)
+    weights = split / plan.shards + 4 * size(model.vision)
+    gradients = 4 * plan.num_trained() / plan.shards
+    copies = 0
+    if sharded:
+        weights += b * (rest + 2 * block_size)
+        if plan.tunes_llm:
+            copies = b * rest + (b + 4) * block_size
+    elif plan.config.gpus > 1:
+        copies = gradients
+
+    e = b if sharded else plan.llm_bytes
+    casts = 2 * (L * block_size + V * C) if e > b else 0
+    connector = connector_memory(plan)
+    block = block_memory(plan, e)
+    working = block + casts / L
+    # What the final norm keeps and returns.
+    head = T * (4 + e * plan.tunes_llm) * C + load.supervised * e * C
+    # The gradients on their way through a block.
+    flow = T * (e * C + 2 * b * c.intermediate_size)
+    if recompute:
+        stored, casts_left, again = connector + L * T * e * C + head, 0, working
+    else:
+        stored, casts_left, again = connector + L * block + head, casts, 0
+    casts_at_end = casts if plan.tunes_llm else casts_left
+    logits = min(load.supervised, max(1, MAX_LOGITS // V)) * V
+    forward = max(
+        stored + casts_at_end + (6 + b) * logits,
+        stored + casts_left + 12 * logits,
+        stored + casts_left + again + flow,
+    )
+    if plan.forwards > 1:
+        # All forwards of a step but the first begin with gradients.
+        forward += gradients
+    peak = max(forward, gradients + connector + working + flow)
+    return {
+        "weights": weights,
+        "gradients": gradients + copies,
+        "optimizer": 2 * gradients,
+        "activations": stored + max(casts_at_end, again),
+        "logits": 12 * logits,
+        "peak": weights + 2 * gradients + copies + peak,
+    }
+
+
+def tower_flops(model):
+    """Count the FLOPs of an image in the blocks that the connector reads."""
+    total = 0
+    for tower, layers in zip(model.vision, model.connector.layers, strict=True):
+        deepest = max(max(layer) if isinstance(layer, range) else layer for layer in layers)
+        D, N = tower.config.hidden_size, num_patches(model, tower)
+        S = N + tower.num_prefix_tokens
+        total += 2 * N * 3 * tower.config.patch_size**2 * D
+        total += 2 * S * numel(linear_weights(tower.blocks[:deepest])) + 4 * S**2 * D * deepest
+    return total
+
+
+def flops(plan):
+    """Return {part: FLOPs of a forward and its backward}.
+
+    "again": what the backward computes once more.
+    """
+    model, load, c = plan.model, plan.load, plan.model.llm.config
+    # Forward and both gradients. COMM's layer weights need the gradient of the connector's input.
+    joined = 3 * numel(linear_weights(model.connector))
+    if not hasattr(model.connector, "layer_weights"):
+        joined -= linear_weights(model.connector)[0].numel()
+    blocks = numel(linear_weights(model.llm.layers))
+    last = numel(linear_weights(block.mlp)[-1] for block in model.llm.layers)
+    attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * load.squared
+    logits = 2 * load.supervised * c.vocab_size * c.hidden_size
+    again = logits if load.supervised > MAX_LOGITS // c.vocab_size else 0
+    if plan.config.activation_checkpointing:
+        again += 2 * load.tokens * (blocks - last) + attention
+    passes = 2 + plan.tunes_llm
+    return {
+        "towers": load.images * tower_flops(model),
+        "connector": 2 * load.images * connector_tokens(model) * joined,
+        "llm": 2 * load.tokens * (blocks * passes + 3 * plan.adapters()),
+        "attention": 3 * attention,
+        "logits": logits * passes,
+        "again": again,
+    }
+
+
+def sent(plan):
+    """Count the bytes that a GPU sends in a step.
+
+    A ring of n GPUs sends (n - 1) / n of a buffer to gather or to scatter it.
+    """
+    ring = (plan.config.gpus - 1) / plan.config.gpus
+    gradients = 4 * plan.num_trained()
+    if plan.shards == 1:
+        # DDP reduces the gradients to all GPUs, once a step.
+        return ring * 2 * gradients
+    # FSDP gathers blocks in the forward and in the backward, and the rest once.
+    llm = plan.model.llm
+    twice = size(llm.layers) + plan.adapters() + size(plan.model.connector)
+    gathered = plan.activation_bytes * (2 * twice + size(llm) - size(llm.layers))
+    return ring * plan.forwards * (gathered + gradients)
+
+
+def room(plan):
+    """Return how many tokens fit, in dialogues like the mean one (0: none)."""
+    low, high = 0.0, 2.0**20
+    for _ in range(48):
+        middle = (low + high) / 2
+        peak = memory(plan._replace(load=plan.load.times(middle)))["peak"]
+        if peak <= ROOM * plan.config.gpu_memory * 1e9:
+            low = middle
+        else:
+            high = middle
+    return int(low * plan.load.tokens)
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def plan_stage(config, stage):
+    """Print the plan of one stage."""
+    options, model = stage_options(config, stage), build(config)
+    if {*options["train"]} not in ({"connector"}, {"connector", "llm"}):
+        raise InputError(f"--train{stage}: the plan knows connector, or connector,llm")
+    samples, mean, source = read_data(config, stage, model)
+    batch, steps = options["batch"], options["steps"]
+    if not steps and not samples:
+        raise InputError(f"--data{stage}: not here; give the number of steps, --steps{stage}")
+    steps = steps or math.ceil(options["epochs"] * samples / batch)
+    share = math.ceil(batch / config.gpus)
+    rows, forwards = min(share, config.micro_batch), math.ceil(share / config.micro_batch)
+    trains_llm, bf16 = "llm" in options["train"], config.bf16 is not False
+    plan = Plan(config, model, trains_llm, mean.times(rows), forwards, bf16)
+
+    print(
+        f"\nstage {stage}, {batch} dialogues a step: {samples or 'unknown'} samples, {steps} steps"
+    )
+    for part in PARTS:
+        print(f"  {part:10}{size(getattr(model, part)) / 1e6:10,.2f}M parameters")
+    print(f"  a dialogue ({source}): {mean.tokens:,.0f} tokens, {mean.supervised:,.0f} supervised")
+    print(f"  a forward: {rows} dialogues, {plan.load.tokens:,.0f} tokens")
+    parts = flops(plan._replace(load=mean.times(batch)))
+    total = sum(parts.values())
+    shares = [f"{part} {value / total:.0%}" for part, value in parts.items() if value]
+    print(f"  {total / 1e12:,.4f} TFLOP a step: {', '.join(shares)}")
+    print_table(plan, steps, mean.times(share))
+
+
+def print_table(plan, steps, load):
+    """Print a line for every way to use the GPUs. load: a step's on one GPU."""
+    config = plan.config
+    # Bytes/s in each direction: NVLink in a node of 8 GPUs; between nodes 400 Gbit/s for each GPU.
+    link = 450e9 if config.gpus <= 8 else 8 * 50e9
+    print(
+        "  GB a GPU     weights gradients optimizer activations  logits      peak      sent"
+        " sending s  math s   hours  fit tokens"
+    )
+    ranks = [0, config.lora_rank or 128] if plan.trains_llm else [0]
+    for rank, shards in product(ranks, sorted({1, config.gpus})):
+        way = plan._replace(lora_rank=rank, shards=shards)
+        name = ("LoRA " if rank else "") + ("DDP" if shards == 1 else "FSDP")
+        found = memory(way) | {"sent": sent(way)}
+        sending = found["sent"] / link
+        math_flops = sum(flops(way._replace(load=load)).values())
+        math_time = math_flops / (config.gpu_flops * 1e12 * config.utilization)
+        # At best, communication and math overlap completely.
+        hours = steps * max(math_time, sending) / 3600
+        numbers = [f"{value / 1e9:9.4f}" for value in found.values()]
+        print(
+            f"  {name:10}", *numbers, f"{sending:9.3f}{math_time:8.3f}{hours:8.2f}{room(way):12,}"
+        )
+
+
+def main(arguments):
+    config = cli.parse(PlanConfig, arguments, __doc__)
+    check(config)
+    config.connector_options = parse_options(
+        CONNECTORS, config.connector, config.connector_options, "--connector"
+    )
+    if config.gpus < 1:
+        raise InputError(f"--gpus={config.gpus}: must be 1 or more")
+    for stage in [config.stage] if config.stage else [1, 2]:
+        plan_stage(config, stage)
+
+
+if __name__ == "__main__":
+    cli.run(main)
