@@ -234,7 +234,7 @@ class Batches:
         # turns that were cut off may have had images
         for image in sample.images[: ids.count(IMAGE)]:
             is_file = isinstance(image, str | os.PathLike)
-            # an image in memory gets a number of its own
+            # an image in memory is named by a number
             key = image if is_file else len(pixels)
             if key not in pixels:
                 pixels[key] = to_pixels(open_image(image) if is_file else image, self.spec)

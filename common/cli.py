@@ -61,7 +61,9 @@ def read_recipe(path):
     """Return the options of a TOML file as flags. The table [NAME_options] is --NAME.KEY=VALUE."""
     try:
         recipe = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError:
+        raise InputError(f"{path}: no such recipe; recipes are in config/") from None
+    except ValueError as error:
         raise InputError(f"{path}: cannot be read as TOML ({error})") from None
     flags = []
     for key, value in recipe.items():
@@ -175,7 +177,7 @@ def class_help(classes, flag):
 def pick_device(name):
     """Find the torch.device of "auto" (CUDA, else MPS, else CPU) or of a device's name.
 
-    Each process that torchrun started gets a GPU of its own. Raises InputError.
+    Each process that torchrun started gets a different GPU. Raises InputError.
     """
     import torch  # here, so that --help starts fast
 

@@ -135,7 +135,7 @@ class Ranks:
     def guard(self, run):
         """Convert a lost-rank error of gloo or NCCL into a one-line InputError.
 
-        The other ranks get such an error when one was killed or ended with an error of its own.
+        The other ranks get such an error when one was killed or ended with an error.
         """
         try:
             yield

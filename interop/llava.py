@@ -2,19 +2,20 @@
 
 One design (LLaVA, arXiv 2304.08485; LLaVA-1.5, 2310.03744) in two layouts. `0` is any block:
 
-    ours                      llava-hf/llava-1.5-*                          liuhaotian/llava-v1.5-*, HuanjinYao/DenseConnector-*
-    vision.0.blocks.0 ...     vision_tower.vision_model.encoder.layers.0    model.vision_tower.vision_tower.vision_model...
-    connector.mm_projector.0  multi_modal_projector.linear_1                model.mm_projector.0
-    connector.mm_projector.2  multi_modal_projector.linear_2                model.mm_projector.2
-    llm.layers.0 ...          language_model.model.layers.0 ...             model.layers.0 ...
-    llm.lm_head               language_model.lm_head                        lm_head
-    config.json               model_type llava; vision_config, text_config  the LLM's keys, mm_vision_tower, mm_...
+    ours                      llava-hf/llava-1.5-*             liuhaotian/llava-v1.5-*, and
+                                                               HuanjinYao/DenseConnector-*
+    vision.0.blocks.0         vision_tower...layers.0          model.vision_tower...layers.0
+    connector.mm_projector.0  multi_modal_projector.linear_1   model.mm_projector.0
+    connector.mm_projector.2  multi_modal_projector.linear_2   model.mm_projector.2
+    llm.layers.0              language_model.model.layers.0    model.layers.0
+    llm.lm_head               language_model.lm_head           lm_head
+    config.json               vision_config, text_config       the LLM's keys, mm_vision_tower, ...
 
 transformers 5 writes the first layout as model.vision_tower..., model.language_model.layers...,
 lm_head; both are read. In the second layout the tower is in the file or in a folder or repository
 that mm_vision_tower names. The Dense Connector's releases use SigLIP-so400m at 384; its last block
 is in no file, since no connector reads it.
-"""  # noqa: E501
+"""
 
 from dataclasses import replace
 from pathlib import Path

@@ -8,7 +8,7 @@ from conftest import ROOT
 from count import count
 
 ROOMS = ("common", "toy", "benchmarks", "interop", "tools")
-# Modules of a group import only those of the groups before it, and of their own group downwards.
+# Modules of a group import only those of the groups before it, and of the same group downwards.
 LAYERS = [
     ["common"],
     ["vit", "dinov2", "clip", "llama", "connector", "dialogue", "interop.phi"],
