@@ -191,6 +191,14 @@ def test_an_image_of_two_dialogues_is_seen_once(build, tmp_path):
     assert_equal_losses(together, apart)
 
 
+def test_a_batch_of_text_gives_every_trained_parameter_a_zero_gradient(build):
+    """DDP waits on every rank for the gradient of every trained parameter."""
+    model = build("dense").requires_grad_(False)
+    model.connector.requires_grad_(True)
+    forward(model, batch_of(model, TEXT))[0].backward()
+    assert all((p.grad == 0).all() for p in model.connector.parameters())
+
+
 # ---- generation ----------------------------------------------------------------------------------
 
 
