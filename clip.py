@@ -22,9 +22,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
+from common import layouts
 from common.errors import InputError
-from common.hub import locate
-from common.tower import load_clip, save_clip
+from common.pretrained import load_clip, locate
+from common.save import save_clip
 from vit import VisionTower, make_blocks, run_blocks
 
 
@@ -76,7 +77,7 @@ class CLIPVision(VisionTower):
     """
 
     config_class = CLIPVisionConfig
-    model_types = ("clip", "clip_vision_model")
+    layouts = layouts.CLIP
     after_blocks = ("norm_post.",)
 
     def __init__(self, config, mean=None, std=None):
@@ -113,7 +114,7 @@ class SigLIPVision(CLIPVision):
 
     num_prefix_tokens = 0
     config_class = SigLIPVisionConfig
-    model_types = ("siglip", "siglip_vision_model")
+    layouts = layouts.SIGLIP
 
 
 class CLIPText(nn.Module):

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 from common.cli import find_class, options_of
 from common.errors import InputError
-from common.hub import ranges_from_json, ranges_to_json
+from common.save import ranges_from_json, ranges_to_json
 
 CONNECTORS = {}
 

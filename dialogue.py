@@ -17,7 +17,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from common.errors import InputError
-from common.hub import read_json
+from common.pretrained import read_json
 
 IMAGE = -200  # LLaVA's placeholder id for an image
 IGNORE = -100  # the label of a token that is not supervised

@@ -29,6 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common.layouts import DINOV2
 from vit import VisionTower, make_blocks, run_blocks
 
 
@@ -79,7 +80,7 @@ class DINOv2(VisionTower):
     """
 
     config_class = DINOv2Config
-    model_types = ("dinov2", "dinov2_with_registers")
+    layouts = DINOV2
     any_resolution = True
     after_blocks = ("norm.", "mask_token")
 

@@ -21,7 +21,6 @@ import numpy as np
 from common import cli
 from common.cli import option
 from common.errors import InputError
-from common.hub import dtype_to_answer, newest_model
 from common.images import iou, parse_box
 from common.speed import speed_up
 from toy.scenes import normalize, object_f1, task_questions
@@ -148,7 +147,7 @@ def table(results):
 
 
 def main(arguments):
-    from interop.load import load_model
+    from interop.load import dtype_to_answer, load_model, newest_model
 
     config = cli.parse(Config, arguments, __doc__)
     device = cli.pick_device(config.device)

@@ -32,14 +32,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common.llm import (
-    PretrainedLLM,
-    check_request,
-    make_config,
-    read_llama,
-    scale_rope,
-    write_llama,
-)
+from common.llm import check_request, scale_rope
+from common.pretrained import PretrainedLLM, make_config, read_llama
+from common.save import write_llama
 
 
 @dataclass
@@ -98,7 +93,7 @@ def rope_frequencies(config):
     """
     channel = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device="cpu")
     frequency = 1.0 / config.rope_theta ** (channel / config.rotary_dim)
-    return scale_rope(frequency, config.rope_scaling)
+    return scale_rope(frequency, config.rope_scaling) if config.rope_scaling else frequency
 
 
 def rotate(x, cos, sin):
@@ -262,7 +257,7 @@ class Block(nn.Module):
 
 
 class Llama(PretrainedLLM):
-    """LLaMA, Mistral and Qwen2. common/llm.py has from_pretrained and save_pretrained."""
+    """LLaMA, Mistral and Qwen2. common/pretrained.py has from_pretrained and save_pretrained."""
 
     config_class = LlamaConfig
     # Plain form of the output layer that is the embedding.

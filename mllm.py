@@ -17,9 +17,7 @@ A trained model is one folder: config.json (towers, connector, LLM, template), m
 tokenizer.json and preprocessor_config.json.
 """
 
-import importlib
-import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,45 +25,28 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import hub
+from common import layouts
 from common.errors import InputError
 from common.images import ImageSpec, open_image, to_pixels
+from common.pretrained import Pretrained, load_part, locate, read_parts, read_processor
+from common.save import save_mllm
 from connector import Tower, make_connector
 from dialogue import IGNORE, IMAGE, MARK, encode, end_ids, find_template, load_tokenizer
 
-# model_type in config.json -> module and class, imported when it is needed
+# class, imported when it is needed -> the model_types of its checkpoints
 TOWERS = {
-    "clip": "clip.CLIPVision",
-    "clip_vision_model": "clip.CLIPVision",
-    "siglip": "clip.SigLIPVision",
-    "siglip_vision_model": "clip.SigLIPVision",
-    "dinov2": "dinov2.DINOv2",
-    "dinov2_with_registers": "dinov2.DINOv2",
-    "vit": "vit.ViT",
-    "deit": "vit.ViT",
-    "deit3": "vit.ViT",
-    "vit_mae": "vit.ViT",
-    "timm_wrapper": "vit.ViT",
+    "clip.CLIPVision": layouts.CLIP,
+    "clip.SigLIPVision": layouts.SIGLIP,
+    "dinov2.DINOv2": layouts.DINOV2,
+    # timm's own files name no model_type
+    "vit.ViT": [*layouts.VIT, "timm_wrapper", None],
 }
-LLMS = {
-    "llama": "llama.Llama",
-    "mistral": "llama.Llama",
-    "qwen2": "llama.Llama",
-    "phi": "interop.phi.Phi",
-}
+LLMS = {"llama.Llama": [*layouts.LLAMA, None], "interop.phi.Phi": ["phi"]}
 # Numbers in the logits that training holds at once: 256 MiB in float32.
 MAX_LOGITS = 2**26
 
 
-def import_class(classes, model_type, where):
-    """Import the class of a model_type in TOWERS or LLMS. Raises InputError for another one."""
-    if model_type not in classes:
-        raise InputError(f"{where}: model_type {model_type!r} is not one of {', '.join(classes)}")
-    module, _, name = classes[model_type].rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-class MLLM(nn.Module):
+class MLLM(Pretrained):
     """Towers, connector and LLM in one: images and tokens go in, a loss or a text comes out."""
 
     def __init__(self, towers, llm, connector, tokenizer, template, spec):
@@ -250,83 +231,30 @@ class MLLM(nn.Module):
         checkpoint names, else vicuna_v1; image_size, the first tower's; tokenizer, the LLM's.
         llm_mapped: leave the LLM in its memory-mapped files (common/fsdp.py). Raises InputError.
         """
-        folders = [hub.locate(name) for name in vision]
-        towers = []
-        for folder in folders:
-            # timm's own files name no model_type.
-            model_type = hub.read_config(folder).get("model_type", "timm_wrapper")
-            tower_class = import_class(TOWERS, model_type, folder)
-            towers.append(tower_class.from_pretrained(folder, device=device))
-        folder = hub.locate(llm)
-        tokenizer = load_tokenizer(hub.locate(tokenizer) if tokenizer else folder)
+        folders, folder = [locate(name) for name in vision], locate(llm)
+        tokenizer = load_tokenizer(locate(tokenizer) if tokenizer else folder)
         template = template or find_template(folder) or "vicuna_v1"
         # Raise now if the tokenizer lacks the template's special tokens.
         encode(tokenizer, [("", "")], template)
-        size = image_size or towers[0].config.image_size
-        spec = ImageSpec(size, image_mode)
-        if hub.read_processor(folders[0])[0]:
+        towers = [load_part(TOWERS, path, device=device) for path in folders]
+        spec = ImageSpec(image_size or towers[0].config.image_size, image_mode)
+        if read_processor(folders[0])[0]:
             stated = ImageSpec.from_folder(folders[0])
             spec = replace(spec, mean=stated.mean, std=stated.std, resample=stated.resample)
-        llm_class = import_class(LLMS, hub.read_config(folder).get("model_type", "llama"), folder)
         if llm_mapped:
-            llm = llm_class.from_pretrained(folder, None, "cpu")
+            llm = load_part(LLMS, folder, None, "cpu")
         else:
-            llm = llm_class.from_pretrained(folder, llm_dtype, device)
+            llm = load_part(LLMS, folder, llm_dtype, device)
         model = cls(towers, llm, connector, tokenizer, template, spec)
         model.connector.to(device)
         return model
 
-    def save(self, folder, dtype=None, tensors=None):
-        """Write everything that from_pretrained needs; the folder appears whole or not at all.
-
-        dtype: default as in memory. tensors: pairs (name, tensor) instead of this model's own.
-        """
-        folder = Path(folder)
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        config = {
-            "model_type": "mllm",
-            "template": self.template,
-            "connector": self.connector.spec(),
-            "vision": [asdict(tower.config) for tower in self.vision],
-            "llm": self.llm.config.to_dict(),
-        }
-        tensors = tensors or self.state_dict().items()
-        tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in tensors)
-        hub.save_in_files(partial, tensors, config)
-        self.tokenizer.save(str(partial / "tokenizer.json"))
-        statistics = []
-        for tower in self.vision:
-            mean, std = tower.normalize.mean, tower.normalize.std
-            statistics.append({"mean": mean.flatten().tolist(), "std": std.flatten().tolist()})
-        preprocessor = self.spec.config() | {"towers": statistics}
-        hub.write_json(partial / "preprocessor_config.json", preprocessor)
-        hub.replace_folder(partial, folder)
+    # save(folder): write everything that from_pretrained needs
+    save = save_mllm
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        """Load a folder that `save` wrote, ready to generate. Raises InputError."""
-        folder = hub.locate(folder)
-        config = hub.read_config(folder)
-        if config.get("model_type") != "mllm":
-            raise InputError(
-                f"{folder}: model_type {config.get('model_type')!r} is not a multimodal model"
-            )
-        preprocessor = hub.read_json(folder / "preprocessor_config.json")
-        try:
-            with hub.on_meta():
-                towers = []
-                for fields, numbers in zip(config["vision"], preprocessor["towers"], strict=True):
-                    tower_class = import_class(TOWERS, fields["model_type"], folder)
-                    tower_config = hub.fields_of(tower_class.config_class, fields, folder)
-                    towers.append(tower_class(tower_config, numbers["mean"], numbers["std"]))
-                llm_class = import_class(LLMS, config["llm"]["model_type"], folder)
-                llm = llm_class(llm_class.config_class.from_dict(config["llm"], folder))
-                tokenizer, spec = load_tokenizer(folder), ImageSpec.from_folder(folder)
-                model = cls(towers, llm, config["connector"], tokenizer, config["template"], spec)
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{folder}: config.json or preprocessor_config.json was not written by MLLM.save "
-                f"({error!r})"
-            ) from None
-        return hub.load_weights(model, folder, lambda name: name, dtype, device).eval()
+    def from_folder(cls, folder):
+        """Build the model of a folder that `save` wrote. from_pretrained then loads its weights."""
+        towers, llm, config = read_parts(folder, TOWERS, LLMS)
+        tokenizer, spec = load_tokenizer(folder), ImageSpec.from_folder(folder)
+        return cls(towers, llm, config["connector"], tokenizer, config["template"], spec)

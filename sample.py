@@ -18,7 +18,6 @@ from common import cli
 from common.cli import option
 from common.draw import COLORS, TRUE_COLOR, check_name, panel, save_image
 from common.errors import InputError
-from common.hub import dtype_to_answer, newest_model
 from common.images import parse_boxes, read_image
 from common.speed import speed_up
 
@@ -88,7 +87,7 @@ def chat(model, image, out, sampling):
 
 
 def main(arguments):
-    from interop.load import load_model
+    from interop.load import dtype_to_answer, load_model, newest_model
     from toy.scenes import show_scenes, test_scene
 
     config = cli.parse(Config, arguments, __doc__)

@@ -25,7 +25,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.errors import InputError
-from common.tower import PretrainedTower
+from common.images import Normalize
+from common.layouts import VIT
+from common.pretrained import PretrainedTower
 
 
 def quick_gelu(x):
@@ -150,7 +152,7 @@ def run_blocks(blocks, x, layers=None, **options):
 
 
 class VisionTower(PretrainedTower, nn.Module):
-    """What all towers share. common/tower.py reads, writes and checks (PretrainedTower)."""
+    """What all towers share. common/pretrained.py reads, writes and checks (PretrainedTower)."""
 
     num_prefix_tokens = 1  # tokens before the patches
 
@@ -158,7 +160,7 @@ class VisionTower(PretrainedTower, nn.Module):
         super().__init__()
         self.config = config
         D, P = config.hidden_size, config.patch_size
-        self.normalize = self.normalizer(mean, std)
+        self.normalize = Normalize(*self.statistics(mean, std))
         self.patch = nn.Conv2d(3, D, P, stride=P, bias=patch_bias)
 
     def embed_patches(self, pixels):
@@ -191,7 +193,7 @@ class ViT(VisionTower):
     """ViT, DeiT, DeiT III or MAE encoder: uint8 (B, 3, R, R) -> hidden states, each (B, S, D)."""
 
     config_class = ViTConfig
-    model_types = ("vit", "deit", "deit3", "vit_mae")
+    layouts = VIT
     after_blocks = ("norm.", "classifier.", "distillation_classifier.")
 
     def __init__(self, config, mean=None, std=None):

@@ -26,10 +26,11 @@ from benchmarks.scores import score
 from common import cli
 from common.cli import option
 from common.errors import InputError
-from common.hub import dtype_to_answer, locate, newest_model, read_json, write_json
+from common.pretrained import locate, read_json
+from common.save import write_json
 from common.speed import speed_up
 from connector import half_side, halve_grid
-from interop.load import load_model
+from interop.load import dtype_to_answer, load_model, newest_model
 
 
 @dataclass

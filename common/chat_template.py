@@ -1,7 +1,7 @@
 """Read a checkpoint's chat template, and recognize which of ours it is."""
 
 from common.errors import InputError
-from common.hub import read_json
+from common.pretrained import read_json
 
 # What a chat template must contain to be one of ours.
 RECOGNIZED = [

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from common.errors import InputError
-from common.hub import read_json, replace_folder
+from common.pretrained import read_json
+from common.save import replace_folder
 
 # Options that may differ when a run is resumed: they do not change its result.
 FREE_OPTIONS = (

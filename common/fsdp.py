@@ -11,9 +11,9 @@ A unit is a block of the LLM, a trained tower or a trained connector. The rest o
 kept until the backward pass is over. A frozen LLM is sharded too. Frozen towers and a frozen
 connector are small: every rank has all of them, as with DDP.
 
-No rank ever holds the whole model. hub.py maps the LLM's files into memory without reading them,
-and each rank reads its rows. All ranks write a checkpoint, each its rows (checkpoint.py). Rank 0
-writes the finished model, one gathered tensor at a time (`gathered`).
+No rank ever holds the whole model. pretrained.py maps the LLM's files into memory without reading
+them, and each rank reads its rows. All ranks write a checkpoint, each its rows (checkpoint.py).
+Rank 0 writes the finished model, one gathered tensor at a time (`gathered`).
 """
 
 import warnings

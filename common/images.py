@@ -22,11 +22,10 @@ import torch.nn as nn
 from PIL import ExifTags, Image, ImageOps
 
 from common.errors import InputError
-from common.hub import read_processor
+from common.layouts import OPENAI
+from common.pretrained import read_processor
 
 LARGEST_DOWNLOAD = 50_000_000  # bytes
-# mean and std of the pixels of OpenAI's CLIP
-OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class BadImage(InputError):

@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.hub import save_safetensors, write_json
+from common.save import save_safetensors, write_json
 
 
 class LoRALinear(nn.Module):

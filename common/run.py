@@ -18,7 +18,7 @@ import torch
 from common import checkpoint
 from common.cli import option
 from common.errors import InputError
-from common.hub import LARGE, stored
+from common.pretrained import LARGE, stored
 
 PARTS = ("vision", "connector", "llm")  # the parts of a model that can be trained
 AT_LEAST_1 = "batch1 batch2 micro_batch log_every save_every max_length".split()

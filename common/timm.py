@@ -7,7 +7,6 @@ config.json there names an architecture. `model_args` holds what differs from it
 import re
 
 from common.errors import InputError
-from common.hub import tensor_files
 
 # size -> width D, depth L, heads H
 SIZES = {
@@ -20,7 +19,7 @@ SIZES = {
 
 
 def read(config, folder):
-    """Translate timm's config.json -> the fields of vit.ViTConfig, mean, std. Raises InputError."""
+    """Translate timm's config.json -> Hugging Face's keys, (mean, std). Raises InputError."""
     architecture = str(config["architecture"])
     found = re.match(r"deit3_([a-z]+)_patch(\d+)_(\d+)", architecture)
     if not found or found[1] not in SIZES:
@@ -30,9 +29,8 @@ def read(config, folder):
     width, depth, heads = SIZES[found[1]]
     changed = config.get("model_args") or {}
     width = changed.get("embed_dim", width)
-    has_head = any(name.endswith("head.weight") for name in tensor_files(folder))
     pixels = config.get("pretrained_cfg") or {}
-    fields = {
+    translated = {
         "hidden_size": width,
         "num_hidden_layers": changed.get("depth", depth),
         "num_attention_heads": changed.get("num_heads", heads),
@@ -41,6 +39,6 @@ def read(config, folder):
         "image_size": changed.get("img_size", int(found[3])),
         "patch_size": changed.get("patch_size", int(found[2])),
         "model_type": "deit3",
-        "num_labels": config.get("num_classes", 1000) if has_head else 0,
+        "id2label": range(config.get("num_classes", 1000)),
     }
-    return fields, pixels.get("mean"), pixels.get("std")
+    return translated, (pixels.get("mean"), pixels.get("std"))

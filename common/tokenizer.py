@@ -18,7 +18,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from common.errors import InputError
-from common.hub import read_json
+from common.pretrained import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of pieces
 BPE = 2  # the trainer's model_type; 1 is unigram

@@ -30,20 +30,12 @@ from common import checkpoint, cli, lora
 from common.cli import option
 from common.distributed import Ranks
 from common.errors import InputError
-from common.hub import (
-    locate,
-    newest_model,
-    on_meta,
-    read_json,
-    replace_folder,
-    save_checkpoint,
-    write_json,
-)
-from common.tower import hugging_face
+from common.pretrained import locate, on_meta, read_json
+from common.save import hugging_face, llm_tensors, replace_folder, save_checkpoint, write_json
 from connector import Tower, make_connector
 from dialogue import MARK, named
 from interop.llava import DENSE, KNOWN_TOWERS, TOWER
-from interop.load import load_model
+from interop.load import load_model, newest_model
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -200,14 +192,6 @@ def check_connector(model, layout, names):
             f"--format={layout}: this model's connector reads the layers {connector.layers}, and "
             f"what loads the folder would read {usual.layers}"
         )
-
-
-def llm_tensors(llm):
-    """Return {name in Hugging Face's causal language models: tensor}."""
-    return {
-        name if name.startswith("lm_head.") else f"model.{name}": parameter
-        for name, parameter in llm.named_parameters()
-    }
 
 
 def image_files(model, tower):

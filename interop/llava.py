@@ -17,7 +17,7 @@ that mm_vision_tower names. The Dense Connector's releases use SigLIP-so400m at 
 is in no file, since no connector reads it.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +25,10 @@ import torch.nn as nn
 
 from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
 from common.errors import InputError
-from common.hub import (
-    fields_of,
+from common.images import ImageSpec
+from common.pretrained import (
+    build_part,
+    import_class,
     load_weights,
     locate,
     on_meta,
@@ -35,9 +37,8 @@ from common.hub import (
     read_statistics,
     tensor_files,
 )
-from common.images import ImageSpec
 from dialogue import find_template, load_tokenizer
-from mllm import LLMS, MLLM, TOWERS, import_class
+from mllm import LLMS, MLLM, TOWERS
 
 # values of mm_dense_connector_type and our names; efficient is ours
 DENSE = {"sti": "sti", "sci": "sci", "dci": "dense", "efficient": "efficient"}
@@ -74,47 +75,56 @@ TOWER = "model.vision_tower.vision_tower."
 def load(folder, config, dtype, device):
     """Load a folder of either layout, ready to generate. Raises InputError."""
     names = tensor_files(folder)
-    model, module, rename = read(folder, config, names, dtype, device)
-    blocks = model.vision[0].blocks
-    unused = blocks.pop(-1) if lacks_last_block(model.vision[0], names) else None
+    model, rename, tower_folder = read(folder, config, names)
+    tower, module = model.vision[0], model
+    if tower_folder:
+        load_weights(tower, tower_folder, tower.name_of, dtype, device)
+        module = nn.ModuleDict({"connector": model.connector, "llm": model.llm})
+    unused = tower.blocks.pop(-1) if lacks_last_block(tower, names) else None
     load_weights(module, folder, rename, dtype, device)
     if unused is not None:
         # Zeros, which no connector reads.
-        blocks.append(unused.to_empty(device=device).to(dtype))
+        tower.blocks.append(unused.to_empty(device=device).to(dtype))
         for parameter in unused.parameters():
             nn.init.zeros_(parameter)
     return model.eval()
 
 
-def read(folder, config, names, dtype=torch.float32, device="cpu"):
-    """Build the MLLM on the meta device -> (model, the part of it in the file, `rename`).
+def read(folder, config, names):
+    """Build the MLLM on the meta device -> (model, `rename`, the tower's folder or None).
 
-    names: the tensors in the file. A tower outside of the file is loaded already.
+    names: the tensors in the file. None: the tower is one of them.
     """
-    try:
+    if config.get("projector_hidden_act") == "linear":
+        check_identity(folder)
+    with on_meta(folder):
         if "mm_vision_tower" in config:
-            return read_llava(folder, config, names, dtype, device)
+            return read_llava(folder, config, names)
         return read_llava_hf(folder, config)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder}: config.json is not that of a LLaVA ({error!r})") from None
 
 
-def expect(folder, config, key, values, default):
-    """Return config[key], by default `default`. InputError unless it is one of `values`."""
-    value = config.get(key, default)
-    if value not in values:
-        known = " or ".join(repr(value) for value in values)
+def expect(folder, config, key, default, *others):
+    """Return config[key]. InputError unless it is `default`, which it is if absent, or an other."""
+    value, known = config.get(key, default), [default, *others]
+    if value not in known:
+        known = " or ".join(repr(value) for value in known)
         raise InputError(f"{folder}/config.json: {key} is {value!r}; only {known} can be read")
     return value
 
 
-def make_llm(config, folder):
-    llm_class = import_class(LLMS, config.get("model_type", "llama"), folder)
-    return llm_class(llm_class.config_class.from_dict(config, folder))
+def renamer(parts):
+    """Make the `rename` of load_weights.
 
+    parts: (their prefix, our prefix or None, what renames the rest); None: not loaded.
+    """
 
-def with_prefix(prefix, name):
-    return None if name is None else prefix + name
+    def rename(name):
+        for theirs, ours, rename_rest in parts:
+            if name.startswith(theirs):
+                rest = rename_rest(name.removeprefix(theirs))
+                return None if None in (ours, rest) else ours + rest
+
+    return rename
 
 
 # ---- llava-hf ------------------------------------------------------------------------------------
@@ -125,39 +135,28 @@ def read_llava_hf(folder, config):
     text, vision = config["text_config"], config["vision_config"]
     if text.get("model_type", "llama") == "llama":
         text = VICUNA_7B | text
-    tower_class = import_class(TOWERS, vision.get("model_type", "clip_vision_model"), folder)
-    act = expect(folder, config, "projector_hidden_act", ("gelu", "linear"), "gelu")
-    projector = {"linear_1": "mm_projector.0", "linear_2": "mm_projector.2"}
+    act = expect(folder, config, "projector_hidden_act", "gelu", "linear")
+    places = "connector.mm_projector.0.", "connector.mm_projector.2."
     if act == "linear":
-        projector = {"linear_1": "mm_projector"}
-        check_identity(folder)
-    with on_meta():
-        tower_config = fields_of(tower_class.config_class, vision, folder)
-        tower = tower_class(tower_config, spec.mean, spec.std)
-        final = (-2, tower_config.num_hidden_layers - 1)
-        expect(folder, config, "vision_feature_layer", final, -2)
-        select = "default" if tower.num_prefix_tokens else "full"
-        expect(folder, config, "vision_feature_select_strategy", (select,), "default")
-        llm = make_llm(text, folder)
-        template = find_template(folder) or "vicuna_v1"
-        connector = "linear" if act == "linear" else "mlp"
-        model = MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
-
-    def rename(name):
-        part, _, rest = name.removeprefix("model.").partition(".")
-        if part == "vision_tower":
-            return with_prefix("vision.0.", tower.name_of(rest))
-        if part == "language_model":
-            return with_prefix("llm.", llm.name_of(rest))
-        if part == "lm_head":
-            return with_prefix("llm.", llm.name_of(name))
-        if part == "multi_modal_projector":
-            linear, _, leaf = rest.partition(".")
-            return f"connector.{projector[linear]}.{leaf}" if linear in projector else None
-        # A name that the model does not have is reported as left over.
-        return name
-
-    return model, model, rename
+        places = "connector.mm_projector.", None
+    vision = {"model_type": "clip_vision_model"} | vision
+    tower = build_part(TOWERS, vision, folder, spec.mean, spec.std)
+    expect(folder, config, "vision_feature_layer", -2, len(tower.blocks) - 1)
+    key, select = "vision_feature_select_strategy", "default" if tower.num_prefix_tokens else "full"
+    expect(folder, {key: "default"} | config, key, select)
+    llm = build_part(LLMS, text, folder)
+    template = find_template(folder) or "vicuna_v1"
+    connector = "linear" if act == "linear" else "mlp"
+    model = MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
+    parts = [
+        ("vision_tower.", "vision.0.", tower.name_of),
+        ("multi_modal_projector.linear_1.", places[0], str),
+        ("multi_modal_projector.linear_2.", places[1], str),
+        ("language_model.", "llm.", llm.name_of),
+        ("", "llm.", llm.name_of),
+    ]
+    rename = renamer(parts)
+    return model, lambda name: rename(name.removeprefix("model.")), None
 
 
 def check_identity(folder):
@@ -178,29 +177,27 @@ def check_identity(folder):
 # ---- LLaVA's own ---------------------------------------------------------------------------------
 
 
-def read_llava(folder, config, names, dtype, device):
-    projector = expect(folder, config, "mm_projector_type", ("linear", "mlp2x_gelu"), "linear")
-    dense = expect(folder, config, "mm_dense_connector_type", (*DENSE, "none", None), None)
-    expect(folder, config, "mm_vision_select_feature", ("patch",), "patch")
-    expect(folder, config, "mm_use_im_start_end", (False, None), False)
+def read_llava(folder, config, names):
+    projector = expect(folder, config, "mm_projector_type", "linear", "mlp2x_gelu")
+    dense = expect(folder, config, "mm_dense_connector_type", None, "none", *DENSE)
+    expect(folder, config, "mm_vision_select_feature", "patch")
+    expect(folder, config, "mm_use_im_start_end", False, None)
     connector = "linear" if projector == "linear" else "mlp"
     if dense in DENSE:
-        expect(folder, config, "mm_projector_type", ("mlp2x_gelu",), "linear")
+        expect(folder, {"mm_projector_type": projector}, "mm_projector_type", "mlp2x_gelu")
         connector = DENSE[dense]
     is_inside = any(name.startswith(TOWER) for name in names)
     tower, tower_folder = describe_tower(folder, config, is_inside)
-    if not is_inside:
-        tower = type(tower).from_pretrained(tower_folder, dtype, device)
     is_siglip = isinstance(tower, SigLIPVision)
     if not is_siglip:
         # Of SigLIP the authors' code takes the last of 26 layers, whatever the config says.
-        expect(folder, config, "mm_vision_select_layer", (-2,), -2)
+        expect(folder, config, "mm_vision_select_layer", -2)
     if (tower_folder / "preprocessor_config.json").exists():
         spec = ImageSpec.from_folder(tower_folder)
     else:
         mode = "stretch" if is_siglip else "crop"
         spec = ImageSpec(tower.config.image_size, mode, *tower.layout.statistics)
-    if expect(folder, config, "image_aspect_ratio", ("pad", "square", None), None) == "pad":
+    if expect(folder, config, "image_aspect_ratio", None, "pad", "square") == "pad":
         spec = replace(spec, mode="pad", resize_to=None)
     template = find_template(folder) or "vicuna_v1"
     if "template" not in config:
@@ -209,45 +206,37 @@ def read_llava(folder, config, names, dtype, device):
             template = "chatml_direct"
         if template == "llama_3" and dense in DENSE:
             template = "llama_3_dense"
-    with on_meta():
-        llm_type = LLM_TYPES.get(config["model_type"], config["model_type"])
-        llm = make_llm(config | {"model_type": llm_type}, folder)
-        model = MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
+    llm_type = LLM_TYPES.get(config["model_type"], config["model_type"])
+    llm = build_part(LLMS, config | {"model_type": llm_type}, folder)
+    model = MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
 
-    def rename(name):
-        if name.startswith(TOWER):
-            return with_prefix("vision.0.", tower.name_of(name.removeprefix(TOWER)))
-        if name.startswith("model.mm_projector."):
-            return "connector." + name.removeprefix("model.")
-        return with_prefix("llm.", llm.name_of(name))
-
-    inside = model if is_inside else nn.ModuleDict({"connector": model.connector, "llm": llm})
-    return model, inside, rename
+    parts = [
+        (TOWER, "vision.0.", tower.name_of),
+        ("model.mm_projector.", "connector.mm_projector.", str),
+        ("", "llm.", llm.name_of),
+    ]
+    return model, renamer(parts), None if is_inside else tower_folder
 
 
 def describe_tower(folder, config, is_inside):
-    """Build the tower that config.json names on the meta device -> (tower, its folder).
+    """Build the tower that config.json names -> (tower, its folder).
 
     The folder says how images are prepared: this one if the tower is in the file and known.
     """
-    name = config["mm_vision_tower"]
-    known = {Path(name).name: tower_config for name, tower_config in KNOWN_TOWERS.items()}
+    name, tower_folder = config["mm_vision_tower"], folder
     # interop.export describes towers that have no public name.
     stated = config.get("mm_vision_config")
-    tower_folder, tower_config = folder, known.get(Path(name).name)
-    if not (is_inside and (stated or tower_config)):
+    for public_name, tower_config in KNOWN_TOWERS.items():
+        if not stated and Path(public_name).name == Path(name).name:
+            stated = asdict(tower_config)
+    if not (is_inside and stated):
         tower_folder = folder / name if (folder / name).is_dir() else locate(name)
         stated = read_config(tower_folder)
-    model_type = stated["model_type"] if stated else tower_config.model_type
-    tower_class = import_class(TOWERS, model_type, tower_folder)
+    tower_class = import_class(TOWERS, stated, tower_folder)
     if not issubclass(tower_class, CLIPVision):
+        model_type = stated["model_type"]
         raise InputError(f"{folder}: its tower {name} is {model_type}, not CLIP or SigLIP")
-    if stated:
-        stated = stated.get("vision_config", stated)
-        tower_config = fields_of(tower_class.config_class, stated, tower_folder)
-    statistics = read_statistics(tower_folder)
-    with on_meta():
-        return tower_class(tower_config, *statistics), tower_folder
+    return tower_class.from_config(stated, folder, *read_statistics(tower_folder)), tower_folder
 
 
 def lacks_last_block(tower, names):

@@ -1,8 +1,10 @@
 """Load a multimodal model by its name, whoever wrote the folder.
 
-load_model      -> MLLM: a folder of ours, LLaVA-1.5 (llava-hf's or the authors' layout), or
-                the Dense Connector's release
-load_connector  puts a connector alone into an MLLM: LLaVA's mm_projector, or that of a model
+newest_model     finds the model that was trained last
+dtype_to_answer  chooses its dtype
+load_model       -> MLLM: a folder of ours, LLaVA-1.5 (llava-hf's or the authors' layout), or
+                 the Dense Connector's release
+load_connector   puts a connector alone into an MLLM: LLaVA's mm_projector, or that of a model
 """
 
 from pathlib import Path
@@ -10,8 +12,32 @@ from pathlib import Path
 import torch
 
 from common.errors import InputError
-from common.hub import locate, open_safetensors, read_config
+from common.pretrained import PICKLED, load_weights, locate, open_safetensors, read_config, stored
 from mllm import MLLM
+
+
+def newest_model(root="out"):
+    """Return the folder of the newest multimodal model under `root`. Raises InputError."""
+    found = []
+    for path in Path(root).rglob("config.json"):
+        unfinished = path.parent.suffix in (".partial", ".old")
+        if not unfinished and read_config(path.parent).get("model_type") == "mllm":
+            found.append((path.stat().st_mtime_ns, path.parent))
+    if not found:
+        raise InputError(
+            f"no model under {root}/: train one (python train.py), or name its folder (--model=...)"
+        )
+    return max(found)[1]
+
+
+def dtype_to_answer(folder_or_id, device, bf16=None):
+    """Choose the dtype of a model that only answers.
+
+    bf16 None: bfloat16 on CUDA and for a checkpoint that is stored in 16 bits, else float32.
+    """
+    if bf16 is None:
+        bf16 = torch.device(device).type == "cuda" or stored(folder_or_id)[1]
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def load_model(folder_or_id, dtype=torch.float32, device="cpu"):
@@ -32,7 +58,7 @@ def load_connector(model, path):
     another connector.
     """
     path = Path(path)
-    if path.suffix in (".bin", ".pt", ".pth"):
+    if path.suffix in PICKLED:
         raise InputError(
             f"{path}: pickled weights can run any code: convert them with "
             "torch.load(..., weights_only=True) and safetensors.torch.save_file"
@@ -45,35 +71,19 @@ def load_connector(model, path):
         raise InputError(
             f"{path}: has no safetensors file; name a connector, a run's model/, or a checkpoint"
         )
-    tensors = {}
+    places = {}
     for file in files:
         with open_safetensors(file) as opened:
-            for name in opened.keys():
-                ours = connector_name(name)
-                if ours is not None:
-                    tensors[ours] = opened.get_tensor(name)
-    parameters = dict(model.connector.named_parameters())
-    mismatched = sorted(parameters.keys() ^ tensors.keys())
-    if mismatched:
-        kind = "missing" if mismatched[0] in parameters else "left over"
-        name = model.connector.name
-        raise InputError(f"{path}: tensor {mismatched[0]} is {kind}: not the {name} connector")
-    for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
-            raise InputError(
-                f"{path}: tensor {name} has shape {tuple(tensors[name].shape)}, the "
-                f"{model.connector.name} connector needs {tuple(parameter.shape)}"
-            )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            places |= dict.fromkeys(opened.keys(), file)
+    first = next(model.connector.parameters())
+    load_weights(model.connector, path, connector_name, first.dtype, first.device, places)
 
 
 def connector_name(name):
     """Translate a checkpoint's tensor name into the connector's; None for other parts."""
     name = name.removeprefix("model.")
-    for theirs, ours in (("linear_1", "mm_projector.0"), ("linear_2", "mm_projector.2")):
-        name = name.replace(f"multi_modal_projector.{theirs}", ours)
+    name = name.replace("multi_modal_projector.linear_1", "mm_projector.0")
+    name = name.replace("multi_modal_projector.linear_2", "mm_projector.2")
     if name.startswith("mm_projector."):
         return name
     return name.removeprefix("connector.") if name.startswith("connector.") else None

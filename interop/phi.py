@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import llama
 from common.errors import InputError
-from common.llm import make_config, read_rope
+from common.pretrained import make_config, read_rope
 from llama import Llama, LlamaConfig, rope_frequencies
 
 
@@ -46,8 +46,9 @@ class PhiConfig:
     bos_token_id: int = 1
     eos_token_id: int | list = 2  # 50256, <|endoftext|>, in Phi-2's file
 
-    # A Phi never has these, but Llama reads them.
+    # No keys of a Phi, but Llama reads them.
     tie_word_embeddings, sliding_window, max_window_layers = False, None, 0
+    attention_bias = True
     __post_init__ = LlamaConfig.__post_init__
     context = LlamaConfig.context
 
@@ -84,14 +85,8 @@ class Attention(llama.Attention):
     """LLaMA's attention with biases. The output layer is named `dense`."""
 
     def __init__(self, config, layer):
-        nn.Module.__init__(self)
-        self.layer, self.head_dim = layer, config.head_dim
-        query_width = config.num_attention_heads * config.head_dim
-        key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width)
-        self.k_proj = nn.Linear(config.hidden_size, key_width)
-        self.v_proj = nn.Linear(config.hidden_size, key_width)
-        self.dense = nn.Linear(query_width, config.hidden_size)
+        super().__init__(config, layer)
+        self.dense = self._modules.pop("o_proj")
 
     @property
     def o_proj(self):

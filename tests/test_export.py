@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
 from common.errors import InputError
-from common.hub import read_json
 from common.images import ImageSpec
+from common.pretrained import read_json
 from dinov2 import DINOv2, DINOv2Config
 from interop.export import FORMATS, export, main, read_checkpoint
 from interop.load import load_model

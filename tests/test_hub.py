@@ -1,4 +1,4 @@
-"""common/hub.py: what is wrong with a checkpoint is one line that names the tensor or the file."""
+"""common: what is wrong with a checkpoint is one line that names the tensor or the file."""
 
 import json
 import math
@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from tower_outputs import expand
 
 from clip import CLIP, CLIPVision, SigLIPVision
-from common import hub
 from common.errors import InputError
+from common.pretrained import build_part, locate, match, on_meta, read_config, read_json
+from common.save import replace_folder, save_checkpoint, save_in_files
 from dinov2 import DINOv2
-from interop.phi import Phi
-from llama import Llama
+from interop.load import newest_model
+from mllm import LLMS as LLM_CLASSES
 from vit import ViT
 
 TENSOR = "encoder.layer.1.mlp.fc1.weight"
@@ -94,8 +95,8 @@ def test_shards_give_the_same_model_and_a_wrong_index_is_an_error(folder):
     whole = DINOv2.from_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    hub.save_in_files(folder, tensors.items(), hub.read_config(folder), limit=9_000)
-    places = hub.read_json(folder / INDEX)["weight_map"]
+    save_in_files(folder, tensors.items(), read_config(folder), limit=9_000)
+    places = read_json(folder / INDEX)["weight_map"]
     again = DINOv2.from_pretrained(folder)
     for ours, sharded in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, sharded)
@@ -105,7 +106,6 @@ def test_shards_give_the_same_model_and_a_wrong_index_is_an_error(folder):
     for weight_map, *parts in (
         (places | {TENSOR: f"../{first}"}, TENSOR, INDEX),
         (places | {TENSOR: "model-9.safetensors"}, TENSOR, INDEX),
-        (places | {"ghost": first}, "ghost", first),
         (unlisted, "blocks.1.mlp.fc1.weight", "missing"),
         (1, INDEX),
     ):
@@ -125,13 +125,13 @@ def test_training_leaves_the_mapped_file_as_it_is_and_a_model_is_saved_over_it(f
 
 def test_the_newest_model_is_found_and_folders_are_replaced_whole(tmp_path):
     with pytest.raises(InputError):
-        hub.newest_model(tmp_path)
+        newest_model(tmp_path)
     for i, name in enumerate(("a", "b", "c.partial", "d")):
-        hub.save_checkpoint(tmp_path / name, {"x": torch.ones(i + 1)}, {"model_type": "mllm"})
+        save_checkpoint(tmp_path / name, {"x": torch.ones(i + 1)}, {"model_type": "mllm"})
         os.utime(tmp_path / name / "config.json", (i, i))
     (tmp_path / "d" / "config.json").write_text('{"model_type": "llama"}')
-    assert hub.newest_model(tmp_path) == tmp_path / "b"
-    hub.replace_folder(tmp_path / "c.partial", tmp_path / "b")
+    assert newest_model(tmp_path) == tmp_path / "b"
+    replace_folder(tmp_path / "c.partial", tmp_path / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "d"]
     assert len(load_file(tmp_path / "b" / "model.safetensors")["x"]) == 3
 
@@ -173,10 +173,9 @@ def test_every_tensor_of_a_public_tower_has_its_place(release, tmp_path):
 @pytest.mark.parametrize("release", [name for name in LLMS if "llava" not in name])
 def test_every_tensor_of_a_public_llm_has_its_parameter(release):
     config, shapes = LLMS[release]["config"], expand(LLMS[release]["tensors"])
-    llm_class = Phi if config["model_type"] == "phi" else Llama
-    with hub.on_meta():
-        model = llm_class(llm_class.config_class.from_dict(config, release))
-    source = hub.match(model, shapes, model.name_of, release)
+    with on_meta():
+        model = build_part(LLM_CLASSES, config, release)
+    source = match(model, shapes, model.name_of, release)
     assert set(source) == dict(model.named_parameters()).keys()
 
 
@@ -214,16 +213,16 @@ def small_hub(tmp_path, monkeypatch):
 
 def test_an_id_is_downloaded_or_one_line_says_what_to_do(small_hub, tmp_path, monkeypatch):
     for name in ("good/model", "good/model@v1", "old/model"):
-        folder = hub.locate(name)
+        folder = locate(name)
         assert folder == tmp_path / name.replace("old/model", "old/model@refs/pr/7")
         files = sorted(path.name for path in folder.iterdir())
         assert files == ["config.json", "model.safetensors"]
     for name in (*small_hub, "./nowhere", "/nowhere/at/all", "nowhere", __file__):
         with pytest.raises(InputError) as error:
-            hub.locate(name)
+            locate(name)
         message = str(error.value)
         assert "\n" not in message and name in message
         assert ("HF_TOKEN" in message) == (name in ("gated/model", "no/model"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="HF_HUB_OFFLINE"):
-        hub.locate("down/model")
+        locate("down/model")

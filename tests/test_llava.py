@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tower_outputs import expand
 
 from common.errors import InputError
-from common.hub import match
-from common.images import OPENAI
+from common.layouts import OPENAI
+from common.pretrained import match
 from dialogue import IMAGE
 from interop import llava
 from interop.load import load_connector, load_model
@@ -252,8 +252,8 @@ def test_every_tensor_of_a_public_release_has_its_parameter(name, tmp_path):
         processor = {"do_center_crop": True, "crop_size": 336, "size": 336}
         processor |= {"image_mean": OPENAI[0], "image_std": OPENAI[1]}
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
-    model, module, rename = llava.read(tmp_path, config, list(tensors))
-    assert isinstance(model, MLLM) and module is model
+    model, rename, tower_folder = llava.read(tmp_path, config, list(tensors))
+    assert isinstance(model, MLLM) and tower_folder is None
     if llava.lacks_last_block(model.vision[0], tensors):
         model.vision[0].blocks.pop(-1)
-    match(module, tensors, rename, tmp_path)
+    match(model, tensors, rename, tmp_path)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import mllm
 from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
+from common import save
 from common.errors import InputError
 from common.images import ImageSpec
 from data import Batches, Sample
@@ -292,7 +293,7 @@ def test_damaged_folders_are_one_line_that_names_the_file(build, tmp_path):
 
 def test_a_save_that_breaks_off_leaves_the_former_model(build, tmp_path, monkeypatch):
     build("mlp").save(tmp_path / "model")
-    monkeypatch.setattr(mllm.hub, "replace_folder", lambda partial, folder: 1 / 0)
+    monkeypatch.setattr(save, "replace_folder", lambda partial, folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build("dense").save(tmp_path / "model")
     assert MLLM.from_pretrained(tmp_path / "model").connector.name == "mlp"

@@ -32,11 +32,11 @@ from common import cli
 from common.cli import option
 from common.draw import COLORS, MARGIN, TRUE_COLOR, check_name, panel, save_image
 from common.errors import InputError
-from common.hub import dtype_to_answer, locate, newest_model, read_config
 from common.images import ImageSpec, parse_boxes, read_image, to_pixels
+from common.pretrained import load_part, locate
 from dialogue import IMAGE
-from interop.load import load_model
-from mllm import TOWERS, import_class
+from interop.load import dtype_to_answer, load_model, newest_model
+from mllm import TOWERS
 from toy.scenes import test_scene
 
 # The sheet, in pixels.
@@ -332,8 +332,7 @@ def main(arguments):
         questions = [(config.prompt, None)]
     device, towers, model, name = cli.pick_device(config.device), [], None, ""
     for folder in map(locate, config.vision):
-        cls = import_class(TOWERS, read_config(folder).get("model_type", "timm_wrapper"), folder)
-        towers.append(cls.from_pretrained(folder, dtype_to_answer(folder, device), device))
+        towers.append(load_part(TOWERS, folder, dtype_to_answer(folder, device), device))
     if not towers:
         name = config.model or newest_model()
         model = load_model(name, dtype_to_answer(name, device), device)

@@ -50,13 +50,13 @@ import torch.nn as nn
 from common import cli
 from common.cli import option, parse_options
 from common.errors import InputError
-from common.hub import fields_of, on_meta, read_config, read_json
 from common.images import ImageSpec
+from common.pretrained import build_part, on_meta, read_config, read_json
 from common.run import PARTS, Config, check, stage_options
 from connector import CONNECTORS
 from data import Batches
 from dialogue import IGNORE, find_template, load_tokenizer
-from mllm import LLMS, MAX_LOGITS, MLLM, TOWERS, import_class
+from mllm import LLMS, MAX_LOGITS, MLLM, TOWERS
 from train import WEIGHTS, build_dataset
 
 # The share of a GPU's memory that may be planned for.
@@ -147,13 +147,9 @@ def build(config):
     with on_meta():
         towers = []
         for name in config.vision or [WEIGHTS / name for name in tiny]:
-            shape = read_shape(name)
-            cls = import_class(TOWERS, shape.get("model_type", "timm_wrapper"), name)
-            towers.append(cls(fields_of(cls.config_class, shape.get("vision_config", shape), name)))
+            towers.append(build_part(TOWERS, read_shape(name), name))
         name = config.llm or WEIGHTS / "llama"
-        shape = read_shape(name)
-        cls = import_class(LLMS, shape.get("model_type", "llama"), name)
-        llm = cls(cls.config_class.from_dict(shape, name))
+        llm = build_part(LLMS, read_shape(name), name)
         tokenizer = SimpleNamespace(get_vocab_size=lambda: 0)
         spec = ImageSpec(config.image_size or towers[0].config.image_size, config.image_mode)
         return MLLM(towers, llm, connector, tokenizer, "", spec)

@@ -33,7 +33,8 @@ from clip import CLIP, CLIPTextConfig, CLIPVisionConfig
 from common import cli
 from common.cli import option
 from common.errors import InputError
-from common.hub import read_json, write_json
+from common.pretrained import read_json
+from common.save import write_json
 from dialogue import IGNORE, IMAGE, encode
 from dinov2 import DINOv2, DINOv2Config
 from eval import score

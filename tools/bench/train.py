@@ -20,8 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import train
 from clip import CLIPVision, CLIPVisionConfig
-from common.hub import on_meta
 from common.images import ImageSpec
+from common.pretrained import on_meta
 from common.speed import speed_up
 from dialogue import IGNORE, IMAGE
 from interop.load import load_model

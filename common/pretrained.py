@@ -1,0 +1,526 @@
+"""Read a checkpoint: its config, and its tensors into a module.
+
+A checkpoint is a folder in Hugging Face layout: `config.json`, and `model.safetensors` or
+`model.safetensors.index.json` with its shards. It is named by its folder or by its Hugging Face id
+("facebook/dinov2-large", optionally with "@revision"), which hub.py downloads.
+
+Weights reach a module without a second copy in memory: the module is built on the meta device
+(shapes, no storage), then each parameter is assigned from the memory-mapped file. A tensor that is
+missing, left over or of another shape is an InputError that names it, so no parameter can silently
+keep an initial value. Pickled weights (`pytorch_model.bin`) are refused, because unpickling can run
+any code.
+
+Towers, LLMs and whole models inherit from_pretrained from here. save.py writes them.
+"""
+
+import importlib
+import json
+import math
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
+
+from common.errors import InputError
+from common.layouts import LLAMA, ROPE_KEYS, WHOLE_CLIP
+from common.save import save_llm, save_tower
+
+LARGE = 1e9  # number of parameters from which a second copy in memory is avoided
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+# --- its folder and JSON files ---
+
+
+def locate(folder_or_id):
+    """Return the folder of a checkpoint; a Hugging Face id is downloaded. Raises InputError."""
+    folder = Path(folder_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    from common import hub  # imported here: it is slow, and folders do not need it
+
+    return hub.find(str(folder_or_id))
+
+
+def read_json(path):
+    """Read a JSON file that holds an object -> dict. Raises InputError."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: should hold an object, holds a {type(value).__name__}")
+    return value
+
+
+def read_config(folder):
+    """Read a checkpoint's config.json -> dict. Raises InputError."""
+    return read_json(Path(folder) / "config.json")
+
+
+def fields_of(cls, config, folder):
+    """Make a dataclass from the keys of `config` that are its fields. Raises InputError.
+
+    A key that is missing or null keeps the field's default. A field without default is required.
+    """
+    names = cls.__dataclass_fields__
+    values = {name: config[name] for name in names if config.get(name) is not None}
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise InputError(f"{folder}/config.json: {str(error).split('__init__() ')[-1]}") from None
+
+
+def read_processor(folder):
+    """Read the image processor of a checkpoint -> (its file, dict). Without one: (None, {}).
+
+    It is preprocessor_config.json, or "image_processor" in transformers 5's processor_config.json.
+    """
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = Path(folder) / name
+        if path.exists():
+            config = read_json(path)
+            fields = config.get("image_processor", config)
+            if not isinstance(fields, dict):
+                raise InputError(f"{path}: image_processor should be an object")
+            return path, fields
+    return None, {}
+
+
+def read_statistics(folder):
+    """Read the pixel mean and std of a checkpoint -> (mean, std): three numbers each, or None.
+
+    Raises InputError.
+    """
+    path, fields = read_processor(folder)
+    for key in ("image_mean", "image_std"):
+        values = fields.get(key)
+        if values and not (isinstance(values, list) and len(values) == 3):
+            raise InputError(f"{path}: {key} should be three numbers")
+    return fields.get("image_mean"), fields.get("image_std")
+
+
+# --- its tensors ---
+
+
+def tensor_files(folder):
+    """Find the file of each tensor of a checkpoint -> {tensor name: path}. Raises InputError."""
+    folder = Path(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        with open_safetensors(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    if index.exists():
+        return files_of_index(index)
+    pickled = [path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLED]
+    if pickled:
+        raise InputError(
+            f"{folder}: has only pickled weights ({pickled[0]}), which can run any code: "
+            "convert them to safetensors, or name a revision that has them (owner/name@revision)"
+        )
+    if (folder / "checkpoints").is_dir():
+        raise InputError(
+            f"{folder}: is a run: its model is {folder}/model when it has finished "
+            f"(until then: train.py --resume --out={folder})"
+        )
+    raise InputError(f"{folder}: no safetensors in this folder (pickles are not downloaded)")
+
+
+def files_of_index(index):
+    """Read model.safetensors.index.json -> {tensor name: shard}, checked against the shards."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index}: has no weight_map from tensor names to shards")
+    present = [path.name for path in index.parent.iterdir()]
+    files = {}
+    for name, shard in weight_map.items():
+        # in this folder: an index from outside must not lead elsewhere
+        if shard not in present:
+            raise InputError(f"{index}: {name} should be in {shard}, which is not in this folder")
+        files[name] = index.parent / shard
+    return files
+
+
+def headers(files):
+    """Yield (tensor name, its shape, its dtype) from file headers; files: see tensor_files."""
+    for path in sorted(set(files.values())):
+        with open_safetensors(path) as opened:
+            for name in opened.keys():
+                if files.get(name) == path:
+                    header = opened.get_slice(name)
+                    yield name, header.get_shape(), header.get_dtype()
+
+
+@contextmanager
+def open_safetensors(path, device="cpu"):
+    """Open a safetensors file; on CPU its tensors are memory-mapped. Raises InputError."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: not a readable safetensors file, truncated or damaged ({error})"
+        ) from None
+
+
+def stored(folder_or_id):
+    """Read file headers -> (number of parameters, whether the largest tensor has 16 bits)."""
+    total, largest, is_16_bit = 0, 0, False
+    for _, shape, dtype in headers(tensor_files(locate(folder_or_id))):
+        count = math.prod(shape)
+        total += count
+        if count > largest:
+            largest, is_16_bit = count, dtype in ("BF16", "F16")
+    return total, is_16_bit
+
+
+# --- its tensors in a module ---
+
+
+class NoInitialization(TorchFunctionMode):
+    """Skip in-place initialization (normal_, zeros_, ...) of tensors on the meta device.
+
+    The first random number on that device would import torch's compiler, which takes longer than
+    loading a model.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")
+        name = getattr(function, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place and getattr(tensor, "is_meta", False):
+            return tensor
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def on_meta(where="a checkpoint"):
+    """Build modules that have shapes but no storage; load_weights gives them their weights.
+
+    A config that no module can be built from is an InputError, which names `where`.
+    """
+    try:
+        with NoInitialization(), torch.device("meta"):
+            yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise InputError(f"{where}: no model can be built from its config.json ({e!r})") from None
+
+
+def import_class(classes, config, where):
+    """Import the class of a config's model_type. classes: {"module.Class": model_types}."""
+    model_type = config.get("model_type")
+    for path, model_types in classes.items():
+        if model_type in model_types:
+            module, _, name = path.rpartition(".")
+            return getattr(importlib.import_module(module), name)
+    known = ", ".join(name for names in classes.values() for name in names if name)
+    raise InputError(f"{where}: model_type {model_type!r} is not one of {known}")
+
+
+def build_part(classes, config, where, *statistics):
+    """Build the tower or LLM that a config describes: from_config of its class."""
+    return import_class(classes, config, where).from_config(config, where, *statistics)
+
+
+def load_part(classes, folder, dtype=torch.float32, device="cpu"):
+    """Load a tower or LLM: from_pretrained of its class. Raises InputError."""
+    return import_class(classes, read_config(folder), folder).from_pretrained(folder, dtype, device)
+
+
+def match(module, shapes, rename, folder):
+    """Find the source of each parameter -> {parameter: (tensor name, part, number of parts)}.
+
+    shapes: {tensor name: shape} of the checkpoint. The module may be on the meta device.
+    rename(tensor name): the parameter's name; None to leave the tensor out; a list of names for a
+    tensor that is cut along its first axis (q, k and v in one matrix). Raises InputError for a
+    tensor that is missing, left over or of another shape.
+    """
+    parameters = dict(module.named_parameters())
+    source, left_over = {}, []
+    for name in shapes:
+        targets = rename(name) or []
+        if isinstance(targets, str):
+            targets = [targets]
+        for part, target in enumerate(targets):
+            if target not in parameters or target in source:
+                left_over.append(name)
+            source[target] = (name, part, len(targets))
+    missing = [target for target in parameters if target not in source]
+    for what, names in (("missing", missing), ("left over", left_over)):
+        if names:
+            raise InputError(
+                f"{folder}: {len(names)} tensor(s) {what}, such as {names[0]}: this checkpoint "
+                f"does not fit {type(module).__name__} as its config.json describes it"
+            )
+    for target, (name, _, parts) in source.items():
+        expected = list(parameters[target].shape)
+        if parts > 1:
+            expected[0] *= parts
+        if list(shapes[name]) != expected:
+            raise InputError(
+                f"{folder}: tensor {name} has shape {tuple(shapes[name])}, "
+                f"the config asks for {tuple(expected)}"
+            )
+    return source
+
+
+def load_weights(module, folder, rename, dtype=torch.float32, device="cpu", files=None):
+    """Assign a checkpoint's tensors to a module that was built under on_meta, and return it.
+
+    rename: see match. dtype None: as stored. files: see tensor_files. Buffers are not loaded:
+    modules compute theirs from the config, and they move to `device` here. Raises InputError.
+    """
+    files = files or tensor_files(folder)
+    shapes = {name: shape for name, shape, _ in headers(files)}
+    source = match(module, shapes, rename, folder)
+    # safetensors reads straight into these devices
+    read_device = device if torch.device(device).type in ("cpu", "cuda") else "cpu"
+    loaded = {}
+    for path in sorted(set(files.values())):
+        with open_safetensors(path, read_device) as opened:
+            for target, (name, part, parts) in source.items():
+                if files[name] != path:
+                    continue
+                tensor = opened.get_tensor(name)
+                if not tensor.is_floating_point():
+                    raise InputError(f"{path}: tensor {name} has dtype {tensor.dtype}, not floats")
+                if parts > 1:
+                    tensor = tensor.chunk(parts)[part]
+                loaded[target] = tensor.to(device=device, dtype=dtype)
+    # assigned only now, so that an error leaves the module as it was
+    module.load_state_dict(loaded, assign=True)
+    return module.to(device)
+
+
+# --- towers, LLMs and whole models ---
+
+
+class Pretrained(nn.Module):
+    """A module that is read from a checkpoint. A subclass has from_folder and name_of."""
+
+    @classmethod
+    def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
+        """Load a folder or a Hugging Face id, ready to use; dtype None: as stored.
+
+        Raises InputError.
+        """
+        folder = locate(folder_or_id)
+        with on_meta(folder):
+            model = cls.from_folder(folder)
+        return load_weights(model, folder, model.name_of, dtype, device).eval()
+
+    def name_of(self, name):
+        """Translate a tensor's name in the file into ours. None: a tensor that is not loaded."""
+        return name
+
+
+class PretrainedTower(Pretrained):
+    """What a vision tower can do besides computing: read and write checkpoints, check, freeze.
+
+    A subclass has a config_class and layouts.
+    """
+
+    layouts = {}  # model_type -> layouts.Layout, for each that the tower reads
+    any_resolution = False  # False: takes only the image_size of its config
+    after_blocks = ()  # parameters that no hidden state depends on
+    save_pretrained = save_tower
+
+    @property
+    def layout(self):
+        return self.layouts[self.config.model_type]
+
+    def statistics(self, mean, std):
+        """Return the mean and std of the pixels; None: the usual ones of the model_type."""
+        default = self.layout.statistics
+        return mean or default[0], std or default[1]
+
+    @classmethod
+    def from_config(cls, config, where, mean=None, std=None):
+        """Build a tower from config.json's object, that of a whole CLIP too. Raises InputError."""
+        model_type = config.get("model_type")
+        if model_type not in cls.layouts:
+            known = ", ".join(cls.layouts)
+            raise InputError(f"{where}: model_type {model_type!r}: {cls.__name__} reads {known}")
+        layout = cls.layouts[model_type]
+        config = layout.defaults | config.get("vision_config", config) | layout.fixed
+        return cls(fields_of(cls.config_class, config, where), mean, std)
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Build the tower that a checkpoint describes."""
+        config, statistics = read_config(folder), read_statistics(folder)
+        if "architecture" in config and "deit3" in cls.layouts:
+            from common import timm  # imported here: only DeiT III has this layout
+
+            config, statistics = timm.read(config, folder)
+        # the weights show whether there is a head; config.json omits the default, 2 classes
+        names = tensor_files(folder)
+        config["distilled_head"] = "distillation_classifier.weight" in names
+        has_head = any(name.endswith(("classifier.weight", "head.weight")) for name in names)
+        config["num_labels"] = len(config.get("id2label", "ab")) if has_head else 0
+        return cls.from_config(config, folder, *statistics)
+
+    def name_of(self, name):
+        return our_name(self.layout, name)
+
+    def check_pixels(self, pixels):
+        """Raise InputError unless pixels are uint8 (B, 3, R, R) of a size that this tower takes."""
+        shape = tuple(pixels.shape)
+        if pixels.dtype != torch.uint8 or shape[1:] != (3, shape[-1], shape[-1]):
+            raise InputError(f"pixels should be uint8 (B, 3, R, R), got {pixels.dtype} {shape}")
+        self.check_size(shape[-1])
+
+    def check_size(self, side):
+        """Raise InputError unless this tower takes images of side x side pixels."""
+        R, P = self.config.image_size, self.config.patch_size
+        name = type(self).__name__
+        if self.any_resolution and (side % P or not side):
+            raise InputError(f"image size {side}: should be a multiple of {name}'s patches of {P}")
+        if not self.any_resolution and side != R:
+            raise InputError(f"image size {side}: this {name} takes only {R}, as in its training")
+
+    def freeze_above(self, deepest):
+        """Set requires_grad to False for all parameters that hidden[deepest] does not depend on."""
+        self.blocks[deepest:].requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            if name.startswith(self.after_blocks):
+                parameter.requires_grad_(False)
+
+
+def our_name(layout, name):
+    """Translate a tensor's name in a layout into ours. None: a tensor that is not loaded."""
+    for prefix in layout.prefixes:
+        name = name.removeprefix(prefix)
+    if name.startswith(layout.ignored):
+        return None
+    for theirs, ours in layout.names.items():
+        name = name.replace(theirs, ours)
+    if ".qkv." in name:
+        # one matrix, which is cut into three
+        return [name.replace("qkv", part) for part in "qkv"]
+    return name
+
+
+def load_clip(cls, vision_class, text_class, folder, dtype, device):
+    """Load a new `cls`, which clip.CLIP is, with configs of these classes. Raises InputError."""
+    config = read_config(folder)
+    if config.get("model_type") != "clip":
+        raise InputError(f"{folder}: model_type {config.get('model_type')!r} is not clip")
+    with on_meta(folder):
+        vision = fields_of(vision_class, config.get("vision_config", {}), folder)
+        text = fields_of(text_class, config.get("text_config", {}), folder)
+        clip = cls(vision, text, config.get("projection_dim", 512), *read_statistics(folder))
+    return load_weights(clip, folder, partial(our_name, WHOLE_CLIP), dtype, device).eval()
+
+
+class PretrainedLLM(Pretrained):
+    """An LLM. Parameters have the checkpoints' names without the prefix "model.".
+
+    A subclass has a config_class with from_dict and to_dict.
+    """
+
+    save_pretrained = save_llm
+
+    @classmethod
+    def from_config(cls, config, where):
+        """Build an LLM from config.json's object. Raises InputError."""
+        return cls(cls.config_class.from_dict(config, where))
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Build the LLM that a checkpoint describes."""
+        model = cls.from_config(read_config(folder), folder)
+        # Some chat models list their end tokens only here.
+        generation = folder / "generation_config.json"
+        if generation.exists():
+            ids = read_json(generation).get("eos_token_id", model.config.eos_token_id)
+            model.config.eos_token_id = ids
+        return model
+
+    def name_of(self, name):
+        tied = name == "lm_head.weight" and self.config.tie_word_embeddings
+        # early files also hold RoPE's frequencies
+        if tied or name.endswith("rotary_emb.inv_freq"):
+            return None
+        return name.removeprefix("model.")
+
+
+def read_llama(config, where):
+    """Translate config.json's object into the fields of llama.LlamaConfig."""
+    model_type = config.get("model_type", "llama")
+    if model_type not in LLAMA:
+        raise InputError(f"{where}: model_type is {model_type!r}, not one of {', '.join(LLAMA)}")
+    config = LLAMA[model_type] | config | read_rope(config, where)
+    config["qkv_bias"] = model_type == "qwen2"
+    switched_off = model_type == "qwen2" and not config.get("use_sliding_window")
+    if model_type == "llama" or switched_off:
+        config["sliding_window"] = None
+    if config.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{where}: hidden_act is {config['hidden_act']!r}, must be silu")
+    check_layer_types(config, where)
+    return config
+
+
+def check_layer_types(config, where):
+    """Raise InputError if `layer_types` gives the window to layers that ours does not."""
+    L = config.get("num_hidden_layers") or 0
+    first = L if config.get("sliding_window") is None else config.get("max_window_layers", 0)
+    expected = ["full_attention"] * min(first, L) + ["sliding_attention"] * (L - first)
+    if config.get("layer_types") not in (None, expected):
+        raise InputError(
+            f"{where}: layer_types must give the window to all layers from max_window_layers on"
+        )
+
+
+def read_rope(config, where):
+    """Read {"rope_theta", "rope_scaling"} from config.json's object, of either age."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_KEYS:
+        raise InputError(f"{where}: rope_type is {rope_type!r}, not one of {', '.join(ROPE_KEYS)}")
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    if rope_type == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    scaling = {"rope_type": rope_type}
+    for key in ROPE_KEYS[rope_type]:
+        if key not in rope:
+            raise InputError(f"{where}: the config's {rope_type} rope lacks {key}")
+        scaling[key] = rope[key]
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def make_config(cls, values, where):
+    """Build the config dataclass `cls` from its fields, and check them."""
+    config = fields_of(cls, values, where)
+    # In the file, null means that no token ends a text.
+    config.eos_token_id = values.get("eos_token_id", config.eos_token_id)
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % groups:
+        raise InputError(
+            f"{where}: num_attention_heads {heads} is not a multiple of "
+            f"num_key_value_heads {groups}"
+        )
+    return config
+
+
+def read_parts(folder, towers, llms):
+    """Build what a folder of save.save_mllm describes -> towers, LLM, config.json's object.
+
+    towers, llms: see import_class. Raises InputError.
+    """
+    config, processor = read_config(folder), read_json(folder / "preprocessor_config.json")
+    if config.get("model_type") != "mllm":
+        raise InputError(
+            f"{folder}: model_type {config.get('model_type')!r} is not a multimodal model"
+        )
+    built = []
+    for fields, numbers in zip(config["vision"], processor["towers"], strict=True):
+        built.append(build_part(towers, fields, folder, numbers["mean"], numbers["std"]))
+    return built, build_part(llms, config["llm"], folder), config
