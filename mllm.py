@@ -57,9 +57,6 @@ class MLLM(Pretrained):
         brought to it. Raises InputError where the parts do not fit.
         """
         super().__init__()
-        num_tokens, num_embeddings = tokenizer.get_vocab_size(), llm.config.vocab_size
-        if num_tokens > num_embeddings:
-            raise InputError(f"{num_tokens} tokens in the tokenizer, {num_embeddings} in the LLM")
         shapes = []
         for tower in towers:
             tower.check_size(spec.size)
@@ -95,6 +92,8 @@ class MLLM(Pretrained):
         Each image takes M copies of IMAGE in `tokens`, in the order of `pixels`. image_index: for
         each <image> of the text its place in `pixels`, if several show the same image.
         """
+        if tokens.max() >= self.llm.config.vocab_size:
+            raise InputError(f"token {tokens.max()} of the tokenizer has no embedding in the LLM")
         is_image = tokens == IMAGE  # (B, T)
         embeds = self.llm.embed(tokens.masked_fill(is_image, 0))  # (B, T, C)
         if len(pixels) == 0:

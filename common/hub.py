@@ -12,20 +12,7 @@ from huggingface_hub import constants, errors
 
 from common.errors import InputError
 
-NEEDED = [
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-]
+NEEDED = ["*.json", "*.jinja", "tokenizer.model", "*.safetensors"]
 # the same weights again, for other programs
 IGNORED = ["*/*", "consolidated*", "open_clip*", "*fp16*"]
 

@@ -67,8 +67,12 @@ def fields_of(cls, config, folder):
 
     A key that is missing or null keeps the field's default. A field without default is required.
     """
-    names = cls.__dataclass_fields__
-    values = {name: config[name] for name in names if config.get(name) is not None}
+    fields = cls.__dataclass_fields__
+    values = {name: config[name] for name in fields if config.get(name) is not None}
+    for name, value in values.items():
+        # text or a list in place of a number
+        if isinstance(value, str | list) and not isinstance(value, fields[name].type):
+            raise InputError(f"{folder}/config.json: {name} cannot be {value!r}")
     try:
         return cls(**values)
     except TypeError as error:
@@ -209,8 +213,10 @@ def on_meta(where="a checkpoint"):
             yield
     except InputError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        raise InputError(f"{where}: no model can be built from its config.json ({e!r})") from None
+    except Exception as error:  # modules raise many kinds
+        raise InputError(
+            f"{where}: no model can be built from its config.json ({error!r})"
+        ) from None
 
 
 def import_class(classes, config, where):
@@ -244,11 +250,14 @@ def match(module, shapes, rename, folder):
     """
     parameters = dict(module.named_parameters())
     source, left_over = {}, []
-    for name in shapes:
+    # lm_head comes last: of a tied LLM it is the embedding, if that is not in the file
+    for name in sorted(shapes, key=lambda name: "lm_head." in name):
         targets = rename(name) or []
         if isinstance(targets, str):
             targets = [targets]
         for part, target in enumerate(targets):
+            if target in source and "lm_head." in name:
+                continue
             if target not in parameters or target in source:
                 left_over.append(name)
             source[target] = (name, part, len(targets))
@@ -445,11 +454,10 @@ class PretrainedLLM(Pretrained):
         return model
 
     def name_of(self, name):
-        tied = name == "lm_head.weight" and self.config.tie_word_embeddings
+        if name == "lm_head.weight" and self.config.tie_word_embeddings:
+            return "embed_tokens.weight"
         # early files also hold RoPE's frequencies
-        if tied or name.endswith("rotary_emb.inv_freq"):
-            return None
-        return name.removeprefix("model.")
+        return None if name.endswith("rotary_emb.inv_freq") else name.removeprefix("model.")
 
 
 def read_llama(config, where):

@@ -42,7 +42,7 @@ from mllm import LLMS, MLLM, TOWERS
 
 # values of mm_dense_connector_type and our names; efficient is ours
 DENSE = {"sti": "sti", "sci": "sci", "dci": "dense", "efficient": "efficient"}
-# What a text_config leaves out: the defaults of transformers' LlamaConfig.
+# What a text_config leaves out: the defaults of transformers' LlamaConfig, Mistral's too.
 VICUNA_7B = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -91,9 +91,9 @@ def load(folder, config, dtype, device):
 
 
 def read(folder, config, names):
-    """Build the MLLM on the meta device -> (model, `rename`, the tower's folder or None).
+    """Build the MLLM on the meta device -> (model, `rename` of load_weights, the tower's folder).
 
-    names: the tensors in the file. None: the tower is one of them.
+    names: the tensors in the file. If the tower is among them, its folder is None.
     """
     if config.get("projector_hidden_act") == "linear":
         check_identity(folder)
@@ -133,8 +133,10 @@ def renamer(parts):
 def read_llava_hf(folder, config):
     spec = ImageSpec.from_folder(folder)
     text, vision = config["text_config"], config["vision_config"]
-    if text.get("model_type", "llama") == "llama":
+    if text.get("model_type", "llama") in ("llama", "mistral"):
         text = VICUNA_7B | text
+    # This key may be the whole model's.
+    text = {"tie_word_embeddings": config.get("tie_word_embeddings")} | text
     act = expect(folder, config, "projector_hidden_act", "gelu", "linear")
     places = "connector.mm_projector.0.", "connector.mm_projector.2."
     if act == "linear":
@@ -142,7 +144,8 @@ def read_llava_hf(folder, config):
     vision = {"model_type": "clip_vision_model"} | vision
     tower = build_part(TOWERS, vision, folder, spec.mean, spec.std)
     expect(folder, config, "vision_feature_layer", -2, len(tower.blocks) - 1)
-    key, select = "vision_feature_select_strategy", "default" if tower.num_prefix_tokens else "full"
+    key = "vision_feature_select_strategy"
+    select = "default" if tower.num_prefix_tokens else "full"
     expect(folder, {key: "default"} | config, key, select)
     llm = build_part(LLMS, text, folder)
     template = find_template(folder) or "vicuna_v1"

@@ -21,6 +21,7 @@ from common.pretrained import build_part, locate, match, on_meta, read_config, r
 from common.save import replace_folder, save_checkpoint, save_in_files
 from dinov2 import DINOv2
 from interop.load import newest_model
+from llama import Llama, LlamaConfig
 from mllm import LLMS as LLM_CLASSES
 from vit import ViT
 
@@ -75,9 +76,24 @@ def test_a_damaged_file_is_named(folder):
     for content in damaged:
         path.write_bytes(content)
         refused(folder, "model.safetensors")
-    for text in (b'{"a": 1,\n"b"}', b"[]", b"\xff", b"[" * 100_000):
+    path.write_bytes(whole)
+    config, texts = read_config(folder), [b'{"a": 1,\n"b"}', b"[]", b"\xff", b"[" * 100_000]
+    wrong = {"image_size": [28, 28], "hidden_size": "16", "layer_norm_eps": "1e-6"}
+    for key, value in (*wrong.items(), ("patch_size", 0), ("hidden_size", -16)):
+        texts.append(json.dumps(config | {key: value}).encode())
+    for text in texts:
         (folder / "config.json").write_bytes(text)
         refused(folder, "config.json")
+
+
+def test_a_tied_llm_may_be_stored_as_its_head(tmp_path):
+    Llama(LlamaConfig(40, 16, 24, 2, 2, tie_word_embeddings=True)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    both = {"lm_head.weight": torch.zeros(40, 16), "model.embed_tokens.weight": embedding}
+    for stored in ({"lm_head.weight": embedding}, both):
+        save_file(tensors | stored, tmp_path / "model.safetensors")
+        assert torch.equal(Llama.from_pretrained(tmp_path).embed_tokens.weight, embedding)
 
 
 def test_pickled_weights_and_folders_without_weights_are_refused(folder):

@@ -257,3 +257,13 @@ def test_every_tensor_of_a_public_release_has_its_parameter(name, tmp_path):
     if llava.lacks_last_block(model.vision[0], tensors):
         model.vision[0].blocks.pop(-1)
     match(model, tensors, rename, tmp_path)
+
+
+def test_the_first_configs_of_llava_hf_leave_out_defaults(tmp_path):
+    text = {"intermediate_size": 14336, "model_type": "mistral", "num_key_value_heads": 8}
+    folder = shutil.copytree(recorded("llava")[0], tmp_path / "llava")
+    config = json.loads((folder / "config.json").read_text()) | {"text_config": text}
+    model, _, _ = llava.read(folder, config | {"tie_word_embeddings": True}, [])
+    llm = model.llm.config
+    assert (llm.hidden_size, llm.num_hidden_layers, llm.num_attention_heads) == (4096, 32, 32)
+    assert llm.num_key_value_heads == 8 and llm.tie_word_embeddings

@@ -7,6 +7,7 @@ import torch
 from conftest import HEADS, relative_error
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 import mllm
 from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
@@ -231,6 +232,11 @@ def test_what_cannot_be_generated_is_one_line(build, tmp_path):
     model = build()
     cases = [([], []), ([None], ["a", "b"]), ([None], ["word " * 400])]
     cases += [([image(0)], ["<image> <image>"]), ([str(tmp_path / "none.png")], ["What?"])]
+    # A token without an embedding is only an error where it occurs.
+    model.tokenizer = Tokenizer.from_str(model.tokenizer.to_str())
+    model.tokenizer.add_special_tokens(["<new>"])
+    assert model.generate([None], ["What?"], 1)
+    cases.append(([None], ["What <new>?"]))
     for images, prompts in cases:
         with pytest.raises(InputError) as error:
             model.generate(images, prompts, 8)

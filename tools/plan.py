@@ -42,7 +42,6 @@ import statistics
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch.nn as nn
@@ -150,9 +149,8 @@ def build(config):
             towers.append(build_part(TOWERS, read_shape(name), name))
         name = config.llm or WEIGHTS / "llama"
         llm = build_part(LLMS, read_shape(name), name)
-        tokenizer = SimpleNamespace(get_vocab_size=lambda: 0)
         spec = ImageSpec(config.image_size or towers[0].config.image_size, config.image_mode)
-        return MLLM(towers, llm, connector, tokenizer, "", spec)
+        return MLLM(towers, llm, connector, None, "", spec)
 
 
 def longest(config, model):
