@@ -26,10 +26,10 @@ from benchmarks.scores import score
 from common import cli
 from common.cli import option
 from common.errors import InputError
-from common.hub import dtype_to_answer, locate, newest_model, read_json, write_json
+from common.hub import locate, newest_model, read_json, write_json
 from common.speed import speed_up
 from connector import half_side, halve_grid
-from interop.load import load_model
+from interop.load import load_to_answer
 
 
 @dataclass
@@ -62,8 +62,7 @@ def load(config, name, size):
     Video needs this: eight frames of 576 tokens are more than most LLMs were trained to read. It is
     the Dense Connector's "efficient" without training.
     """
-    device = cli.pick_device(config.device)
-    model = load_model(name, dtype_to_answer(name, device, config.bf16), device)
+    _, model = load_to_answer(name, config.device, config.bf16)
     # speed_up copies weights. Several processes share the mapped file instead.
     if size == 1:
         speed_up(model, "batch")

@@ -32,10 +32,10 @@ from common import cli
 from common.cli import option
 from common.draw import COLORS, MARGIN, TRUE_COLOR, check_name, panel, save_image
 from common.errors import InputError
-from common.hub import dtype_to_answer, locate, newest_model, read_config
+from common.hub import dtype_to_answer, locate, read_config
 from common.images import ImageSpec, parse_boxes, read_image, to_pixels
 from dialogue import IMAGE
-from interop.load import load_model
+from interop.load import load_to_answer
 from mllm import TOWERS, import_class
 from toy.scenes import test_scene
 
@@ -335,8 +335,7 @@ def main(arguments):
         cls = import_class(TOWERS, read_config(folder).get("model_type", "timm_wrapper"), folder)
         towers.append(cls.from_pretrained(folder, dtype_to_answer(folder, device), device))
     if not towers:
-        name = config.model or newest_model()
-        model = load_model(name, dtype_to_answer(name, device), device)
+        name, model = load_to_answer(config.model, config.device)
     title = f"{name or ', '.join(config.vision)}: {title}"
     save_image(
         [make_sheet(image, title, questions if model else [], config, model, towers)], config.out
