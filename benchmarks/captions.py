@@ -16,19 +16,17 @@ from collections import Counter
 # --- words --------------------------------------------------------------------------------
 
 # Tokens that are dropped.
-PUNCTUATION = set("'' ' `` ` . ? ! , : - -- ... ;".split())
+PUNCTUATION = re.compile(r"""[.?!,:;'"`–—―…-]|\.{2,}|-{2,4}""")
 RENAMED = """
-    ( -lrb- ) -rrb- [ -lsb- ] -rsb- { -lcb- } -rcb- " '' £ # € $ ¢ cents – -- — -- ― -- … ...
-""".split()
-RENAMED = dict(zip(RENAMED[::2], RENAMED[1::2], strict=True))
+    (=-lrb-, )=-rrb-, [=-lsb-, ]=-rsb-, {=-lcb-, }=-rcb-, £=#, €=$, ¢=cents, cannot=can not,
+    gonna=gon na, wanna=wan na, gotta=got ta, gimme=gim me, lemme=lem me, 'tis='t is, 'twas='t was
+"""
+RENAMED = dict(pair.strip().split("=") for pair in RENAMED.split(","))
 QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "½": "1/2", "¼": "1/4", "¾": "3/4"})
-# Split after the number of characters.
-TWO_WORDS = {"cannot": 3, "gonna": 3, "wanna": 3, "gotta": 3, "gimme": 3, "lemme": 3}
-TWO_WORDS |= {"'tis": 2, "'twas": 2}
-ABBREVIATIONS = "|".join(
-    r"""mr mrs ms dr prof st ave blvd rd mt ft jr sr inc co corp ltd vs etc pres gov sen rep gen col
-        capt lt sgt rev jan feb mar apr jun jul aug sept sep oct nov dec bros esq ph\.d""".split()
-)
+ABBREVIATIONS = r"""
+    mr|mrs|ms|dr|prof|st|ave|blvd|rd|mt|ft|jr|sr|inc|co|corp|ltd|vs|etc|pres|gov|sen|rep|gen|col|
+    capt|lt|sgt|rev|jan|feb|mar|apr|jun|jul|aug|sept|sep|oct|nov|dec|bros|esq|ph\.d
+"""
 TOKEN = re.compile(
     rf"""
     # addresses
@@ -68,16 +66,9 @@ def words(sentence):
     found = []
     for token in TOKEN.findall(sentence.translate(QUOTES)):
         token = token.lower()
-        if re.fullmatch(r"\.{2,}", token):
-            token = "..."
-        elif re.fullmatch("-{2,4}", token):
-            token = "--"
-        if token in TWO_WORDS:
-            found += [token[: TWO_WORDS[token]], token[TWO_WORDS[token] :]]
-        else:
-            # "1 1/2" is one match and two words.
-            found += RENAMED.get(token, token).split()
-    return [token for token in found if token not in PUNCTUATION]
+        # "1 1/2" is one match and two words.
+        found += RENAMED.get(token, token).split()
+    return [token for token in found if not PUNCTUATION.fullmatch(token)]
 
 
 # --- scores -------------------------------------------------------------------------------
