@@ -116,7 +116,7 @@ def test_a_public_tower_is_named_and_another_one_described(tmp_path):
     export(ours, tmp_path / "llava")
     config = read_json(tmp_path / "llava" / "config.json")
     assert (config["mm_dense_connector_type"], config["model_type"]) == ("dci", "llava_llama")
-    assert (config["mm_vision_tower"], config["mm_hidden_size"]) == ("clip", 48)
+    assert (config["mm_vision_tower"], config["mm_hidden_size"]) == ("clip_vision_model", 48)
     assert config["mm_vision_config"]["num_hidden_layers"] == 6
     with torch.device("meta"):
         large = CLIPVision(CLIPVisionConfig(1024, 24, 16, 4096, image_size=336, patch_size=14))
