@@ -46,8 +46,8 @@ def merge(folder, items, known):
 
     Answers beyond --limit are kept at the end.
     """
-    order = dict.fromkeys([*(item.id for item in items), *known])
-    write_lines(folder / "answers.partial", [known[name] for name in order], "w")
+    lines = {item.id: known[item.id] for item in items} | known
+    write_lines(folder / "answers.partial", lines.values(), "w")
     os.replace(folder / "answers.partial", folder / "answers.jsonl")
     for path in folder.glob("answers.rank*.jsonl"):
         path.unlink()
@@ -77,14 +77,15 @@ def mmbench_sheet(folder, items, answers):
             "MMBench's server takes an Excel sheet: pip install openpyxl, then repeat the command "
             "(the answers are saved)"
         ) from None
-    columns = ["index", "question", *"ABCD", "answer", "split"]
+    columns = ["index", "question", *"ABCD", "answer", "split", "prediction"]
     workbook, path = Workbook(), folder / "submission.xlsx"
-    workbook.active.append([*columns, "prediction"])
+    workbook.active.append(columns)
     for item in items:
         answer = answers[item.id]
         letter = mmbench_letter(answer, item.record["options"])
         # A sheet cannot hold control characters.
         prediction = letter or "".join(filter(str.isprintable, answer))
-        workbook.active.append([*(item.record.get(key) for key in columns), prediction])
+        row = {**item.record, "prediction": prediction}
+        workbook.active.append([row.get(key) for key in columns])
     workbook.save(path)
     return path

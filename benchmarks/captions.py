@@ -27,6 +27,10 @@ ABBREVIATIONS = r"""
     mr|mrs|ms|dr|prof|st|ave|blvd|rd|mt|ft|jr|sr|inc|co|corp|ltd|vs|etc|pres|gov|sen|rep|gen|col|
     capt|lt|sgt|rev|jan|feb|mar|apr|jun|jul|aug|sept|sep|oct|nov|dec|bros|esq|ph\.d
 """
+# A letter or digit; those of a word may have "_" between them.
+LETTER = r"[^\W_]"
+END = f"(?!{LETTER})"
+WORD = rf"{LETTER}(?:\w*{LETTER})?"
 TOKEN = re.compile(
     rf"""
     # addresses
@@ -36,26 +40,28 @@ TOKEN = re.compile(
     # runs
   | \.{{2,}} | -{{2,}} | [?!]+
     # words that begin with an apostrophe
-  | 'n' | '(?:em|cause|til|n|tis|twas)\b | '\d0s\b
+  | 'n' | '(?:em|cause|til|n|tis|twas){END} | '\d0s{END}
     # second halves of words
-  | '(?:s|m|d|re|ve|ll)(?!\w) | n't(?!\w)
+  | '(?:s|m|d|re|ve|ll){END} | n't{END}
     # abbreviations with their dot
-  | (?:{ABBREVIATIONS})\.(?!\w) | no\.(?=\s*\d) | [^\W\d_]+\.(?=[,;:])
+  | (?:{ABBREVIATIONS})\.{END} | no\.(?=\s*\d) | [^\W\d_]+\.(?=[,;:])
     # initials: p.m., U.S., A.
-  | (?<![\w'])(?:[a-z]\.)+(?:[a-z](?![\w'-])\.?)?
+  | (?<!{LETTER}|')(?:[a-z]\.)+(?:[a-z](?![\w'-])\.?)?
     # 10:30|am, 0.5|ms, 3/4-size, 1 1/2
-  | \d+:\d+(?=[ap]\.?m) | \d+\.\d+(?=[a-z]) | \d+/\d+-\w+ | \d+\s+\d+/\d+(?!\w)
+  | \d+:\d+(?=[ap]\.?m) | \d+\.\d+(?=[a-z]) | \d+/\d+-\w+ | \d+\s+\d+/\d+{END}
     # other numbers, times, fractions
-  | (?<!\w)[-+]?(?:\d+(?:[.,:/-]\d+)*|\.\d+)(?!\w|[-']\w) | \.\d+(?:\.\d+)*
+  | (?<!{LETTER})[-+]?(?:\d+(?:[.,:/-]\d+)*|\.\d+)(?!{LETTER}|[-']\w) | \.\d+(?:\.\d+)*
     # two words in one; AT&T
-  | (?:cannot|gonna|wanna|gotta|gimme|lemme)\b(?!-) | (?-i:[A-Z]+&[A-Z]+)\b
+  | (?:cannot|gonna|wanna|gotta|gimme|lemme){END}(?!-) | (?-i:[A-Z]+&[A-Z]+){END}
     # first halves of isn't, ...
-  | [^\W\d_]+(?=n't(?!\w))
+  | [^\W\d_]+(?=n't{END})
     # words with an apostrophe inside
   | o'clock | ma'am | c'mon | ne'er | [od]'[a-z]{{2,}} | d'you | y'
     # words, also joined ones
-  | \w+(?:[-_/]\w+|[.?!][^\W\d]+)*
-  | @\w+ | \#[a-z]\w* | \S
+  | {WORD}(?:[-/]{WORD}|[.?!][^\W\d_]+)*
+  | @\w+ | \#[a-z]\w*
+    # Markdown: **, __, ##
+  | \*+ | _+ | \#+ | @+ | \S
 """,
     re.VERBOSE | re.IGNORECASE,
 )
