@@ -120,7 +120,7 @@ def answer_all(config, name, folder, items, rank, size):
                 images.append(images_of(item))
                 batch.append(item)
             except BadImage as error:
-                print(f"skipped: question {item.id}: {error}", flush=True)
+                print(f"skipped: question {item.id}: {error}")
         prompts = [item.prompt for item in batch]
         try:
             answers = model.generate(images, prompts, config.max_new_tokens) if batch else []

@@ -26,7 +26,7 @@ import torch.nn as nn
 from tokenizers import AddedToken, Tokenizer, processors
 
 import train
-from clip import CLIPVision, SigLIPVision
+from clip import CLIPVision
 from common import checkpoint, cli, lora
 from common.cli import option
 from common.distributed import Ranks
@@ -40,7 +40,7 @@ from common.hub import (
     save_checkpoint,
     write_json,
 )
-from common.tower import hugging_face
+from common.tower import dtype_name, hugging_face
 from connector import Tower, make_connector
 from dialogue import MARK, named
 from interop.llava import DENSE, KNOWN_TOWERS, TOWER
@@ -95,13 +95,15 @@ def llava_hf(model):
     projector = model.connector.mm_projector
     if name == "linear":
         # LlavaForConditionalGeneration has two linear layers: make the second one the identity.
-        identity = nn.Linear(projector.out_features, projector.out_features).to(projector.weight)
-        nn.init.eye_(identity.weight)
-        nn.init.zeros_(identity.bias)
-        projector = nn.Sequential(projector, nn.GELU(), identity)
-    for key, parameter in projector.named_parameters():
-        key = key.replace("0.", "linear_1.").replace("2.", "linear_2.")
-        tensors[f"multi_modal_projector.{key}"] = parameter
+        first, second = projector, nn.Linear(projector.out_features, projector.out_features)
+        second.to(projector.weight)
+        nn.init.eye_(second.weight)
+        nn.init.zeros_(second.bias)
+    else:
+        first, _, second = projector
+    for key, linear in (("linear_1", first), ("linear_2", second)):
+        tensors[f"multi_modal_projector.{key}.weight"] = linear.weight
+        tensors[f"multi_modal_projector.{key}.bias"] = linear.bias
     strategy = "default" if tower.num_prefix_tokens else "full"
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -135,10 +137,6 @@ def llava(model):
     if not isinstance(tower, CLIPVision):
         raise InputError(f"--format=llava: not for a {tower.config.model_type} tower, only CLIP's")
     vision, vision_config = hugging_face(tower)
-    if isinstance(tower, SigLIPVision):
-        # No connector reads the last block, and the authors drop it.
-        last = f"vision_model.encoder.layers.{tower.config.num_hidden_layers - 1}."
-        vision = {key: tensor for key, tensor in vision.items() if not key.startswith(last)}
     tensors = {TOWER + key: tensor for key, tensor in vision.items()} | llm_tensors(model.llm)
     tensors |= {f"model.{key}": tensor for key, tensor in model.connector.state_dict().items()}
     public_names = (key for key, shape in KNOWN_TOWERS.items() if shape == tower.config)
@@ -234,7 +232,7 @@ def tokenizer_files(model, tokenizer=None):
         if bos_id is not None:
             settings["bos_token"] = bos
             tokenizer.post_processor = processors.TemplateProcessing(
-                single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, bos_id)]
+                single=f"{bos} $A", special_tokens=[(bos, bos_id)]
             )
             break
     end = template.end.strip(" ")
@@ -276,8 +274,7 @@ CHAT = """
 def chat_template(template, has_bos):
     """Write a template in Jinja. has_bos: it begins with the BOS token."""
     before, place, after = template.first.partition("{system}")
-    texts = {"before": before, "after": after, "later": template.later, "ask": template.ask}
-    texts |= {"reply": template.reply, "end": template.end, "system": template.system}
+    texts = vars(template) | {"before": before, "after": after}
     refusal = "raise_exception('this model has no place for a system message')"
     return string.Template(CHAT).substitute(
         {name: json.dumps(text) for name, text in texts.items()},
@@ -310,7 +307,7 @@ def export(model, folder, format="", index=0):
     files, tensors, config = write(model, index) if write is tower else write(model)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    dtype = str(model.llm.embed_tokens.weight.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.llm)
     save_checkpoint(partial, tensors, config | {"dtype": dtype, "torch_dtype": dtype})
     for name, content in files.items():
         if isinstance(content, str):
