@@ -17,14 +17,14 @@ from common.errors import InputError
 # --- of a run -----------------------------------------------------------------------------
 
 
-def read_answers(folder, items):
+def read_answers(folder, items, names="answers*.jsonl"):
     """Read all earlier answers -> {id: line}, except to questions whose prompt has changed.
 
     A line that cannot be read is skipped, so its question is asked again: a run that is stopped may
     leave half a line.
     """
     prompts, known = {item.id: item.prompt for item in items}, {}
-    for path in sorted(folder.glob("answers*.jsonl")):
+    for path in sorted(folder.glob(names)):
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 line = json.loads(text)

@@ -10,6 +10,7 @@ Prompts: LLaVA-1.5 (arXiv 2310.03744, table of evaluation formats). For boxes an
 (arXiv 2306.15195), whose formats COMM (arXiv 2310.08825) uses.
 """
 
+import csv
 import io
 import json
 import re
@@ -23,6 +24,8 @@ from dialogue import MARK
 
 SHORT = "<question>\nAnswer the question using a single word or phrase."
 LETTER = "<question>\nAnswer with the option's letter from the given choices directly."
+# What reading a file of another benchmark raises.
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, OSError, SyntaxError, csv.Error)
 NUMBERED = re.compile(r"<image (\d+)>")
 
 

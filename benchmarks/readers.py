@@ -21,6 +21,7 @@ from typing import NamedTuple
 from benchmarks import answers, scores
 from benchmarks.captions import caption_scores
 from benchmarks.prompts import (
+    DAMAGE,
     LETTER,
     NUMBERED,
     SHORT,
@@ -151,14 +152,15 @@ def read_textvqa(path, config):
         yield Item(str(name), [(f"{image}.jpg",)], text, target, record=name)
 
 
-def read_gqa(path, config):
-    """Read GQA's testdev_balanced_questions.json.
+def read_questions(path, config):
+    """Read GQA's testdev_balanced_questions.json, MM-Vet's mm-vet.json or LLaVA-Bench's questions.
 
-    One object {id: {"imageId", "question", "answer", "types"}}.
+    The first two are one object, {id: {"imageId", "question", "answer", "types"}} and {id:
+    {"imagename", "question", "answer"}}. LLaVA-Bench: {"question_id", "image", "text"} a line.
     """
     for name, question in (read_object(path) or by_id(path)).items():
         record = Record(question, f"{path}, question {name}")
-        image = record.get("image") or f"{record['imageId']}.jpg"
+        image = record.get("imagename") or record.get("image") or f"{record['imageId']}.jpg"
         groups = types_of(record.get("types", {}), "structural")
         yield Item(name, [(image,)], record.question, record.get("answer"), groups, name)
 
@@ -313,8 +315,8 @@ class Benchmark(NamedTuple):
     read: Callable
     # With <question>, <expr> or <boxes>. Without <image>, the image is in front of the text.
     prompt: str
-    # (answers, targets) -> {metric: value}
-    score: Callable
+    # (answers, targets) -> {metric: value}. None: benchmarks.judge scores.
+    score: Callable | None
     # (folder, items, {id: answer}) -> path of the file for the server or the official script
     submit: Callable | None = None
 
@@ -341,19 +343,17 @@ BENCHMARKS = {
     "okvqa": Benchmark(read_vqa, SHORT, VQA, TO_VQA),
     "vizwiz": Benchmark(read_vizwiz, VIZWIZ, scores.accuracy(scores.vizwiz_accuracy), TO_VIZWIZ),
     "textvqa": Benchmark(read_textvqa, SHORT, scores.accuracy(scores.textvqa_accuracy), TO_VQA),
-    "gqa": Benchmark(read_gqa, SHORT, scores.exact(scores.gqa_normalize), TO_GQA),
+    "gqa": Benchmark(read_questions, SHORT, scores.exact(scores.gqa_normalize), TO_GQA),
     "scienceqa": Benchmark(read_scienceqa, LETTER, scores.exact(scores.scienceqa_letter)),
     "mmbench": Benchmark(read_mmbench, LETTER, scores.mmbench_scores, answers.mmbench_sheet),
     "mme": Benchmark(read_mme, SHORT, scores.mme_scores),
     "choice": Benchmark(read_choice, LETTER, scores.accuracy(scores.choice_match)),
+    "mm_vet": Benchmark(read_questions, "<question>", None),
+    "llava_bench": Benchmark(read_questions, "<question>", None),
     "video": Benchmark(
         read_video, SHORT, scores.exact(scores.evalai_normalize, scores.evalai_normalize)
     ),
 }
-
-
-# What readers raise on a file of another benchmark.
-DAMAGE = (LookupError, TypeError, ValueError, AttributeError, OSError, SyntaxError, csv.Error)
 
 
 def read(config):

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 -m benchmarks rec --model=FOLDER --data=REC_refcoco_unc_testA.jsonl
 
 The first word is the benchmark: rec, reg, caption, pope, vqav2, okvqa, vizwiz, textvqa, gqa,
-scienceqa, mmbench, mme, choice (MMMU) or video. Its data are the files as they are published; leave
-out --data to see which. Several processes share the questions.
+scienceqa, mmbench, mme, choice (MMMU), mm_vet, llava_bench or video. Its data are the files as they
+are published; leave out --data to see which. Several processes share the questions.
 
 --out gets answers.jsonl, scores.json and, where a server scores, the submission. A run that was
 stopped resumes: questions that have an answer are not asked again.
@@ -166,7 +166,7 @@ def report(config, name, folder, items, answers, total):
         for metric, value in result["scores"].items():
             print(f"{group[:40]:40} {result['samples']:7,}  {metric:20} {100 * value:8.2f}")
     if not results:
-        print("The files have no answers to compare with, so there is no score.")
+        print("There are no answers to compare with, so there is no score here.")
     print(f"\n{folder}: answers.jsonl, scores.json")
     if benchmark.submit:
         print(f"{benchmark.submit(folder, items, answers)}: for the server")

@@ -59,11 +59,14 @@ def test_a_benchmark_is_read_asked_as_in_the_paper_and_scored(task, here):
 
 
 def test_other_formats_and_prompts(here):
-    assert set(BENCHMARKS) == {*CASES, "okvqa"}
+    assert set(BENCHMARKS) == {*CASES, "okvqa", "mm_vet", "llava_bench"}
     (item,) = items_of("textvqa", "--data=textvqa.json")
     assert item.target == ["two", "2"] * 5 and item.prompt.startswith("What is It?\nAnswer")
     (item,) = items_of("caption", "--data=karpathy.json")
     assert (item.id, item.target, item.record) == ("5", ["one"], 5)
+    Path("file").write_text('{"v1_0": {"imagename": "0.jpg", "question": "Who?", "answer": "I"}}')
+    (item,) = read(parse(Config, ["mm_vet", "--data=file"]))
+    assert (item.id, item.images, item.prompt) == ("v1_0", [("0.jpg",)], "Who?")
     items = items_of("choice", "--prompt=Look: <question>")
     assert items[0].images == [("1.jpg",), ("0.jpg",)]
     assert items[2].prompt == "Look: 1 + 1?\nA. 1\nB. 2" and items[2].images == []
@@ -117,9 +120,9 @@ def test_llavas_question_files_without_answers_are_read(here):
         '{"question_id": "0", "image": "0.jpg", "text": "What is it?", "category": "default"}'
     )
     Path("file").write_text(f"{question}\n{question}")
-    for task in ("pope", "vqav2", "vizwiz", "textvqa", "gqa", "mme"):
-        first, *_ = items = items_of(task, "--data=file", "--annotations=")
-        assert first.prompt.startswith("What is it?\n") and find_images(items, "images") == (
+    for task in ("pope", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "llava_bench"):
+        first, *_ = items = read(parse(Config, [task, "--data=file"]))
+        assert first.prompt.startswith("What is it?") and find_images(items, "images") == (
             [item._replace(images=[Path("images/0.jpg")]) for item in items],
             [],
         )
