@@ -3,7 +3,7 @@
     Item                          one question: images, prompt, target
     records(path, key)            the records of a JSON file
     ask(template, text)           the prompt, in the papers' wording
-    find_images(items, folder)    the items whose images are there, and the others
+    find_images(items, folder)    the items whose images are there, and the missing ones
     images_of(item)               the images of a question, PIL
 
 Prompts: LLaVA-1.5 (arXiv 2310.03744, table of evaluation formats). For boxes and captions: Shikra
@@ -114,12 +114,12 @@ def ask(template, text):
 
 
 def find_images(items, folder):
-    """Find the images in --image_dir -> items with paths, items that lack an image."""
+    """Find the images in --image_dir -> items with paths, names of missing images."""
     found, missing = [], []
     for item in items:
         paths = [find(folder, image) for image in item.images]
         if None in paths:
-            missing.append(item)
+            missing.append(item.images[paths.index(None)][0])
         else:
             found.append(item._replace(images=paths))
     return found, missing

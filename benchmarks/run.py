@@ -81,10 +81,10 @@ def benchmark(config, rank, size):
     items, missing = find_images(readers.read(config), config.image_dir)
     total = len(items) + len(missing)
     if not items:
-        raise InputError(f"--image_dir={config.image_dir}: has no {missing[0].images}")
+        raise InputError(f"--image_dir={config.image_dir}: has no image, not even {missing[0]}")
     if missing and rank == 0:
-        print(f"{len(missing):,} of {total:,} questions are left out: their images are not in")
-        print(f"{config.image_dir}. The first ones are {missing[0].images}")
+        print(f"{len(missing):,} of {total:,} questions are left out: their images are missing")
+        print(f"in {config.image_dir}, {missing[0]} first", flush=True)
     name = config.model or str(newest_model())
     folder = Path(config.out or f"out/eval/{name.strip('/').replace('/', '-')}/{config.task}")
     check_same_run(config, name, folder, rank)
