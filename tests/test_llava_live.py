@@ -115,6 +115,8 @@ def test_pipelines_of_transformers_answer_as_we_do(tmp_path):
         export(ours, tmp_path / template / "hf", "llava-hf")
         pipeline = transformers.pipeline("text-generation", str(tmp_path / template / "llm"))
         chats = [[{"role": "user", "content": question}] for question in questions]
+        ids = pipeline.tokenizer.apply_chat_template(chats[0]).input_ids
+        assert ids == ours.prompt([], [(questions[0], None)])[1]
         assert last(pipeline(chats, **options)) == ours.generate([[], []], questions, 8)
         pipeline = transformers.pipeline("image-text-to-text", str(tmp_path / template / "hf"))
         pairs = zip(photographs, questions, strict=True)
