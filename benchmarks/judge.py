@@ -177,7 +177,7 @@ def main(arguments):
             reply, scores = judge.grade(ask, item.prompt)
             verdict = {"id": item.id, "prompt": item.prompt, "answer": reply, "scores": scores}
             write_lines(path, [verdict])
-    verdicts = read_answers(folder, items, path.name)
+            verdicts[item.id] = verdict
     results = {}
     for group in dict.fromkeys(group for item in items for group in item.groups):
         scores = [verdicts[item.id]["scores"] for item in items if group in item.groups]

@@ -91,7 +91,7 @@ def test_llava_bench_is_reviewed_as_officially(judge):
     url, requests, replies = judge
     question = {"question_id": 0, "image": "1.jpg", "category": "conv", "text": "Q?"}
     write("bench/questions.jsonl", [question, question | {"question_id": 1, "category": "detail"}])
-    write("bench/context.jsonl", {"image": "1.jpg", "caption": "A street.\nTwo cars."})
+    write("bench/context.jsonl", {"image": "1.jpg", "caption": ["A street.", "Two cars."]})
     write("bench/answers_gpt4.jsonl", [{"question_id": i, "text": "REF"} for i in range(2)])
     write("rule.json", {f"llava_bench_{kind}": {"prompt": "RULE"} for kind in ("conv", "detail")})
     answers(**{"0": "OURS", "1": "x"})
