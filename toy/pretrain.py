@@ -47,13 +47,8 @@ from vit import Block, ViT, ViTConfig
 # Mean and standard deviation of the world's pixels.
 MEAN, STD = (0.33,) * 3, (0.22,) * 3
 WIDTH = 128
-TOWER = {
-    "hidden_size": WIDTH,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 6,
-    "image_size": world.SIDE,
-    "patch_size": PATCH,
-}
+BLOCK = {"hidden_size": WIDTH, "num_attention_heads": 4}
+TOWER = BLOCK | {"num_hidden_layers": 6, "image_size": world.SIDE, "patch_size": PATCH}
 # DINOv2 has an mlp_ratio instead, 4 by default.
 MLP = {"intermediate_size": 4 * WIDTH, "hidden_act": "gelu"}
 # Position embeddings start about as large as patch embeddings. From the usual 0.02 these short
@@ -156,12 +151,12 @@ def share(right):
 def pretrain_clip(config):
     """Match images with captions. Captions with a wrong word make the shapes necessary."""
     tokenizer = make_tokenizer()
-    size = {"hidden_size": WIDTH, "num_attention_heads": 4, "num_hidden_layers": 2}
     text = CLIPTextConfig(
+        num_hidden_layers=2,
         vocab_size=tokenizer.get_vocab_size(),
         max_position_embeddings=64,
         eos_token_id=language.EOS,
-        **size,
+        **BLOCK,
         **MLP,
     )
     clip = CLIP(CLIPVisionConfig(**TOWER, **MLP), text, WIDTH, MEAN, STD)
@@ -424,15 +419,14 @@ def pretrain_llama(config):
     llama = Llama(
         LlamaConfig(
             vocab_size=tokenizer.get_vocab_size(),
-            hidden_size=WIDTH,
             intermediate_size=352,
             num_hidden_layers=4,
-            num_attention_heads=4,
             max_position_embeddings=512,
             rms_norm_eps=1e-5,
             tie_word_embeddings=True,
             bos_token_id=language.BOS,
             eos_token_id=language.EOS,
+            **BLOCK,
         )
     )
     llama.tokenizer = tokenizer
