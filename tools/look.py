@@ -203,7 +203,8 @@ def heatmap(image, weights, side):
     )
     slopes = np.gradient(np.asarray(smooth, dtype=float), axis=(0, 1))
     edges = np.hypot(*slopes).max(axis=2)
-    light.paste("white", mask=Image.fromarray(edges > 0.2 * edges.max()))
+    strong = edges > max(0.2 * edges.max(), np.quantile(edges, 0.85))
+    light.paste("white", mask=Image.fromarray(strong))
     return light
 
 

@@ -52,7 +52,9 @@ def check(config):
     for key, known in KNOWN.items():
         value = getattr(config, key)
         if value not in known:
-            raise InputError(f"--{key}={value}: must be one of {', '.join(map(str, known))}")
+            raise InputError(
+                f"--{key}={value}: must be one of {', '.join(filter(None, map(str, known)))}"
+            )
     if config.vs and not importlib.util.find_spec("transformers"):
         raise InputError("--vs=transformers: pip install -r requirements-dev.txt")
     if config.against and not Path(config.against).is_dir():
