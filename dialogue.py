@@ -16,8 +16,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from common.chat_template import recognize
 from common.errors import InputError
 from common.hub import read_json
+from common.tokenizer import load_tokenizer_model, set_prefix
 
 IMAGE = -200  # LLaVA's placeholder id for an image
 IGNORE = -100  # the label of a token that is not supervised
@@ -145,8 +147,6 @@ def find_template(folder):
     if "template" in config:
         named(config["template"])
         return config["template"]
-    from common.chat_template import recognize
-
     return recognize(Path(folder), config.get("model_type"))
 
 
@@ -158,8 +158,6 @@ def load_tokenizer(folder):
     """
     file = Path(folder) / "tokenizer.json"
     if not file.exists():
-        from common.tokenizer import load_tokenizer_model
-
         return load_tokenizer_model(folder)
     dropped = dict.fromkeys(["truncation", "padding", "post_processor"])
     try:
@@ -168,8 +166,6 @@ def load_tokenizer(folder):
         raise InputError(f"{file}: not a tokenizer ({error})") from None
     # a byte-level tokenizer has none
     if tokenizer.normalizer:
-        from common.tokenizer import set_prefix
-
         set_prefix(tokenizer, folder)
     return tokenizer
 
@@ -190,17 +186,15 @@ def encode(tokenizer, turns, template, images=True, system=""):
                 "template that the LLM was trained with (train.py --template=)"
             )
     text, spans = render(turns, template, system)
-    supervised = set()
-    for start, end in spans:
-        supervised.update(range(start, end))
     bos = [tokenizer.token_to_id(token) for token in layout.bos]
     ids = [token for token in bos if token is not None][:1]
     labels = [IGNORE] * len(ids)
     begin = 0  # of the chunk, in characters of the text
     for chunk in text.split(MARK) if images else [text]:
         encoding = tokenizer.encode(chunk, add_special_tokens=False)
-        for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
-            labels.append(token if begin + start in supervised else IGNORE)
+        for token, (offset, _) in zip(encoding.ids, encoding.offsets, strict=True):
+            is_supervised = any(start <= begin + offset < end for start, end in spans)
+            labels.append(token if is_supervised else IGNORE)
         ids += [*encoding.ids, IMAGE]
         labels.append(IGNORE)
         begin += len(chunk) + len(MARK)

@@ -118,10 +118,10 @@ def load_tokenizer_model(folder):
         raise InputError(f"{path}: not a sentencepiece model, or damaged ({error!r})") from None
     if not pieces or trainer.get(3, 1) != BPE or normalizer.get(2):
         raise InputError(f"{path}: not a sentencepiece BPE model: take one with a tokenizer.json")
-    unknown = [piece for piece, _, type_ in pieces if type_ == UNKNOWN]
+    unknown = next((piece for piece, _, type_ in pieces if type_ == UNKNOWN), None)
     vocabulary = {piece: i for i, (piece, _, _) in enumerate(pieces)}
-    options = {"unk_token": unknown[0] if unknown else None, "fuse_unk": True}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges_of(pieces), byte_fallback=True, **options))
+    options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges_of(pieces), **options))
     steps = [normalizers.Replace(" ", "▁")]
     back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     has_prefix = normalizer.get(3, 1)
