@@ -22,11 +22,11 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.images import BadImage, ImageSpec, open_image, to_pixels
 from common.records import Packed, check_folder, image_paths, llava_fields, read_records
 from common.shikra import check_size, shikra_turn
-from dialogue import IGNORE, IMAGE, MARK, cut_to_length, encode
+from dialogue import IGNORE, IMAGE, LONGEST_TOKEN, MARK, cut_to_length, encode
 
 
 class Sample(NamedTuple):
@@ -93,15 +93,16 @@ class Batches:
 
         Adds its images to those of the batch so far.
         """
-        has_images = bool(sample.images)
-        ids, labels = encode(self.tokenizer, sample.turns, self.template, has_images, sample.system)
+        options = {"images": bool(sample.images), "system": sample.system}
+        options["max_characters"] = self.max_length * LONGEST_TOKEN
+        ids, labels = encode(self.tokenizer, sample.turns, self.template, **options)
         ids, labels = cut_to_length(ids, labels, self.max_length, self.tokens_per_image)
-        if all(label == IGNORE for label in labels):
+        if set(labels) <= {IGNORE}:
             raise NothingToLearn(f"no answer in the turns that fit into {self.max_length} tokens")
         keys = []
         # turns that were cut off may have had images
         for image in sample.images[: ids.count(IMAGE)]:
-            is_file = isinstance(image, str | os.PathLike)
+            is_file = isinstance(image, str)
             # an image in memory is named by a number
             key = image if is_file else len(images)
             if key not in images:
@@ -290,7 +291,7 @@ class LlavaData:
     def parse(self, record, where, index):
         """Turn a record into a Sample."""
         images, turns, system = llava_fields(record, self.image_dir, MARK, where)
-        return Sample(images, turns, str(record.get("id", index)), system)
+        return Sample(images, turns, printable(record.get("id", index)), system)
 
     def __len__(self):
         return len(self.samples)
@@ -317,7 +318,7 @@ class ShikraData(LlavaData):
         name, size, question, answer = shikra_turn(record, self.task, index, where)
         images = image_paths(name, self.image_dir, where)
         turn = (f"{MARK}\n{question}", answer)
-        return Sample(images, [turn], f"{name}#{index}", size=size)
+        return Sample(images, [turn], f"{printable(name)}#{index}", size=size)
 
 
 class ShikraReg(ShikraData):

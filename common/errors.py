@@ -1,4 +1,4 @@
-"""The error that every file raises for bad input."""
+"""The error that every file raises for bad input, and how it quotes a text."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,8 @@ class InputError(ValueError):
 
     Commands print it to stderr and exit with status 2.
     """
+
+
+def printable(text, length=80):
+    """Return at most `length` characters of a text from a file, control characters escaped."""
+    return repr(str(text)[:length])[1:-1][:length]

@@ -20,12 +20,27 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.hub import read_processor
 
+# Only these are opened: for EPS, whatever a file's name is, Pillow would start Ghostscript. AVIF is
+# last, since Pillow before 11.3 does not know it.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF")
+# EXIF orientation -> how to turn the image upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 LARGEST_DOWNLOAD = 50_000_000  # bytes
+# some servers, Wikimedia's for one, refuse the default one of requests
+USER_AGENT = "nanoMLLM/1.0 (educational code for multimodal LLMs)"
 # mean and std of the pixels of OpenAI's CLIP
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -138,8 +153,8 @@ def open_frames(path, count):
     """
     if not Path(path).is_dir():
         return open_file(path, count)
-    suffixes = Image.registered_extensions()
-    names = [name for name in Path(path).iterdir() if name.suffix.lower() in suffixes]
+    formats = Image.registered_extensions()
+    names = [name for name in Path(path).iterdir() if formats.get(name.suffix.lower()) in FORMATS]
     if not names:
         raise BadImage(f"{path}: no image files in this folder; it should hold a video's frames")
     names.sort(key=number_order)
@@ -152,15 +167,16 @@ def open_file(path_or_file, count, name=None):
         with warnings.catch_warnings():
             # an image of very many pixels is an error
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path_or_file) as image:
+            with Image.open(path_or_file, formats=FORMATS) as image:
                 frames = []
                 for i in midpoints(getattr(image, "n_frames", 1), count) if count else [0]:
                     image.seek(i)
                     frames.append(to_rgb(image).copy())
                 return frames
     except Exception as error:  # on damaged files, decoders raise many kinds
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BadImage(f"{name or path_or_file}: not a readable image ({cause})") from None
+        where = printable(name or path_or_file, 300)
+        cause = printable(f"{type(error).__name__}: {error}", 200)
+        raise BadImage(f"{where}: not a readable image ({cause})") from None
 
 
 def midpoints(total, count):
@@ -184,9 +200,9 @@ def read_image(name):
         return open_image(name)
     import requests  # imported here: it is slow, and files do not need it
 
-    content = b""
+    headers, content = {"User-Agent": USER_AGENT}, b""
     try:
-        with requests.get(name, timeout=20, stream=True) as reply:
+        with requests.get(name, timeout=20, stream=True, headers=headers) as reply:
             reply.raise_for_status()
             for part in reply.iter_content(1 << 16):
                 content += part
@@ -202,15 +218,23 @@ def read_image(name):
 
 def to_rgb(image):
     """Convert a PIL image to RGB: upright by its EXIF, 8 bits, transparent parts on white."""
-    # else exif_transpose would copy it
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    # a TIFF turns itself upright while it loads
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged EXIF raises many kinds: take the image as it is
+        turn = None
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode == "F":
         raise BadImage("its pixels are floats, of unknown range: save it with 8 bits per color")
     if image.mode.startswith("I"):
-        # 16-bit gray; convert() would clip it at 255
-        gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
-        image = Image.fromarray(gray.astype(np.uint8))
+        # Integers, which convert() would clip at 255. Their range is 8, 12 or 16 bits, or as many
+        # as the largest one has.
+        gray = np.maximum(np.asarray(image).astype(np.int64), 0)
+        bits = int(gray.max()).bit_length()
+        depth = next((depth for depth in (8, 12, 16) if bits <= depth), bits)
+        image = Image.fromarray((gray >> (depth - 8)).astype(np.uint8))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

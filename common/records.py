@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import InputError
+from common.errors import InputError, printable
+from common.images import BadImage, open_image
 
 # Half a character, as of an emoji that was cut: JSON can hold it, UTF-8 and tokenizers cannot.
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -161,7 +162,8 @@ def image_paths(names, folder, where):
     paths = [os.path.normpath(os.path.join(folder, name)) for name in names]
     for path in paths:
         if path == folder or os.path.commonpath([path, folder]) != folder:
-            raise InputError(f"{where}: the image path {path} is not inside the folder {folder}")
+            name = printable(path, 300)
+            raise InputError(f"{where}: the image path {name} is not inside the folder {folder}")
     return paths
 
 
@@ -169,3 +171,20 @@ def check_folder(folder, path):
     """Check the image folder of a data file at once, not at the first image."""
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; the images of {path} should be in it")
+
+
+def check_images(dataset, count=100):
+    """Open the images of `count` random samples before a run, so that it need not end days later.
+
+    As in the loader, three may be bad. Raises InputError.
+    """
+    indices = np.random.default_rng(0).permutation(len(dataset))[:count].tolist()
+    files = [file for i in indices for file in dataset[i].images if isinstance(file, str)]
+    bad = []
+    for file in files:
+        try:
+            open_image(file)
+        except BadImage as error:
+            bad.append(error)
+    if len(bad) > 3:
+        raise InputError(f"{len(bad)} of {len(files)} random images are bad, such as {bad[-1]}")

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
+import data
 from common.errors import InputError
 from common.images import BadImage, ImageSpec
-from data import DATASETS, LlavaData, Loader, Sample, collate, num_with_images, order
-from dialogue import IGNORE, IMAGE
+from common.records import check_images
+from data import DATASETS, Batches, LlavaData, Loader, Sample, collate, num_with_images, order
+from dialogue import IGNORE, IMAGE, encode
 
 # --- formats ---
 
@@ -266,6 +268,47 @@ def test_a_sample_that_cannot_be_used_is_skipped_counted_and_named(loader, tmp_p
     for index, (name, error) in loading.skipped.items():
         assert name == f"n{index}"
         assert index == 6 or isinstance(error, BadImage) and f"{index}.png" in str(error)
+    # two bad images are few, and twice as many are found before a run
+    check_images(loading.batches.dataset)
+    with pytest.raises(InputError, match="[25].png"):
+        check_images(ConcatDataset([loading.batches.dataset] * 2))
+    # what a file says is printed in part, and without control characters
+    records[0] |= {"id": "\ud83d\x1b[2J\n" + "x" * 1_000_000}
+    (name,) = {sample.id for sample in LlavaData(write(tmp_path / "a.json", records[:1]), tmp_path)}
+    assert name.isprintable() and len(name) == 80
+
+
+class Counting:
+    """A tokenizer that counts the characters it has encoded."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.characters = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def encode(self, text, **options):
+        self.characters += len(text)
+        return self.tokenizer.encode(text, **options)
+
+
+def test_of_a_huge_text_only_a_part_is_encoded(world_tokenizer, monkeypatch):
+    huge = Sample([], [("q", "yes"), ("?", "a b " * 1_000_000)], "huge")
+    tokenizer = Counting(world_tokenizer)
+    batch = Batches([huge], tokenizer, "tiny", ImageSpec(8), 4, 100)[[0]]
+    assert batch.tokens[0].tolist() == encode(world_tokenizer, [("q", "yes")], "tiny")[0]
+    assert tokenizer.characters <= 100 * 512
+    # no limit makes a difference where the text is cut off behind the last token
+    longest = max(map(len, [*world_tokenizer.get_vocab(), "<image>"]))
+    image = np.zeros((8, 8, 3), np.uint8)
+    some = Sample([image, image], [("<image>?", "yes"), ("what <image>", "a circle")] * 2, "some")
+    for limit in range(8, 60):
+        batches = Batches([some], world_tokenizer, "tiny", ImageSpec(8), 1, limit)
+        cut = []
+        for characters in (longest + 1, 512):
+            monkeypatch.setattr(data, "LONGEST_TOKEN", characters)
+            cut.append(batches[[0]].tokens.tolist())
+        assert cut[0] == cut[1]
 
 
 def test_too_many_bad_images_stop_the_run_and_so_does_a_dataset_without_answers(loader):
