@@ -93,9 +93,14 @@ class Batches:
 
         Adds its images to those of the batch so far.
         """
-        options = {"images": bool(sample.images), "system": sample.system}
-        options["max_characters"] = self.max_length * LONGEST_TOKEN
-        ids, labels = encode(self.tokenizer, sample.turns, self.template, **options)
+        ids, labels = encode(
+            self.tokenizer,
+            sample.turns,
+            self.template,
+            images=bool(sample.images),
+            system=sample.system,
+            max_characters=self.max_length * LONGEST_TOKEN,
+        )
         ids, labels = cut_to_length(ids, labels, self.max_length, self.tokens_per_image)
         if set(labels) <= {IGNORE}:
             raise NothingToLearn(f"no answer in the turns that fit into {self.max_length} tokens")
@@ -126,11 +131,11 @@ def collate(examples, skipped, images, size):
     for row in rows:
         # nothing predicts the first token: the one before it belongs to another sample
         row[1, 0] = IGNORE
-    tokens, labels = torch.from_numpy(np.concatenate(rows, axis=1))
+    tokens, labels = torch.from_numpy(np.concatenate(rows, axis=1))[:, None]  # (1, T) each
     return Batch(
         pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8),
-        tokens=tokens[None],
-        labels=labels[None],
+        tokens=tokens,
+        labels=labels,
         lengths=[row.shape[1] for row in rows],
         image_index=torch.tensor([used.index(key) for key in marks], dtype=torch.long),
         ids=list(ids),
@@ -171,7 +176,8 @@ def order(lengths, seed, epoch, global_batch):
     return [*first.tolist(), *batches.flatten().tolist(), *last.tolist()]
 
 
-class Loader:
+@dataclass
+class Loader(Batches):
     """Yield the micro-batches of this rank, a list for each optimizer step, without end.
 
     The epochs follow each other without a gap. Step k takes the global_batch samples from
@@ -180,33 +186,22 @@ class Loader:
 
     A sample with a bad image, or with nothing to learn from, leaves a gap in its batch. `skipped`
     has them all, {index: (id, InputError)}; `seen` counts this rank's samples. Raises InputError if
-    too many images are bad, or if no sample of the dataset is left.
+    too many images are bad.
     """
 
-    def __init__(
-        self,
-        dataset,
-        tokenizer,
-        template,
-        spec,
-        tokens_per_image,
-        max_length,
-        global_batch,
-        micro_batch,
-        seed=0,
-        rank=0,
-        world_size=1,
-        workers=0,
-        start=0,
-    ):
-        self.batches = Batches(dataset, tokenizer, template, spec, tokens_per_image, max_length)
-        self.lengths = [part.length(i) for part in parts_of(dataset) for i in range(len(part))]
-        self.global_batch, self.micro_batch = global_batch, micro_batch
-        self.seed, self.start = seed, start
-        self.rank, self.world_size = rank, world_size
-        self.workers = workers
+    global_batch: int
+    micro_batch: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 0
+    start: int = 0
+
+    def __post_init__(self):
+        parts = parts_of(self.dataset)
+        self.lengths = [part.length(i) for part in parts for i in range(len(part))]
         # forward passes per step, the same number on every rank
-        self.forwards = math.ceil(math.ceil(global_batch / world_size) / micro_batch)
+        self.forwards = math.ceil(math.ceil(self.global_batch / self.world_size) / self.micro_batch)
         self.seen, self.skipped = 0, {}
 
     def all_indices(self):
@@ -226,8 +221,8 @@ class Loader:
 
     def __iter__(self):
         loading = DataLoader(
-            self.batches,
-            # yields lists of indices: Batches[list] is a whole batch
+            self,
+            # yields lists of indices: self[list] is a whole batch
             sampler=self.micro_batches(),
             batch_size=None,
             num_workers=self.workers,
@@ -244,7 +239,7 @@ class Loader:
             yield step
 
     def count(self, batch):
-        """Count the samples of a batch. Raises InputError if too many had to be skipped.
+        """Count the samples of a batch. Raises InputError if too many images are bad.
 
         At most three bad images or 1% of the samples seen are allowed. Bad images come in clumps,
         so at least 20,000 samples count as seen, or the whole dataset if it is smaller.
@@ -255,16 +250,12 @@ class Loader:
             if type(error) is InputError:
                 raise error
             self.skipped[index] = name, error
-        size = len(self.lengths)
-        num_bad = sum(isinstance(error, BadImage) for _, error in self.skipped.values())
-        if num_bad > max(3, 0.01 * min(max(self.seen, 20_000), size)):
-            problem = f"{num_bad} samples have bad images, more than 1%"
-        elif len(self.skipped) == size:
-            problem = "no sample of the dataset can be used"
-        else:
-            return
-        name, error = list(self.skipped.values())[-1]
-        raise InputError(f"{problem}; the last one skipped: {name} ({error})")
+        bad = [pair for pair in self.skipped.values() if isinstance(pair[1], BadImage)]
+        if len(bad) > max(3, 0.01 * min(max(self.seen, 20_000), len(self.lengths))):
+            name, error = bad[-1]
+            raise InputError(
+                f"{len(bad)} samples have bad images, more than 1%; the last: {name} ({error})"
+            )
 
 
 # --- datasets: len(dataset), dataset[i] -> Sample, dataset.length(i), dataset.num_with_images ---
