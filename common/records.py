@@ -18,13 +18,8 @@ from common.images import BadImage, open_image
 
 # Half a character, as of an emoji that was cut: JSON can hold it, UTF-8 and tokenizers cannot.
 SURROGATE = re.compile("[\ud800-\udfff]")
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+# LLaVA's names of the roles in other words
+ROLES = {"human": "user", "gpt": "assistant"}
 READ = ("id", "image", "images", "conversations", "messages")
 # Keys that hold media or a system prompt elsewhere. Ignoring them would train on text alone.
 OTHERS = ("img", "img_path", "image_path", "image_file", "image_url", "picture", "photo", "video")
@@ -117,10 +112,9 @@ def read_turns(record, where):
     for message in messages:
         if not isinstance(message, dict):
             raise InputError(f"{where}: a message should be an object")
-        roles.append(ROLES.get(str(message.get("from", message.get("role")))))
+        role = str(message.get("from", message.get("role")))
+        roles.append(ROLES.get(role, role))
         texts.append(message.get("value", message.get("content")))
-        if roles[-1] is None:
-            raise InputError(f'{where}: every message needs a role, "from": {", ".join(ROLES)}')
         if not is_text(texts[-1]):
             raise InputError(f'{where}: every message needs a text, "value", of whole characters')
     system = ""
@@ -130,7 +124,10 @@ def read_turns(record, where):
         roles, texts = roles[1:], texts[1:]
     questions, answers = texts[::2], texts[1::2]
     if roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
-        raise InputError(f"{where}: user and assistant should take turns")
+        raise InputError(
+            f'{where}: "from" should be human and gpt, or user and assistant, in turns; the first '
+            "message may be from system"
+        )
     return list(zip(questions, answers, strict=False)), system
 
 
