@@ -173,7 +173,7 @@ def order(lengths, seed, epoch, global_batch):
     batches, last = np.split(indices, [len(indices) // global_batch * global_batch])
     batches = batches.reshape(-1, global_batch)
     batches = batches[generator.permutation(len(batches))]
-    return [*first.tolist(), *batches.flatten().tolist(), *last.tolist()]
+    return np.concatenate([first, batches.flatten(), last]).tolist()
 
 
 @dataclass
@@ -198,8 +198,7 @@ class Loader(Batches):
     start: int = 0
 
     def __post_init__(self):
-        parts = parts_of(self.dataset)
-        self.lengths = [part.length(i) for part in parts for i in range(len(part))]
+        self.lengths = [part.length(i) for part in parts_of(self.dataset) for i in range(len(part))]
         # forward passes per step, the same number on every rank
         self.forwards = math.ceil(math.ceil(self.global_batch / self.world_size) / self.micro_batch)
         self.seen, self.skipped = 0, {}

@@ -149,10 +149,7 @@ def find_template(folder):
     InputError for an unknown one.
     """
     config = read_config(folder)
-    if "template" in config:
-        named(config["template"])
-        return config["template"]
-    return recognize(Path(folder), config.get("model_type"))
+    return config.get("template") or recognize(Path(folder), config.get("model_type"))
 
 
 def load_tokenizer(folder):
@@ -193,6 +190,9 @@ def encode(tokenizer, turns, template, images=True, system="", max_characters=No
             )
     text, spans = render(turns, template, system)
     text = text[:max_characters]
+    supervised = set()
+    for start, end in spans:
+        supervised.update(range(start, min(end, len(text))))
     bos = [tokenizer.token_to_id(token) for token in layout.bos]
     ids = [token for token in bos if token is not None][:1]
     labels = [IGNORE] * len(ids)
@@ -200,8 +200,7 @@ def encode(tokenizer, turns, template, images=True, system="", max_characters=No
     for chunk in text.split(MARK) if images else [text]:
         encoding = tokenizer.encode(chunk, add_special_tokens=False)
         for token, (offset, _) in zip(encoding.ids, encoding.offsets, strict=True):
-            is_supervised = any(start <= begin + offset < end for start, end in spans)
-            labels.append(token if is_supervised else IGNORE)
+            labels.append(token if begin + offset in supervised else IGNORE)
         ids += [*encoding.ids, IMAGE]
         labels.append(IGNORE)
         begin += len(chunk) + len(MARK)

@@ -10,4 +10,5 @@ class InputError(ValueError):
 
 def printable(text, length=80):
     """Return at most `length` characters of a text from a file, control characters escaped."""
-    return repr(str(text)[:length])[1:-1][:length]
+    escaped = [c if c.isprintable() else repr(c)[1:-1] for c in str(text)[:length]]
+    return "".join(escaped)[:length]

@@ -1,6 +1,6 @@
 """Read Shikra's boxes and expressions (arXiv 2306.15195), for training and for the benchmarks."""
 
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.images import BadImage, format_box, pad_box
 from common.records import is_text
 
@@ -33,7 +33,7 @@ def check_size(path, size, stated):
     (width, height), (stated_width, stated_height) = size, stated
     if abs(width * stated_height - height * stated_width) > 0.02 * width * stated_height:
         raise BadImage(
-            f"{path}: is {width}x{height} upright, but its boxes are for "
+            f"{printable(path, 300)}: is {width}x{height} upright, but its boxes are for "
             f"{stated_width}x{stated_height}"
         )
 
