@@ -126,16 +126,7 @@ def llava_labels(tokenizer, text, ids):
     return labels
 
 
-def test_legacy_false_gives_transformers_ids(real, tmp_path):
-    """transformers 5.24 and sentencepiece: "USER" behind "</s>" is one token, not "▁US", "ER"."""
-    shutil.copy(real / "tokenizers" / "llama2" / "tokenizer.json", tmp_path)
-    for legacy, user in ((True, [3148, 1001]), (False, [11889])):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
-        ids = load_tokenizer(tmp_path).encode("USER: Hi</s>USER: q").ids
-        assert ids == [3148, 1001, 29901, 6324, 2, *user, 29901, 3855]
-
-
-def test_tokens_and_labels_of_real_dialogues_are_llavas(real):
+def test_tokens_and_labels_of_real_dialogues_are_llavas(real, tmp_path):
     tokenizer = load_tokenizer(real / "tokenizers" / "llama2")
     for sample in LlavaData(real / "llava_instruct.json", real / "images"):
         ids, labels = encode(tokenizer, sample.turns, "vicuna_v1")
@@ -148,6 +139,10 @@ def test_tokens_and_labels_of_real_dialogues_are_llavas(real):
         ids, labels = encode(tokenizer, sample.turns, "plain")
         assert ids == llava_tokens(tokenizer, f"<image>{sample.turns[0][1]}\n")
         assert labels == [IGNORE, IGNORE, *ids[2:]]
+    # as transformers 5.24: behind a special token "USER" is one token, not "▁US" and "ER"
+    shutil.copy(real / "tokenizers" / "llama2" / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": false}')
+    assert load_tokenizer(tmp_path).encode("Hi</s>USER: q").ids == [6324, 2, 11889, 29901, 3855]
 
 
 def test_the_template_of_a_checkpoint_is_recognized(tmp_path):
