@@ -186,7 +186,7 @@ def encode(tokenizer, turns, template, images=True, system="", max_characters=No
         if tokenizer.token_to_id(token) is None:
             raise InputError(
                 f"the tokenizer lacks {token}, which the template {template} needs: choose the one "
-                'that the LLM was trained with ("template" in its config.json)'
+                'of the LLM ("template" in its config.json, or train.py --template=)'
             )
     text, spans = render(turns, template, system)
     text = text[:max_characters]

@@ -35,6 +35,7 @@ def recognize(folder, model_type):
         if all(mark in chat for mark in marks):
             return name
     raise InputError(
-        f"{folder}: its chat template is none of ours, it begins {printable(chat)}: add a "
-        f'"template" to its config.json, one of {", ".join(name for name, _ in RECOGNIZED)}'
+        f"{folder}: its chat template is none of ours, it begins {printable(chat)}: add "
+        '"template": "vicuna_v1" (or another of dialogue.TEMPLATES) to its config.json, or give '
+        "train.py --template="
     )
