@@ -77,7 +77,7 @@ class Batches:
 
     def __getitem__(self, indices):
         examples, skipped = [], []
-        images = {}  # {key: (size, pixels)}; a file's name is its key, so it is decoded once
+        images = {}  # {key: (pixels, size)}; a file's name is its key, so it is decoded once
         for index in indices:
             name = f"sample {index}"
             try:
@@ -107,14 +107,14 @@ class Batches:
         keys = []
         # turns that were cut off may have had images
         for image in sample.images[: ids.count(IMAGE)]:
-            is_file = isinstance(image, str)
+            is_file = isinstance(image, str | os.PathLike)
             # an image in memory is named by a number
             key = image if is_file else len(images)
             if key not in images:
                 image = open_image(image) if is_file else image
-                images[key] = image.size, to_pixels(image, self.spec)
+                images[key] = to_pixels(image, self.spec), image.size
             if sample.size:
-                check_size(key, images[key][0], sample.size)
+                check_size(key, images[key][1], sample.size)
             keys.append(key)
         repeats = [self.tokens_per_image if token == IMAGE else 1 for token in ids]
         return sample.id, np.repeat([ids, labels], repeats, axis=1), keys
@@ -126,7 +126,7 @@ def collate(examples, skipped, images, size):
     marks = [key for its_keys in keys for key in its_keys]
     # an image whose sample was skipped is left out
     used = list(dict.fromkeys(marks))
-    pixels = [images[key][1] for key in used]
+    pixels = [images[key][0] for key in used]
     rows = rows or [np.array([[0], [IGNORE]])]
     for row in rows:
         # nothing predicts the first token: the one before it belongs to another sample
@@ -166,8 +166,8 @@ def order(lengths, seed, epoch, global_batch):
     """
     generator = np.random.default_rng([seed, epoch])
     indices = generator.permutation(len(lengths))
-    num_to_fill = (-epoch * len(lengths)) % global_batch
-    first, indices = np.split(indices, [num_to_fill])
+    # what the last batch of the former epoch left to fill
+    first, indices = np.split(indices, [(-epoch * len(lengths)) % global_batch])
     windows = np.arange(len(indices)) // (16 * global_batch)
     indices = indices[np.lexsort((np.take(lengths, indices), windows))]
     batches, last = np.split(indices, [len(indices) // global_batch * global_batch])

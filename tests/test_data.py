@@ -200,7 +200,7 @@ def test_a_batch_packs_dialogues_with_their_images_and_no_padding(loader):
     # a file that two dialogues share is in the batch once; the first token of a dialogue is not
     # predicted from the dialogue before it
     a, b = np.array([[5, 6], [5, 6]]), np.array([[7, 8, 9], [7, IGNORE, 9]])
-    images = {"skipped.jpg": (None, None), "a.jpg": (None, torch.zeros(3, 8, 8))}
+    images = {"skipped.jpg": (None, None), "a.jpg": (torch.zeros(3, 8, 8), None)}
     batch = collate([("a", a, ["a.jpg"]), ("b", b, ["a.jpg"])], [], images, 8)
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9]] and batch.lengths == [2, 3]
     assert batch.labels.tolist() == [[IGNORE, 6, IGNORE, IGNORE, 9]]
