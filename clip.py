@@ -26,7 +26,7 @@ from common import layouts
 from common.errors import InputError
 from common.pretrained import load_clip, locate
 from common.save import save_clip
-from vit import VisionTower, make_blocks, run_blocks
+from vit import VisionTower, make_blocks, prepend, run_blocks
 
 
 @dataclass
@@ -101,8 +101,7 @@ class CLIPVision(VisionTower):
         """
         x = self.embed_patches(pixels)  # (B, N, D)
         if self.num_prefix_tokens:
-            class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-            x = torch.cat([class_token, x], dim=1)
+            x = prepend(self.class_embedding.to(x.dtype)[None, None], x)
         x = x + self.position_embedding  # (B, S, D)
         if self.num_prefix_tokens:
             x = self.norm_pre(x)
@@ -143,24 +142,22 @@ class CLIP(nn.Module):
 
     def __init__(self, vision_config, text_config, projection_dim=512, mean=None, std=None):
         super().__init__()
-        vision_width, text_width = vision_config.hidden_size, text_config.hidden_size
         self.vision = CLIPVision(vision_config, mean, std)
         self.text = CLIPText(text_config)
-        self.visual_projection = nn.Linear(vision_width, projection_dim, bias=False)
-        self.text_projection = nn.Linear(text_width, projection_dim, bias=False)
+        self.visual_projection = nn.Linear(vision_config.hidden_size, projection_dim, bias=False)
+        self.text_projection = nn.Linear(text_config.hidden_size, projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07), as CLIP starts
         self.tokenizer = None  # from_pretrained sets it if there is a tokenizer.json
 
     def image_features(self, pixels):
         """Embed images: uint8 (B, 3, R, R) -> unit vectors (B, E)."""
-        [x] = self.vision(pixels, [self.vision.config.num_hidden_layers])  # (B, S, D)
+        x = self.vision(pixels)[-1]  # (B, S, D)
         x = self.vision.norm_post(x[:, 0])
         return F.normalize(self.visual_projection(x), dim=-1)
 
     def text_features(self, tokens):
         """Embed texts: tokens (B, T), each row with an end-of-text token -> unit vectors (B, E)."""
-        [x] = self.text(tokens, [self.text.config.num_hidden_layers])  # (B, T, D)
-        x = self.text.norm_final(x)
+        x = self.text.norm_final(self.text(tokens)[-1])  # (B, T, D)
         eos = self.text.config.eos_token_id
         # OpenAI's first configs state eos_token_id 2, which is wrong: it is the highest id
         scores = tokens if eos == 2 else (tokens == eos).int()

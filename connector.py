@@ -2,9 +2,8 @@
 
     image -> tower -> hidden[0] ... hidden[L], each (B, N, D) -> connector -> (B, M, C) -> LLM
 
-Shallow layers of a vision tower keep detail that the last layer has lost. The Dense Connector
-(arXiv 2405.13800) reads several layers of one tower, without new parameters. COMM (arXiv
-2310.08825) learns weights over the layers of two towers, CLIP and DINOv2.
+Shallow layers keep detail that the last has lost. The Dense Connector (arXiv 2405.13800) reads
+several of one tower. COMM (arXiv 2310.08825) weighs those of two. docs/connectors.svg draws all.
 
     name           paper             hidden states read (L = 24)      tokens M (N = 576)
     linear, mlp    LLaVA, LLaVA-1.5  23                               576
@@ -24,7 +23,6 @@ The keywords of its constructor are its options: `--connector.groups=3`. Paramet
 (mm_projector.0.weight, ...), so the authors' checkpoints load unchanged.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -33,7 +31,7 @@ import torch.nn.functional as F
 
 from common.cli import find_class, options_of
 from common.errors import InputError
-from common.save import ranges_from_json, ranges_to_json
+from common.pretrained import ranges_from_json, ranges_to_json
 
 CONNECTORS = {}
 
@@ -61,61 +59,62 @@ class Tower(NamedTuple):
 class Connector(nn.Module):
     """Base class. A subclass has:
 
-    layers       for each tower the hidden states that it reads: an int is one of them, a range is
-                 the mean over several, which the tower sums while it runs
+    layers       for each tower a list: an int is a hidden state, a range the mean over several
     num_tokens   M, visual tokens an image; N by default
     forward      for each tower [(B, N, D) for each entry of its layers] -> (B, M, C)
     """
 
     num_towers = 1
 
-    def __init__(self, towers, llm_width):
+    def __init__(self, towers):
         super().__init__()
-        if len(towers) != self.num_towers:
-            expected = f"{self.num_towers} tower(s), got {len(towers)}"
-            raise InputError(f"--vision: connector {self.name} reads {expected}")
         self.num_tokens = towers[0].num_patches
-        self.options = {}  # make_connector fills it
 
     def spec(self):
         """Return what a saved model records: {"name", its options, "layers"}, ready for JSON."""
         return {"name": self.name, **self.options, "layers": ranges_to_json(self.layers)}
 
 
-def mlp(in_width, hidden_width, out_width):
+def mlp(in_width, out_width, width=None):
     """LLaVA-1.5's projector: linear layers at 0 and 2 of a Sequential, GELU between them."""
-    return nn.Sequential(
-        nn.Linear(in_width, hidden_width), nn.GELU(), nn.Linear(hidden_width, out_width)
-    )
+    width = width or out_width
+    return nn.Sequential(nn.Linear(in_width, width), nn.GELU(), nn.Linear(width, out_width))
 
 
-@register("linear")
-class Linear(Connector):
-    """LLaVA (arXiv 2304.08485): one linear layer on one hidden state, by default hidden[L - 1]."""
+class Channels(Connector):
+    """Hidden states of one tower, concatenated along the channels, then an MLP."""
 
-    def __init__(self, towers, llm_width, layer: int | None = None):
-        super().__init__(towers, llm_width)
-        (tower,) = towers
-        layer = tower.depth - 1 if layer is None else layer
-        if not 0 <= layer <= tower.depth:
-            raise InputError(f"--connector.layer={layer}: must be between 0 and {tower.depth}")
-        self.layers = [[layer]]
-        self.mm_projector = self.projector(tower.width, llm_width)
+    projector = staticmethod(mlp)
 
-    def projector(self, width, llm_width):
-        return nn.Linear(width, llm_width)
+    def __init__(self, towers, llm_width, layers):
+        super().__init__(towers)
+        self.layers = [layers]
+        self.mm_projector = self.projector(len(layers) * towers[0].width, llm_width)
 
     def forward(self, hidden):
-        ((features,),) = hidden  # (B, N, D)
-        return self.mm_projector(features)
+        return self.mm_projector(torch.cat(hidden[0], dim=-1))  # (B, N, D) each -> (B, N, C)
 
 
 @register("mlp")
-class MLP(Linear):
-    """LLaVA-1.5 (arXiv 2310.03744): a two-layer MLP on one hidden state."""
+class MLP(Channels):
+    """LLaVA-1.5 (arXiv 2310.03744): a two-layer MLP on one hidden state, by default hidden[L-1]."""
 
-    def projector(self, width, llm_width):
-        return mlp(width, llm_width, llm_width)
+    def __init__(self, towers, llm_width, layer: int | None = None):
+        L = towers[0].depth
+        layer = L - 1 if layer is None else layer
+        if not 0 <= layer <= L:
+            raise InputError(f"--connector.layer={layer}: must be between 0 and {L}")
+        super().__init__(towers, llm_width, [layer])
+
+    def forward(self, hidden):
+        return self.mm_projector(hidden[0][0])  # (B, N, D) -> (B, N, C)
+
+
+@register("linear")
+class Linear(MLP):
+    """LLaVA (arXiv 2304.08485): one linear layer on one hidden state."""
+
+    projector = nn.Linear
 
 
 # ---- Dense Connector: several layers of one tower ------------------------------------------------
@@ -126,50 +125,31 @@ class SparseTokens(Connector):
     """Sparse Token Integration: two shallower layers, averaged 8 to 1, appended as tokens."""
 
     def __init__(self, towers, llm_width):
-        super().__init__(towers, llm_width)
-        (tower,) = towers
-        self.layers = [[tower.depth - 1, *sparse_layers(tower.depth)]]
-        self.num_tokens = tower.num_patches + 2 * (tower.num_patches // 8)
-        self.mm_projector = mlp(tower.width, llm_width, llm_width)
+        super().__init__(towers)
+        self.layers = [sparse_layers(towers[0].depth)]
+        self.num_tokens += self.num_tokens // 8 * 2
+        self.mm_projector = mlp(towers[0].width, llm_width)
 
     def forward(self, hidden):
         final, *shallow = hidden[0]
-        tokens = [final]  # (B, N, D)
-        for x in shallow:
-            windows = x[:, : x.shape[1] // 8 * 8].unflatten(1, (-1, 8))  # (B, N // 8, 8, D)
-            tokens.append(windows.mean(dim=2))  # (B, N // 8, D)
-        return self.mm_projector(torch.cat(tokens, dim=1))
+        pooled = [x.unfold(1, 8, 8).mean(dim=-1) for x in shallow]  # (B, N // 8, D) each
+        return self.mm_projector(torch.cat([final, *pooled], dim=1))  # (B, M, C)
 
 
 @register("sci")
-class SparseChannels(Connector):
-    """Sparse Channel Integration: the same three layers, concatenated along the channels."""
+class SparseChannels(Channels):
+    """Sparse Channel Integration: the final layer and two shallower ones, 3D channels."""
 
     def __init__(self, towers, llm_width):
-        super().__init__(towers, llm_width)
-        (tower,) = towers
-        self.layers = [[tower.depth - 1, *sparse_layers(tower.depth)]]
-        self.mm_projector = mlp(3 * tower.width, llm_width, llm_width)
-
-    def forward(self, hidden):
-        return self.mm_projector(torch.cat(hidden[0], dim=-1))  # (B, N, 3D) -> (B, N, C)
+        super().__init__(towers, llm_width, sparse_layers(towers[0].depth))
 
 
 @register("dense", "dci")
-class DenseChannels(Connector):
-    """Dense Channel Integration: MLP([hidden_{L-1}, mean(hidden_0 ..), mean(.. hidden_{L-1})]).
-
-    All layers are split into groups of neighbors, whose means are concatenated to the final layer.
-    """
+class DenseChannels(Channels):
+    """Dense Channel Integration: the final layer, and the mean of each group of neighbors."""
 
     def __init__(self, towers, llm_width, groups: int = 2):
-        super().__init__(towers, llm_width)
-        (tower,) = towers
-        self.layers = [[tower.depth - 1, *dense_groups(tower.depth, groups)]]
-        self.mm_projector = mlp((1 + groups) * tower.width, llm_width, llm_width)
-
-    def forward(self, hidden):
-        return self.mm_projector(torch.cat(hidden[0], dim=-1))  # (B, N, (1 + groups) D)
+        super().__init__(towers, llm_width, dense_layers(towers[0].depth, groups))
 
 
 @register("efficient")
@@ -186,7 +166,7 @@ class Efficient(DenseChannels):
 
 def half_side(num_tokens):
     """Return half the side of a square grid of tokens: 576 -> 12. Raises InputError."""
-    side = math.isqrt(num_tokens)
+    side = round(num_tokens**0.5)
     if side * side != num_tokens or side % 2:
         raise InputError(f"--connector=efficient: {num_tokens} patches are no even square grid")
     return side // 2
@@ -194,10 +174,9 @@ def half_side(num_tokens):
 
 def halve_grid(tokens):
     """Resize the grid bilinearly, which is the mean of 2 x 2 tokens: (B, N, C) -> (B, N / 4, C)."""
-    half = half_side(tokens.shape[1])
-    grid = tokens.transpose(1, 2).unflatten(2, (2 * half, 2 * half))  # (B, C, side, side)
-    grid = F.interpolate(grid, size=(half, half), mode="bilinear", align_corners=False)
-    return grid.flatten(2).transpose(1, 2)
+    side = 2 * half_side(tokens.shape[1])
+    grid = tokens.transpose(1, 2).unflatten(2, (side, side))  # (B, C, side, side)
+    return F.interpolate(grid, scale_factor=0.5, mode="bilinear").flatten(2).transpose(1, 2)
 
 
 # ---- COMM: learned weights over the layers of CLIP and DINOv2 ------------------------------------
@@ -221,7 +200,7 @@ class LayerMerge(nn.Module):
     def weights(self):
         """Return the weight of each layer, (n,), summing to one."""
         if self.scale is None:
-            return torch.full((self.num_layers,), 1 / self.num_layers, dtype=torch.float64)
+            return torch.ones(self.num_layers, dtype=torch.float64) / self.num_layers
         return self.scale.softmax(dim=0)
 
     def forward(self, layers):
@@ -242,8 +221,8 @@ MERGES = ("lln", "layerscale", "mean_half", "mean_all")
 class COMM(Connector):
     """COMM (section 4): tokens = Linear([v1, MLP(v2)]), v1 and v2 the merges of CLIP and DINOv2.
 
-    DINOv2 never saw text and needs the MLP: average REC is 63.5 with a linear layer and 74.9 with
-    two MLPs in a row. Patch i of CLIP is concatenated with patch i of DINOv2: equal grids.
+    DINOv2 never saw text and needs the MLP: average REC is 63.5 without, 74.9 with two in a row.
+    Patch i of CLIP is concatenated with patch i of DINOv2, so their grids must be equal.
     """
 
     num_towers = 2
@@ -252,16 +231,15 @@ class COMM(Connector):
     def __init__(
         self, towers, llm_width, merge: str = "lln", dino_depth: int = 2, dino_expansion: int = 4
     ):
-        super().__init__(towers, llm_width)
+        super().__init__(towers)
+        clip, dino = towers[0], towers[-1]
         if merge not in MERGES:
             raise InputError(f"--connector.merge={merge}: must be one of {', '.join(MERGES)}")
         if dino_depth < 0 or dino_expansion < 1:
             raise InputError("--connector.dino_depth must be 0 or more, dino_expansion 1 or more")
-        if len({tower.num_patches for tower in towers}) > 1:
-            grids = " and ".join(str(tower.num_patches) for tower in towers)
-            raise InputError(f"--vision: comm needs equal grids, got {grids} patches")
-        is_dino = [tower.model_type.startswith("dinov2") for tower in towers]
-        if is_dino[0] and not is_dino[-1]:
+        if clip.num_patches != dino.num_patches:
+            raise InputError("--vision: comm needs two towers with the same number of patches")
+        if "dinov2" in clip.model_type and "dinov2" not in dino.model_type:
             raise InputError("--vision: comm reads CLIP first and DINOv2 second: swap them")
         self.layers = []
         for side, tower in zip(self.sides, towers, strict=True):
@@ -269,14 +247,14 @@ class COMM(Connector):
             self.layers.append(layers)
             self.add_module(f"{side}_merge", LayerMerge(merge, len(layers), tower.width))
         if "dino" in self.sides:
-            width = towers[-1].width
-            mlps = [mlp(width, dino_expansion * width, width) for _ in range(dino_depth)]
+            D = dino.width
+            mlps = [mlp(D, D, dino_expansion * D) for _ in range(dino_depth)]
             self.dino_mlp = nn.Sequential(*mlps)
         self.mm_projector = nn.Linear(sum(tower.width for tower in towers), llm_width)
 
     def layer_weights(self):
         """Return alpha (of CLIP's layers) and beta (of DINOv2's), one tensor for each tower."""
-        return tuple(getattr(self, f"{side}_merge").weights() for side in self.sides)
+        return [getattr(self, f"{side}_merge").weights() for side in self.sides]
 
     def forward(self, hidden):
         features = []
@@ -303,26 +281,22 @@ class COMMDino(COMM):
 # ---- Which layers, for a tower of depth L --------------------------------------------------------
 
 
-def usable_layers(L):
-    """Return the largest even number up to L: the authors use 26 of SigLIP's 27 blocks."""
-    return L - L % 2
-
-
 def sparse_layers(L):
-    """Return the last layer of the first and of the second third: 24 -> (7, 15)."""
-    third = usable_layers(L) // 3
-    if third == 0:
+    """Return the final layer, the last of the first and of the second third: 24 -> 23, 7, 15."""
+    third = (L - L % 2) // 3
+    if not third:
         raise InputError(f"connectors sti and sci need a tower of at least 4 blocks, got {L}")
-    return third - 1, 2 * third - 1
+    return [L - 1, third - 1, 2 * third - 1]
 
 
-def dense_groups(L, groups=2):
-    """Split the layers into groups of neighbors: 24, 2 -> [range(0, 12), range(12, 24)]."""
-    usable = usable_layers(L)
+def dense_layers(L, groups=2):
+    """Return the final layer and groups of neighbors: 24 -> [23, range(0, 12), range(12, 24)]."""
+    # The authors leave out the last of SigLIP's 27 blocks.
+    usable = L - L % 2
     if not 1 <= groups <= usable:
         raise InputError(f"--connector.groups={groups}: must be between 1 and {usable}")
     cuts = [group * usable // groups for group in range(groups + 1)]
-    return [range(cuts[group], cuts[group + 1]) for group in range(groups)]
+    return [L - 1, *map(range, cuts, cuts[1:])]
 
 
 def merged_layers(merge, L, side):
@@ -341,15 +315,16 @@ def make_connector(spec, towers, llm_width):
 
     Recorded layers replace the default ones. Raises InputError where something does not fit.
     """
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
-    cls = find_class(CONNECTORS, options.pop("name"), "--connector")
-    layers = options.pop("layers", None)
+    given = {"name": spec} if isinstance(spec, str) else dict(spec)
+    cls = find_class(CONNECTORS, given.pop("name"), "--connector")
+    layers = ranges_from_json(given.pop("layers", []))
+    if len(towers) != cls.num_towers:
+        raise InputError(f"--vision: {cls.name} reads {cls.num_towers} tower(s), got {len(towers)}")
+    options = {name: parameter.default for name, parameter in options_of(cls).items()} | given
     connector = cls(towers, llm_width, **options)
-    defaults = {name: parameter.default for name, parameter in options_of(cls).items()}
-    connector.options = defaults | options
-    if layers is not None:
-        layers = ranges_from_json(layers)
-        if [len(tower) for tower in layers] != [len(tower) for tower in connector.layers]:
+    connector.options = options
+    if layers:
+        if list(map(len, layers)) != list(map(len, connector.layers)):
             raise InputError(f"connector {cls.name} does not fit the recorded layers {layers}")
         connector.layers = layers
     return connector

@@ -1,10 +1,10 @@
 """Turn data files into batches, in an order that is a pure function of the seed.
 
-    dataset[i]  Sample(images, turns, id)    LLaVA's JSON, Shikra's JSONL, or the toy world
+    dataset[i]         Sample: images, turns, id      LLaVA's JSON, Shikra's JSONL, or the toy world
       |  encode (dialogue.py), to_pixels (common/images.py)
-    Batch       pixels (I, 3, R, R), tokens (1, T), labels (1, T), lengths, image_index, ids
-      |  Loader                              order from (seed, epoch), starting at any sample
-    the micro-batches of an optimizer step, for this rank
+    batches[[i, j]]    Batch: pixels (I, 3, R, R), tokens (1, T), labels (1, T), lengths, ...
+      |  Loader        order from (seed, epoch), starting at any sample
+    [Batch, Batch]     the micro-batches of an optimizer step, for this rank
 
 Formats: LLaVA's (arXiv 2304.08485, 2310.03744) and Shikra's (arXiv 2306.15195). A new format is one
 class and one line in DATASETS, at the end of this file.
@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,19 +22,11 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.images import BadImage, ImageSpec, open_image, to_pixels
-from common.records import (
-    check_folders,
-    check_links,
-    image_paths,
-    llava_fields,
-    pack,
-    read_records,
-    unpack,
-)
+from common.records import Packed, check_folder, image_paths, llava_fields, read_records
 from common.shikra import check_size, shikra_turn
-from dialogue import IGNORE, IMAGE, MARK, cut_to_length, encode
+from dialogue import IGNORE, IMAGE, LONGEST_TOKEN, MARK, cut_to_length, encode
 
 
 class Sample(NamedTuple):
@@ -41,11 +34,12 @@ class Sample(NamedTuple):
     turns: list  # (question, answer), in order
     id: str  # names the sample in messages
     system: str = ""  # system prompt; "": the template's
+    size: list = None  # [width, height] of the image that the boxes in the text were made for
 
 
 @dataclass
 class Batch:
-    """B dialogues packed one behind the other into one row of T tokens, without padding.
+    """B samples packed one behind the other into one row of T tokens, without padding.
 
     An image is tokens_per_image times IMAGE in `tokens`, so shapes are known before the model runs.
     If no sample is left, the row is one unsupervised token, for a forward pass that adds nothing.
@@ -54,9 +48,9 @@ class Batch:
     pixels: torch.Tensor  # (I, 3, R, R) uint8; a file that is used twice is here once
     tokens: torch.Tensor  # (1, T)
     labels: torch.Tensor  # (1, T); the token where it is supervised, else IGNORE
-    lengths: list  # in tokens, of each dialogue
+    lengths: list  # in tokens, of each sample
     image_index: torch.Tensor  # (marks,); which of the I images each "<image>" is
-    ids: list  # the B samples' names
+    ids: list  # of the B samples
     skipped: list  # (index, id, InputError) of the samples left out
 
 
@@ -64,101 +58,92 @@ class NothingToLearn(InputError):
     """A sample without a supervised token. The loader skips it."""
 
 
-class Loader:
-    """Yield the micro-batches of this rank, a list for each optimizer step, without end.
+# --- from samples to a batch ---
 
-    The samples of all epochs are one stream. Step k takes the global_batch samples from
-    start + k * global_batch on, and rank r takes every world_size-th of them. So a run continues at
-    any sample, and the number of workers changes nothing but the speed.
 
-    A sample with a bad image, or with nothing to learn from, leaves a gap in its batch. `skipped`
-    has them all, {index: (id, InputError)}; `seen` counts this rank's samples. Raises InputError if
-    too many images are bad, or if no sample of the dataset is left.
+@dataclass
+class Batches:
+    """Make the batch of a list of indices. This runs in the workers.
+
+    Errors are values in `skipped`: raised in a worker they would arrive as tracebacks.
     """
 
-    def __init__(
-        self,
-        dataset,
-        tokenizer,
-        template,
-        spec,
-        tokens_per_image,
-        max_length,
-        global_batch,
-        micro_batch,
-        seed=0,
-        rank=0,
-        world_size=1,
-        workers=0,
-        start=0,
-    ):
-        self.batches = Batches(dataset, tokenizer, template, spec, tokens_per_image, max_length)
-        self.lengths = [part.length(i) for part in parts_of(dataset) for i in range(len(part))]
-        self.global_batch, self.micro_batch = global_batch, micro_batch
-        self.seed, self.start = seed, start
-        self.rank, self.world_size = rank, world_size
-        self.workers = workers
-        # forward passes per step, the same number on every rank
-        self.forwards = math.ceil(math.ceil(global_batch / world_size) / micro_batch)
-        self.seen, self.skipped = 0, {}
+    dataset: Dataset
+    tokenizer: Tokenizer
+    template: str
+    spec: ImageSpec
+    tokens_per_image: int
+    max_length: int
 
-    def stream(self):
-        """Yield the index of one sample after another, epoch after epoch."""
-        n = len(self.lengths)
-        epoch, offset = divmod(self.start, n)
-        while True:
-            yield from order(self.lengths, self.seed, epoch, self.global_batch)[offset:]
-            epoch, offset = epoch + 1, 0
+    def __getitem__(self, indices):
+        examples, skipped = [], []
+        images = {}  # {key: (pixels, size)}; a file's name is its key, so it is decoded once
+        for index in indices:
+            name = f"sample {index}"
+            try:
+                sample = self.dataset[index]
+                name = sample.id
+                examples.append(self.example(sample, images))
+            except InputError as error:
+                skipped.append((index, name, error))
+        return collate(examples, skipped, images, self.spec.size)
 
-    def micro_batches(self):
-        """Yield the indices of one micro-batch of this rank after another."""
-        stream = self.stream()
-        while True:
-            step = [next(stream) for _ in range(self.global_batch)]
-            indices = step[self.rank :: self.world_size]
-            for i in range(self.forwards):
-                yield indices[i * self.micro_batch : (i + 1) * self.micro_batch]
+    def example(self, sample, images):
+        """Encode a sample -> its id, a row of tokens and one of labels (2, T), keys of its images.
 
-    def __iter__(self):
-        loading = DataLoader(
-            self.batches,
-            # yields lists of indices: Batches[list] is a whole batch
-            sampler=self.micro_batches(),
-            batch_size=None,
-            num_workers=self.workers,
-            # leaves the run's random state alone
-            generator=torch.Generator(),
-            # forked workers share the samples' memory
-            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
-        )
-        batches = iter(loading)
-        while True:
-            step = [next(batches) for _ in range(self.forwards)]
-            for batch in step:
-                self.count(batch)
-            yield step
-
-    def count(self, batch):
-        """Count the samples of a batch. Raises InputError if too many had to be skipped.
-
-        At most three bad images or 1% of the samples seen are allowed. Bad images come in clumps,
-        so at least 20,000 samples count as seen, or the whole dataset if it is smaller.
+        Adds its images to those of the batch so far.
         """
-        self.seen += len(batch.ids) + len(batch.skipped)
-        for index, name, error in batch.skipped:
-            # neither a BadImage nor NothingToLearn
-            if type(error) is InputError:
-                raise error
-            self.skipped[index] = name, error
-        bad = [pair for pair in self.skipped.values() if isinstance(pair[1], BadImage)]
-        if len(bad) > max(3, 0.01 * min(max(self.seen, 20_000), len(self.lengths))):
-            name, error = bad[-1]
-            raise InputError(
-                f"{len(bad)} samples have bad images, more than 1%; the last: {name} ({error})"
-            )
-        if len(self.skipped) == len(self.lengths):
-            name, error = list(self.skipped.values())[-1]
-            raise InputError(f"no sample of the dataset can be used; the last: {name} ({error})")
+        ids, labels = encode(
+            self.tokenizer,
+            sample.turns,
+            self.template,
+            images=bool(sample.images),
+            system=sample.system,
+            max_characters=self.max_length * LONGEST_TOKEN,
+        )
+        ids, labels = cut_to_length(ids, labels, self.max_length, self.tokens_per_image)
+        if set(labels) <= {IGNORE}:
+            raise NothingToLearn(f"no answer in the turns that fit into {self.max_length} tokens")
+        keys = []
+        # turns that were cut off may have had images
+        for image in sample.images[: ids.count(IMAGE)]:
+            is_file = isinstance(image, str | os.PathLike)
+            # an image in memory is named by a number
+            key = image if is_file else len(images)
+            if key not in images:
+                image = open_image(image) if is_file else image
+                images[key] = to_pixels(image, self.spec), image.size
+            if sample.size:
+                check_size(key, images[key][1], sample.size)
+            keys.append(key)
+        repeats = [self.tokens_per_image if token == IMAGE else 1 for token in ids]
+        return sample.id, np.repeat([ids, labels], repeats, axis=1), keys
+
+
+def collate(examples, skipped, images, size):
+    """Pack examples [(id, tokens and labels (2, T), keys of images), ...] into a Batch."""
+    ids, rows, keys = zip(*examples, strict=True) if examples else ([], [], [])
+    marks = [key for its_keys in keys for key in its_keys]
+    # an image whose sample was skipped is left out
+    used = list(dict.fromkeys(marks))
+    pixels = [images[key][0] for key in used]
+    rows = rows or [np.array([[0], [IGNORE]])]
+    for row in rows:
+        # nothing predicts the first token: the one before it belongs to another sample
+        row[1, 0] = IGNORE
+    tokens, labels = torch.from_numpy(np.concatenate(rows, axis=1))[:, None]  # (1, T) each
+    return Batch(
+        pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8),
+        tokens=tokens,
+        labels=labels,
+        lengths=[row.shape[1] for row in rows],
+        image_index=torch.tensor([used.index(key) for key in marks], dtype=torch.long),
+        ids=list(ids),
+        skipped=skipped,
+    )
+
+
+# --- the order of the samples ---
 
 
 def parts_of(dataset):
@@ -180,95 +165,99 @@ def order(lengths, seed, epoch, global_batch):
        the samples that fill it.
     """
     generator = np.random.default_rng([seed, epoch])
-    indices = generator.permutation(len(lengths)).tolist()
+    indices = generator.permutation(len(lengths))
     # what the last batch of the former epoch left to fill
-    num_to_fill = (-epoch * len(lengths)) % global_batch
-    first, indices = indices[:num_to_fill], indices[num_to_fill:]
-    batches, window = [], 16 * global_batch
-    for i in range(0, len(indices), window):
-        similar = sorted(indices[i : i + window], key=lengths.__getitem__)
-        batches += [similar[j : j + global_batch] for j in range(0, len(similar), global_batch)]
-    last = batches.pop() if len(indices) % global_batch else []
-    shuffled = [batches[i] for i in generator.permutation(len(batches))]
-    return first + [index for batch in shuffled for index in batch] + last
+    first, indices = np.split(indices, [(-epoch * len(lengths)) % global_batch])
+    windows = np.arange(len(indices)) // (16 * global_batch)
+    indices = indices[np.lexsort((np.take(lengths, indices), windows))]
+    batches, last = np.split(indices, [len(indices) // global_batch * global_batch])
+    batches = batches.reshape(-1, global_batch)
+    batches = batches[generator.permutation(len(batches))]
+    return np.concatenate([first, batches.flatten(), last]).tolist()
 
 
 @dataclass
-class Batches:
-    """Make the batch of a list of indices. This runs in the workers.
+class Loader(Batches):
+    """Yield the micro-batches of this rank, a list for each optimizer step, without end.
 
-    Errors are values in `skipped`: raised in a worker they would arrive as tracebacks.
+    The epochs follow each other without a gap. Step k takes the global_batch samples from
+    start + k * global_batch on, and rank r takes every world_size-th of them. So a run continues at
+    any sample, and the number of workers changes nothing but the speed.
+
+    A sample with a bad image, or with nothing to learn from, leaves a gap in its batch. `skipped`
+    has them all, {index: (id, InputError)}; `seen` counts this rank's samples. Raises InputError if
+    too many images are bad.
     """
 
-    dataset: Dataset
-    tokenizer: Tokenizer
-    template: str
-    spec: ImageSpec
-    tokens_per_image: int
-    max_length: int
+    global_batch: int
+    micro_batch: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 0
+    start: int = 0
 
-    def __getitem__(self, indices):
-        examples, skipped = [], []
-        pixels = {}  # of all images; a file's name is its key, so it is decoded once
-        for index in indices:
-            name = f"sample {index}"
-            try:
-                sample = self.dataset[index]
-                name = sample.id
-                examples.append(self.example(sample, pixels))
-            except InputError as error:
-                skipped.append((index, name, error))
-        return collate(examples, skipped, self.spec.size)
+    def __post_init__(self):
+        self.lengths = [part.length(i) for part in parts_of(self.dataset) for i in range(len(part))]
+        # forward passes per step, the same number on every rank
+        self.forwards = math.ceil(math.ceil(self.global_batch / self.world_size) / self.micro_batch)
+        self.seen, self.skipped = 0, {}
 
-    def example(self, sample, pixels):
-        """Encode a sample -> its id, tokens and labels with images expanded, [(key, pixels), ...].
+    def all_indices(self):
+        """Yield the index of one sample after another, epoch after epoch."""
+        epoch, offset = divmod(self.start, len(self.lengths))
+        while True:
+            yield from order(self.lengths, self.seed, epoch, self.global_batch)[offset:]
+            epoch, offset = epoch + 1, 0
 
-        Adds its images to `pixels`, {key: pixels} of the batch so far.
+    def micro_batches(self):
+        """Yield the indices of one micro-batch of this rank after another."""
+        indices = self.all_indices()
+        while True:
+            step = list(islice(indices, self.global_batch))[self.rank :: self.world_size]
+            for i in range(self.forwards):
+                yield step[i * self.micro_batch : (i + 1) * self.micro_batch]
+
+    def __iter__(self):
+        loading = DataLoader(
+            self,
+            # yields lists of indices: self[list] is a whole batch
+            sampler=self.micro_batches(),
+            batch_size=None,
+            num_workers=self.workers,
+            # leaves the run's random state alone
+            generator=torch.Generator(),
+            # forked workers share the samples' memory
+            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
+        )
+        batches = iter(loading)
+        while True:
+            step = list(islice(batches, self.forwards))
+            for batch in step:
+                self.count(batch)
+            yield step
+
+    def count(self, batch):
+        """Count the samples of a batch. Raises InputError if too many images are bad.
+
+        At most three bad images or 1% of the samples seen are allowed. Bad images come in clumps,
+        so at least 20,000 samples count as seen, or the whole dataset if it is smaller.
         """
-        has_images = bool(sample.images)
-        ids, labels = encode(self.tokenizer, sample.turns, self.template, has_images, sample.system)
-        ids, labels = cut_to_length(ids, labels, self.max_length, self.tokens_per_image)
-        if all(label == IGNORE for label in labels):
-            raise NothingToLearn(f"no answer in the turns that fit into {self.max_length} tokens")
-        images = []
-        # turns that were cut off may have had images
-        for image in sample.images[: ids.count(IMAGE)]:
-            is_file = isinstance(image, str | os.PathLike)
-            # an image in memory is named by a number
-            key = image if is_file else len(pixels)
-            if key not in pixels:
-                pixels[key] = to_pixels(open_image(image) if is_file else image, self.spec)
-            images.append((key, pixels[key]))
-        repeats = [self.tokens_per_image if token == IMAGE else 1 for token in ids]
-        tokens, labels = np.repeat(ids, repeats).tolist(), np.repeat(labels, repeats).tolist()
-        return sample.id, tokens, labels, images
+        self.seen += len(batch.ids) + len(batch.skipped)
+        for index, name, error in batch.skipped:
+            # neither a BadImage nor NothingToLearn
+            if type(error) is InputError:
+                raise error
+            self.skipped[index] = name, error
+        bad = [pair for pair in self.skipped.values() if isinstance(pair[1], BadImage)]
+        if len(bad) > max(3, 0.01 * min(max(self.seen, 20_000), len(self.lengths))):
+            name, error = bad[-1]
+            raise InputError(
+                f"{len(bad)} samples have bad images, more than 1%; the last: {name} ({error})"
+            )
 
 
-def collate(examples, skipped, size):
-    """Pack examples [(id, tokens, labels, [(key, pixels), ...]), ...] into a Batch."""
-    ids, tokens, labels, lengths, pixels, image_index = [], [], [], [], {}, []
-    for name, its_tokens, its_labels, images in examples:
-        ids.append(name)
-        tokens += its_tokens
-        # nothing predicts a dialogue's first token: the one before it belongs to another dialogue
-        labels += [IGNORE, *its_labels[1:]]
-        lengths.append(len(its_tokens))
-        for key, image in images:
-            pixels[key] = image
-            image_index.append(list(pixels).index(key))
-    empty = torch.zeros(0, 3, size, size, dtype=torch.uint8)
-    return Batch(
-        pixels=torch.stack(list(pixels.values())) if pixels else empty,
-        tokens=torch.tensor(tokens or [0])[None],
-        labels=torch.tensor(labels or [IGNORE])[None],
-        lengths=lengths or [1],
-        image_index=torch.tensor(image_index, dtype=torch.long),
-        ids=ids,
-        skipped=skipped,
-    )
-
-
-# --- Datasets: len(dataset), dataset[i] -> Sample, dataset.length(i), dataset.num_with_images ---
+# --- datasets: len(dataset), dataset[i] -> Sample, dataset.length(i), dataset.num_with_images ---
 
 
 class LlavaData:
@@ -285,27 +274,25 @@ class LlavaData:
         records = enumerate(read_records(path))
         samples = [self.parse(record, where, index) for index, (where, record) in records]
         self.num_with_images = sum(bool(sample.images) for sample in samples)
-        folders = {os.path.dirname(path) for sample in samples for path in sample.images}
-        check_folders(folders, self.image_dir, path)
-        self.buffer, self.ends = pack(samples)
+        if self.num_with_images:
+            check_folder(self.image_dir, path)
+        self.samples = Packed(samples)
 
     def parse(self, record, where, index):
         """Turn a record into a Sample."""
         images, turns, system = llava_fields(record, self.image_dir, MARK, where)
-        return Sample(images, turns, str(record.get("id", index)), system)
+        return Sample(images, turns, printable(record.get("id", index)), system)
 
     def __len__(self):
-        return len(self.ends) - 1
+        return len(self.samples)
 
     def __getitem__(self, index):
-        images, turns, name, system = unpack(self.buffer, self.ends, index)
-        check_links(images, self.image_dir)
-        return Sample(images, [tuple(turn) for turn in turns], name, system)
+        return Sample(*self.samples[index])
 
     def length(self, index):
         """Estimate the length of a sample in characters; an image counts as 2000."""
-        images, turns, _, _ = unpack(self.buffer, self.ends, index)
-        return sum(len(text) for turn in turns for text in turn) + 2000 * len(images)
+        sample = self[index]
+        return sum(len(text) for turn in sample.turns for text in turn) + 2000 * len(sample.images)
 
 
 class ShikraData(LlavaData):
@@ -317,20 +304,11 @@ class ShikraData(LlavaData):
 
     task = "rec"
 
-    def __init__(self, path, image_dir):
-        self.sizes = []  # (width, height) that each record states
-        super().__init__(path, image_dir)
-
     def parse(self, record, where, index):
         name, size, question, answer = shikra_turn(record, self.task, index, where)
-        self.sizes.append(size)
+        images = image_paths(name, self.image_dir, where)
         turn = (f"{MARK}\n{question}", answer)
-        return Sample(image_paths(name, self.image_dir, where), [turn], f"{name}#{index}")
-
-    def __getitem__(self, index):
-        sample = super().__getitem__(index)
-        check_size(sample.images[0], *self.sizes[index])
-        return sample
+        return Sample(images, [turn], f"{printable(name)}#{index}", size=size)
 
 
 class ShikraReg(ShikraData):

@@ -16,12 +16,15 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from common.chat_template import recognize
 from common.errors import InputError
-from common.pretrained import read_json
+from common.pretrained import read_config, read_json
+from common.tokenizer import load_tokenizer_model, set_prefix
 
 IMAGE = -200  # LLaVA's placeholder id for an image
 IGNORE = -100  # the label of a token that is not supervised
 MARK = "<image>"  # an image in the text
+LONGEST_TOKEN = 512  # characters; the longest of LLaMA-3's has 128
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Template:
     special: tuple = ("<s>", "</s>")  # tokens that the tokenizer must have
     bos: tuple = ("<s>", "<|begin_of_text|>")  # at the very start: the first one that exists
     keeps_questions: bool = True  # False: only the images of a question are kept
+    image: str = f"{MARK}\n"  # what an image and the newline behind it become
 
 
 VICUNA = (
@@ -65,6 +69,8 @@ TEMPLATES = {
     "llama_2": Template(
         "[INST] <<SYS>>\n{system}\n<</SYS>>\n\n", "<s>[INST] ", " [/INST]", " ", " </s>", LLAVA
     ),
+    # LLaVA-NeXT's for Mistral-Instruct
+    "mistral_instruct": Template("[INST] ", "[INST] ", " [/INST]", " ", " </s>"),
     "llama_3": Template(
         SYSTEM + "{system}<|eot_id|>" + USER,
         USER,
@@ -87,8 +93,9 @@ TEMPLATES = {
     ),
     "tiny": Template("USER: ", "USER: ", " ASSISTANT:", " ", "</s>", special=("</s>",)),
 }
-# The Dense Connector's 8B was trained with the role "system" before its answers.
-TEMPLATES["llama_3_dense"] = replace(TEMPLATES["llama_3"], ask="<|eot_id|>" + SYSTEM)
+# The Dense Connector's 8B was trained with the role "system" before its answers, and without the
+# newline behind an image.
+TEMPLATES["llama_3_dense"] = replace(TEMPLATES["llama_3"], ask="<|eot_id|>" + SYSTEM, image=MARK)
 # ChatML as LLaVA and the Dense Connector's 34B write it: no newline between two turns.
 TEMPLATES["chatml_direct"] = replace(
     TEMPLATES["chatml"],
@@ -121,6 +128,7 @@ def render(turns, template, system=""):
     text, spans = "", []
     for i, (question, answer) in enumerate(turns):
         text += layout.later if i else layout.first.replace("{system}", system or layout.system)
+        question = question.replace(f"{MARK}\n", layout.image)
         text += question if layout.keeps_questions else MARK * question.count(MARK)
         text += layout.ask
         if answer is None:
@@ -140,14 +148,8 @@ def find_template(folder):
     It is "template" in config.json (MLLM.save). Otherwise it is recognized from the chat template;
     InputError for an unknown one.
     """
-    file = Path(folder) / "config.json"
-    config = read_json(file) if file.exists() else {}
-    if "template" in config:
-        named(config["template"])
-        return config["template"]
-    from common.chat_template import recognize
-
-    return recognize(Path(folder), config.get("model_type"))
+    config = read_config(folder)
+    return config.get("template") or recognize(Path(folder), config.get("model_type"))
 
 
 def load_tokenizer(folder):
@@ -158,8 +160,6 @@ def load_tokenizer(folder):
     """
     file = Path(folder) / "tokenizer.json"
     if not file.exists():
-        from common.tokenizer import load_tokenizer_model
-
         return load_tokenizer_model(folder)
     dropped = dict.fromkeys(["truncation", "padding", "post_processor"])
     try:
@@ -168,39 +168,39 @@ def load_tokenizer(folder):
         raise InputError(f"{file}: not a tokenizer ({error})") from None
     # a byte-level tokenizer has none
     if tokenizer.normalizer:
-        from common.tokenizer import set_prefix
-
         set_prefix(tokenizer, folder)
     return tokenizer
 
 
-def encode(tokenizer, turns, template, images=True, system=""):
+def encode(tokenizer, turns, template, images=True, system="", max_characters=None):
     """Turn turns into ids and labels, two lists of equal length. An image is one IMAGE.
 
     A label is the token itself where the token begins in a supervised range, else IGNORE. The loss
     shifts them by one. Each chunk of text between images is tokenized on its own, as in LLaVA: a
     sentencepiece tokenizer also puts a space before the first word after an image.
-    images=False: "<image>" is text. Raises InputError if the tokenizer lacks a template's token.
+    images=False: "<image>" is text. max_characters: where the text is cut off. Raises InputError if
+    the tokenizer lacks a template's token.
     """
     layout = named(template)
     for token in layout.special:
         if tokenizer.token_to_id(token) is None:
             raise InputError(
-                f"the tokenizer lacks {token}, which the template {template} needs: choose the "
-                "template that the LLM was trained with (train.py --template=)"
+                f"the tokenizer lacks {token}, which the template {template} needs: choose the one "
+                'of the LLM ("template" in its config.json, or train.py --template=)'
             )
     text, spans = render(turns, template, system)
+    text = text[:max_characters]
     supervised = set()
     for start, end in spans:
-        supervised.update(range(start, end))
+        supervised.update(range(start, min(end, len(text))))
     bos = [tokenizer.token_to_id(token) for token in layout.bos]
     ids = [token for token in bos if token is not None][:1]
     labels = [IGNORE] * len(ids)
     begin = 0  # of the chunk, in characters of the text
     for chunk in text.split(MARK) if images else [text]:
         encoding = tokenizer.encode(chunk, add_special_tokens=False)
-        for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
-            labels.append(token if begin + start in supervised else IGNORE)
+        for token, (offset, _) in zip(encoding.ids, encoding.offsets, strict=True):
+            labels.append(token if begin + offset in supervised else IGNORE)
         ids += [*encoding.ids, IMAGE]
         labels.append(IGNORE)
         begin += len(chunk) + len(MARK)

@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.layouts import DINOV2
-from vit import VisionTower, make_blocks, run_blocks
+from vit import VisionTower, make_blocks, prepend, run_blocks
 
 
 @dataclass
@@ -115,27 +115,20 @@ class DINOv2(VisionTower):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
     def positions(self, grid):
-        """Return the position embeddings for grid x grid patches, (1, 1 + grid², D).
+        """Return the position embeddings of grid x grid patches, (1, grid², D).
 
-        For another grid than the trained one, the patches' part is resized bicubically, always
-        in float32.
+        For another grid than the trained one, they are resized bicubically, always in float32.
         """
+        table = self.position_embeddings[:, 1:]
         if grid == self.grid:
-            return self.position_embeddings
-        class_position, table = self.position_embeddings.split([1, self.grid**2], dim=1)
+            return table
         table = table.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
         # transformers resizes so, with antialiasing only for towers with registers. The authors'
         # code without registers uses the factor (grid + 0.1) / self.grid. That moves the sampling
         # points by up to a tenth of a patch.
-        resized = F.interpolate(
-            table.float(),
-            size=(grid, grid),
-            mode="bicubic",
-            align_corners=False,
-            antialias=self.config.num_register_tokens > 0,
-        )  # (1, D, grid, grid)
-        resized = resized.to(table.dtype).flatten(2).transpose(1, 2)
-        return torch.cat([class_position, resized], dim=1)
+        antialias = self.config.num_register_tokens > 0
+        resized = F.interpolate(table.float(), (grid, grid), mode="bicubic", antialias=antialias)
+        return resized.to(table.dtype).flatten(2).transpose(1, 2)
 
     def forward(self, pixels, layers=None, mask=None):
         """Compute the hidden states of `layers` (see vit.run_blocks), before the final norm.
@@ -146,9 +139,8 @@ class DINOv2(VisionTower):
         x = self.embed_patches(pixels)  # (B, N, D)
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = x + self.positions(pixels.shape[-1] // self.config.patch_size)
         if self.config.num_register_tokens:
-            registers = self.register_tokens.expand(len(x), -1, -1)
-            x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
+            x = prepend(self.register_tokens, x)
+        x = prepend(self.cls_token + self.position_embeddings[:, :1], x)  # (B, S, D)
         return run_blocks(self.blocks, x, layers)

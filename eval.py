@@ -57,10 +57,10 @@ def yes_or_no(answer):
     return first[1] if first else None
 
 
-def presence_scores(pairs):
+def presence_scores(answers, targets):
     """Compute POPE's scores. "yes" is the positive class; what cannot be read is wrong."""
-    pairs = [(yes_or_no(answer), target) for answer, target in pairs]
-    answers, targets = zip(*pairs, strict=True)
+    answers = [yes_or_no(answer) for answer in answers]
+    pairs = list(zip(answers, targets, strict=True))
     hits, yes, present = pairs.count(("yes", "yes")), answers.count("yes"), targets.count("yes")
     return {
         "accuracy": mean([answer == target for answer, target in pairs]),
@@ -91,7 +91,7 @@ def score(task, answers, targets):
     """Score the answers of a task -> {metric: value}, the main one first."""
     pairs = list(zip(answers, targets, strict=True))
     if task == "presence":
-        return presence_scores(pairs)
+        return presence_scores(answers, targets)
     if task == "rec":
         return rec_scores(pairs)
     exact = mean([normalize(answer) == normalize(target) for answer, target in pairs])
@@ -103,9 +103,7 @@ def score(task, answers, targets):
 def exchange(count, seed):
     """Return a permutation of range(count) that moves everything: a random cycle."""
     cycle = np.random.default_rng(seed).permutation(count)
-    permutation = np.empty(count, dtype=int)
-    permutation[cycle] = np.roll(cycle, 1)
-    return permutation.tolist()
+    return np.roll(cycle, 1)[cycle.argsort()].tolist()
 
 
 def answer(model, images, texts, batch):
@@ -147,18 +145,16 @@ def table(results):
 
 
 def main(arguments):
-    from interop.load import dtype_to_answer, load_model, newest_model
+    from interop.load import load_to_answer
 
     config = cli.parse(Config, arguments, __doc__)
-    device = cli.pick_device(config.device)
-    name = config.model or newest_model()
-    model = load_model(name, dtype_to_answer(name, device, config.bf16), device)
+    name, model = load_to_answer(config.model, config.device, config.bf16)
     speed_up(model, "batch")
     results = evaluate(model, config.count, config.batch, config.blind, config.seed)
     print(f"{name}: {config.count} questions per task on held-out scenes\n")
     print(table(results))
     if config.json:
-        print(json.dumps({"model": str(name), "seed": config.seed, **results}))
+        print(json.dumps({"model": name, "seed": config.seed, **results}))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class LlamaConfig:
     num_hidden_layers: int  # L
     num_attention_heads: int  # H, query heads
     num_key_value_heads: int = None  # G, key/value heads; None: H
-    head_dim: int = None  # D; None: C / H
+    head_dim: int = None  # width of a head; None: C / H
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict = None  # {"rope_type": "linear" or "llama3", "factor": ...}
@@ -87,7 +87,7 @@ class LlamaConfig:
 
 
 def rope_frequencies(config):
-    """Return the angle per position of each pair of channels, (D/2,) float32.
+    """Return the angle per position of each pair of channels, (head_dim / 2,) float32.
 
     Checkpoints do not hold it, so it is on the CPU even if the model is on the meta device.
     """
@@ -99,8 +99,8 @@ def rope_frequencies(config):
 def rotate(x, cos, sin):
     """Apply RoPE: rotate the pairs (x[i], x[i + half]) of every head.
 
-    x: (B, heads, T, D); cos, sin: (B or 1, 1, T, half). half is D/2; in Phi it is less, and the
-    other channels stay. cos and sin are float32: bfloat16 cannot tell position 256 from 257.
+    x: (B, T, heads, head_dim); cos, sin: (B or 1, T, 1, half) float32, because bfloat16 cannot tell
+    position 256 from 257. half is head_dim / 2; in Phi it is less, and the other channels stay.
     """
     half = cos.shape[-1]
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
@@ -108,10 +108,10 @@ def rotate(x, cos, sin):
     return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
-def visible(positions, length, window=None):
-    """Return the mask of tokens at `positions` (B, T), bool (B, 1, T, length).
+def causal_mask(positions, length, window):
+    """Return which of the places 0..length-1 a token sees: bool (B, 1, T, length).
 
-    A token sees the places 0..length-1 up to its own, and at most the last `window` of them.
+    positions: (B, T). A token sees the places up to its own, at most the last `window` of them.
     """
     place = torch.arange(length, device=positions.device)
     position = positions[:, None, :, None]
@@ -119,59 +119,54 @@ def visible(positions, length, window=None):
     return mask if window is None else mask & (place > position - window)
 
 
-def causal_mask(T, window, device):
-    """Return the mask (1, 1, T, T) of a text under a window. None: plain causal."""
-    if window is None or T <= window:
-        return None
-    return visible(torch.arange(T, device=device)[None], T, window)
+def attend(sdpa, q, k, v, positions, window):
+    """Compute softmax(q kᵀ / sqrt(head_dim)) v. Each token sees itself and earlier tokens.
 
-
-def attend(sdpa, q, k, v, mask):
-    """Compute softmax(q kᵀ / sqrt(D)) v.
-
-    q: (B, H, T, D); k, v: (B, G, keys, D) -> (B, H, T, D). Each group of H/G query heads shares a
-    head of k and v. mask: bool (B or 1, 1, T, keys); None: causal.
+    q: (B, H, T, head_dim); k, v: (B, G, keys, head_dim) -> (B, H, T, head_dim). Each group of H/G
+    query heads shares a head of k and v. positions: (B, T), the places of q among the keys; None:
+    0..T-1, all keys. Only then, and without a window, the kernel needs no mask.
     """
+    T, mask = q.shape[2], None
+    if positions is None and window is not None and window < T:
+        positions = torch.arange(T, device=q.device)[None]
+    if positions is not None:
+        mask = causal_mask(positions, k.shape[2], window)
     gqa = q.shape[1] != k.shape[1]
     return sdpa(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
 
 
 def attend_packed(sdpa, q, k, v, starts, longest, window):
-    """Let each sequence of a packed row attend to itself, one after the other.
+    """Let each sequence of a packed row attend to itself: a mask of the row would cost T².
 
-    q: (1, H, T, D); k, v: (1, G, T, D) -> (1, H, T, D). starts: (sequences + 1,) int32, where each
-    sequence begins, then T; longest: the longest length. One mask over the row would cost T².
+    q: (1, H, T, head_dim); k, v: (1, G, T, head_dim) -> (1, H, T, head_dim). starts:
+    (sequences + 1,) int32, where each sequence begins, then T; longest: the longest length.
     """
     lengths = starts.diff().tolist()
     parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
-    attended = []
-    for query, key, value in parts:
-        mask = causal_mask(query.shape[2], window, q.device)
-        attended.append(attend(sdpa, query, key, value, mask).transpose(1, 2))
+    attended = [attend(sdpa, *part, None, window).transpose(1, 2) for part in parts]
     return torch.cat(attended, dim=1).transpose(1, 2)
 
 
 class KVCache:
-    """Keys and values by position: L tensors (B, G, max_length, D) each."""
+    """Keys and values by position: one tensor a layer, (B, G, max_length, head_dim)."""
 
-    def __init__(self, config, batch, max_length, dtype=torch.float32, device="cpu"):
-        shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        # Zeros, because a NaN spoils a sum even where it is masked.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1)
+    def __init__(self, max_length):
+        self.max_length = max_length
+        self.keys, self.values = [], []
 
     def write(self, layer, k, v, positions):
-        """Store k, v (B, G, T, D) at `positions` (B, T). Return what to attend to."""
-        keys, values = self.keys[layer], self.values[layer]
-        # Prefill, at positions 0..T-1: there is nothing else to attend to.
+        """Store k, v (B, G, T, head_dim) at `positions` (B, T). Return what to attend to."""
         if positions is None:
-            keys[:, :, : k.shape[2]] = k
-            values[:, :, : v.shape[2]] = v
+            # Prefill, at positions 0..T-1: there is nothing else to attend to. The rest is zero,
+            # because a NaN spoils a sum even where it is masked.
+            rest = (0, 0, 0, self.max_length - k.shape[2])
+            self.keys.append(F.pad(k, rest))
+            self.values.append(F.pad(v, rest))
             return k, v
-        keys[self.rows, :, positions] = k.transpose(1, 2)
-        values[self.rows, :, positions] = v.transpose(1, 2)
+        keys, values = self.keys[layer], self.values[layer]
+        row = torch.arange(len(k), device=k.device)[:, None]  # (B, 1)
+        keys[row, :, positions] = k.transpose(1, 2)
+        values[row, :, positions] = v.transpose(1, 2)
         return keys, values
 
 
@@ -200,6 +195,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.window = config.sliding_window if layer >= config.max_window_layers else None
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
         bias = config.attention_bias or config.qkv_bias
@@ -208,22 +204,23 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x, rope, mask, packed, positions, cache):
-        """rope: cos, sin (B or 1, 1, T, D/2) each. mask: see `attend`.
+    def forward(self, x, rope, packed=None, positions=None, cache=None):
+        """rope: cos, sin of `rotate`. packed: (starts, longest) of `attend_packed`, or None.
 
-        packed: (starts, longest, window) of `attend_packed`, or None. positions, cache: see Llama.
+        cache: a KVCache. positions: the places (B, T) of x in it; None: 0..T-1.
         """
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
-        q = rotate(q, *rope)
-        k = rotate(k, *rope)
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, head_dim)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, head_dim)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, head_dim)
+        q = rotate(q, *rope).transpose(1, 2)  # (B, H, T, head_dim)
+        k = rotate(k, *rope).transpose(1, 2)  # (B, G, T, head_dim)
+        v = v.transpose(1, 2)  # (B, G, T, head_dim)
         if cache is not None:
-            k, v = cache.write(self.layer, k, v, positions)  # (B, G, max_length or T, D) each
+            k, v = cache.write(self.layer, k, v, positions)  # (B, G, keys, head_dim)
         if packed is None:
-            x = attend(self.sdpa, q, k, v, mask)  # (B, H, T, D)
+            x = attend(self.sdpa, q, k, v, positions, self.window)  # (B, H, T, head_dim)
         else:
-            x = self.attend_packed(self.sdpa, q, k, v, *packed)
+            x = self.attend_packed(self.sdpa, q, k, v, *packed, self.window)
         return self.o_proj(x.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
@@ -304,64 +301,39 @@ class Llama(PretrainedLLM):
         return self.lm_head(hidden)
 
     def forward(
-        self,
-        tokens=None,
-        embeds=None,
-        positions=None,
-        cache=None,
-        hidden_only=False,
-        states=None,
-        lengths=None,
+        self, tokens=None, embeds=None, positions=None, cache=None, lengths=None, hidden_only=False
     ):
         """tokens (B, T) or embeds (B, T, C) -> logits (B, T, V).
 
-        positions: (B, T); None: 0..T-1. Without a cache only RoPE uses them. Padding on the right
-        needs no mask, because attention is causal.
-        cache: a KVCache, a new one if positions is None. Tokens see all places up to their own.
-        hidden_only: return the final-normed hidden states (B, T, C) instead of the logits.
-        states: a list to which the L+1 hidden states are appended.
+        positions: (B, T); None: 0..T-1. Padding on the right needs no mask: attention is causal.
+        cache: a KVCache, a new one if positions is None. Without a cache only RoPE uses positions.
         lengths: list of the sequences' lengths in a packed row, B = 1. Each has positions from 0.
+        hidden_only: return the final-normed hidden states (B, T, C) instead of the logits.
         """
         x = self.embed(tokens) if embeds is None else embeds  # (B, T, C)
-        T, device, config = x.shape[1], x.device, self.config
-        steps = torch.arange(T, device=device)[None]  # (1, T)
+        packed = None
+        places = None if cache is None else positions
         if lengths is not None:
-            starts = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-            steps = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
-        angles = (steps if positions is None else positions)[..., None] * self.rope_frequencies
-        rope = (angles.cos()[:, None], angles.sin()[:, None])  # (B or 1, 1, T, D/2) each
-
-        # Masks of the blocks without and with a window. None: plain causal, or a packed row.
-        mask, window_mask = None, None
-        if cache is not None and positions is not None:
-            max_length = cache.keys[0].shape[2]
-            mask = visible(positions, max_length)
-            window_mask = visible(positions, max_length, config.sliding_window)
-        elif lengths is None:
-            window_mask = causal_mask(T, config.sliding_window, device)
-
+            starts = torch.tensor([0, *lengths]).cumsum(0).to(x.device, torch.int32)
+            packed = (starts, max(lengths))
+            positions = torch.cat([torch.arange(length) for length in lengths])[None].to(x.device)
+        elif positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
+        angles = positions[..., None, None] * self.rope_frequencies  # (B or 1, T, 1, half)
+        attention = ((angles.cos(), angles.sin()), packed, places, cache)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for layer, block in enumerate(self.layers):
-            if states is not None:
-                states.append(x)
-            has_window = layer >= config.max_window_layers
-            window = config.sliding_window if has_window else None
-            packed = None if lengths is None else (starts, max(lengths), window)
-            layer_mask = window_mask if has_window else mask
-            attention = (rope, layer_mask, packed, positions, cache)
+        for block in self.layers:
             if recompute:
                 x = checkpoint(block, x, *attention, use_reentrant=False)
             else:
                 x = block(x, *attention)
         x = self.norm(x)
-        if states is not None:
-            states.append(x)
         return x if hidden_only else self.logits(x)
 
     def step(self, token, positions, cache):
         """One token a row (B,) at positions (B,) -> final-normed hidden states (B, C)."""
-        positions = positions[:, None]
-        return self(token[:, None], positions=positions, cache=cache, hidden_only=True)[:, 0]
+        token, positions = token[:, None], positions[:, None]
+        return self(token, positions=positions, cache=cache, hidden_only=True)[:, 0]
 
     @torch.no_grad()
     def stream(
@@ -375,34 +347,31 @@ class Llama(PretrainedLLM):
         or too long prompt, a token id outside the vocabulary, or a wrong option.
         """
         B, T = (tokens if embeds is None else embeds).shape[:2]
-        device, dtype = self.embed_tokens.weight.device, self.embed_tokens.weight.dtype
+        device = self.embed_tokens.weight.device
         lengths = torch.as_tensor([T] * B if lengths is None else lengths, device=device)
         check_request(self.config, tokens, lengths, T, max_new_tokens, **sampling)
         embeds = self.embed(tokens.to(device)) if embeds is None else embeds  # (B, T, C)
         eos = self.config.eos_token_id if eos is None else eos
-        eos = torch.tensor([eos] if isinstance(eos, int) else eos or [], device=device)
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-
-        longest = lengths.max().item()
-        cache = KVCache(self.config, B, longest + max_new_tokens, dtype, device)
-        hidden = self(embeds=embeds[:, :longest], cache=cache, hidden_only=True)  # (B, T, C)
-        hidden = hidden[torch.arange(B, device=device), lengths - 1]  # (B, C), last tokens
+        # No token has the id -1.
+        eos = torch.tensor([eos] if isinstance(eos, int) else eos or [-1], device=device)
         ended = torch.zeros(B, dtype=torch.bool, device=device)
-        for step in range(max_new_tokens):
+
+        cache = KVCache(T + max_new_tokens)
+        hidden = self(embeds=embeds, cache=cache, hidden_only=True)  # (B, T, C)
+        hidden = hidden[torch.arange(B, device=device), lengths - 1]  # (B, C), last tokens
+        for i in range(max_new_tokens):
             token = sample(self.logits(hidden), **sampling)  # (B,)
-            if len(eos):
-                token = torch.where(ended, eos[0], token)
-                ended |= torch.isin(token, eos)
+            token = torch.where(ended, eos[0], token)
+            ended |= torch.isin(token, eos)
             yield token
-            if step + 1 == max_new_tokens or (len(eos) and ended.all()):
+            if ended.all() or i + 1 == max_new_tokens:
                 return
-            hidden = self.step(token, lengths + step, cache)
+            hidden = self.step(token, lengths + i, cache)  # (B, C)
 
     def generate(self, tokens=None, max_new_tokens=64, **options):
         """Return the new ids (B, new). options: embeds, lengths, eos, ... of `stream`."""
-        steps = self.stream(tokens, max_new_tokens=max_new_tokens, **options)
-        return torch.stack(list(steps), dim=1)
+        stream = self.stream(tokens, max_new_tokens=max_new_tokens, **options)
+        return torch.stack(list(stream), dim=1)
 
 
 def sample(logits, temperature=0, top_k=None, top_p=None, generator=None):
@@ -422,7 +391,7 @@ def sample(logits, temperature=0, top_k=None, top_p=None, generator=None):
         ranked, order = probabilities.sort(dim=-1, descending=True)
         before = ranked.cumsum(dim=-1) - ranked  # probability of all more likely tokens
         ranked = ranked.masked_fill(before >= top_p, 0)
-        probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked)
+        probabilities = probabilities.scatter(-1, order, ranked)
     if generator is not None:  # draw where it is, often on the CPU
         probabilities = probabilities.to(generator.device)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)

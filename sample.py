@@ -1,7 +1,7 @@
 """Ask a trained model about images.
 
     python sample.py                                          test scenes of the toy world
-    python sample.py --image=photo.jpg --prompt="What is this?"          a file or a URL
+    python sample.py --image=photo.jpg --prompt="What is this?"      a file or a URL, or several
     python sample.py --image=photo.jpg --chat                 a conversation; an empty line ends it
 
 The default model is the newest under out/. An answer to --prompt or --chat is printed token by
@@ -10,6 +10,7 @@ notation (arXiv 2306.15195).
 """
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -25,19 +26,23 @@ from common.speed import speed_up
 @dataclass
 class Config:
     model: str = option("", "folder or hub id of a model; empty: the newest under out/")
-    image: str = option("", "file or URL; empty: a scene of the toy world; none: no image")
+    image: list[str] = option([], "files or URLs; empty: a scene of the toy world; none: no image")
     prompt: str = option("", "the question; without <image> in it, the image comes first")
     chat: bool = option(False, "a conversation: one question per line of stdin")
     count: int = option(4, "number of test scenes, without --image, --prompt and --chat")
-    out: str = option("out/sample.png", "where to save the image with boxes")
+    out: str = option("", "where to save the image; default: out/sample.png or out/chat.png")
     max_new_tokens: int = option(128, "longest answer, in tokens")
     temperature: float = option(0.0, "0: greedy; 1: sample from the model's distribution")
     top_k: int | None = option(None, "sample from the k most likely tokens only")
     top_p: float | None = option(None, "sample from the most likely tokens with this probability")
     seed: int = option(0, "of the sampling; the first test scene")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps")
+    device: str = option("auto", "auto (CUDA or CPU), cpu, cuda, cuda:1 or mps")
     bf16: bool | None = option(None, "bfloat16; default: on CUDA and for 16-bit checkpoints")
     fast: bool = option(False, "on CUDA: compile the decoding step first")
+
+
+# What --chat proposes for an image that it does not know.
+QUESTIONS = ("Describe the picture.", "What is in the middle?", "How many people are there?")
 
 
 def stream_answer(model, images, turns, **sampling):
@@ -56,65 +61,73 @@ def stream_answer(model, images, turns, **sampling):
     yield model.text(ids)[length:]
 
 
-def answer(model, image, turns, out, sampling):
+def answer(model, images, turns, out, sampling):
     """Print the answer to the last question as it comes, save its boxes, and return it."""
-    text, images = "", [image] if image else []
+    text = ""
     for piece in stream_answer(model, images, turns, **sampling):
         print(piece, end="", flush=True)
         text += piece
     print()
     boxes = [(COLORS[0], box) for box in parse_boxes(text)]
-    if image and boxes:
+    # With several images nobody knows which one a box belongs to.
+    if boxes and len(images) == 1:
         lines = [(TRUE_COLOR, turns[-1][0]), (COLORS[0], text)]
-        save_image([panel(image, boxes, lines, 768)], out)
+        save_image([panel(images[0], boxes, lines, 768)], out)
         print(f"(the boxes are in {out})", file=sys.stderr)
     return text
 
 
-def chat(model, image, out, sampling):
+def read_question():
+    """Read a line of stdin, which can be edited in a terminal. An empty one at the end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def chat(model, images, out, sampling):
     """Answer the questions of stdin, each with all turns before it."""
+    with suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401
     turns = []
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        question = sys.stdin.readline().strip()
-        if not question:
-            return
+    for question in iter(read_question, ""):
         try:
-            text = answer(model, image, [*turns, (question, None)], out, sampling)
+            text = answer(model, images, [*turns, (question, None)], out, sampling)
             turns.append((question, text))
         except InputError as error:  # most often the conversation is too long
             print(f"error: {error}", file=sys.stderr)
 
 
 def main(arguments):
-    from interop.load import dtype_to_answer, load_model, newest_model
-    from toy.scenes import show_scenes, test_scene
+    from interop.load import load_to_answer
+    from toy.scenes import scene_to_ask, show_scenes
 
     config = cli.parse(Config, arguments, __doc__)
     if config.count < 1 or config.seed < 0:
         raise InputError("--count must be at least 1, and --seed at least 0")
+    config.out = config.out or ("out/chat.png" if config.chat else "out/sample.png")
     check_name(config.out)
-    device = cli.pick_device(config.device)
-    image = read_image(config.image) if config.image not in ("", "none") else None
-    name = config.model or newest_model()
-    print(f"model: {name}", file=sys.stderr)
-    model = load_model(name, dtype_to_answer(name, device, config.bf16), device)
+    images = [read_image(name) for name in config.image if name != "none"]
+    _, model = load_to_answer(config.model, config.device, config.bf16)
     speed_up(model, "chat", compile=config.fast)
     options = ("max_new_tokens", "temperature", "top_k", "top_p")
     sampling = {key: getattr(config, key) for key in options}
     sampling["generator"] = torch.Generator().manual_seed(config.seed)
     if not (config.image or config.prompt or config.chat):
         return show_scenes(model, config, sampling)
+    name, questions = ", ".join(config.image), QUESTIONS
     if not config.image:
-        image = test_scene(config.seed)[1]
-        print(f"image: test scene {config.seed} of the toy world, {config.out}", file=sys.stderr)
-    if image:
+        name = f"test scene {config.seed} of the toy world, {config.out}"
+        image, questions = scene_to_ask(config.seed)
+        images = [image]
+    print(f"image: {name}", file=sys.stderr)
+    if images:
         # now, so that a folder without write access does not interrupt a conversation
-        save_image([panel(image, [], [], 768)], config.out)
+        save_image([panel(image, [], [], 768) for image in images], config.out)
     if config.chat:
-        return chat(model, image, config.out, sampling)
-    question = config.prompt or "Describe the picture."
-    answer(model, image, [(question, None)], config.out, sampling)
+        print(f"try: {' '.join(questions)}\nAn empty line ends the conversation.", file=sys.stderr)
+        return chat(model, images, config.out, sampling)
+    answer(model, images, [(config.prompt or QUESTIONS[0], None)], config.out, sampling)
 
 
 if __name__ == "__main__":

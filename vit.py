@@ -121,6 +121,11 @@ def make_blocks(c, hidden_width, *options):
     return nn.ModuleList(Block(*shape, *options) for _ in range(c.num_hidden_layers))
 
 
+def prepend(token, x):
+    """Put a token (1, 1, D), or several, before each sequence of x (B, N, D) -> (B, 1 + N, D)."""
+    return torch.cat([token.expand(len(x), -1, -1), x], dim=1)
+
+
 def run_blocks(blocks, x, layers=None, **options):
     """Run blocks on x (B, S, D) -> the hidden states of `layers`, each (B, S, D).
 
@@ -130,24 +135,23 @@ def run_blocks(blocks, x, layers=None, **options):
     """
     L = len(blocks)
     layers = list(range(L + 1) if layers is None else layers)
-    groups = [layer if isinstance(layer, range) else [layer] for layer in layers]
-    needed = set().union(*groups)
+    needed = set()
+    for layer in layers:
+        needed.update(layer if isinstance(layer, range) else [layer])
     if not needed <= set(range(L + 1)):
         raise InputError(f"layers {layers}: this tower has hidden[0] to hidden[{L}]")
-    sum_dtype = torch.promote_types(x.dtype, torch.float32)
-    states = [None] * len(groups)
+    states = [None] * len(layers)
     for i in range(max(needed, default=0) + 1):
         if i > 0:
             x = blocks[i - 1](x, **options)
-        for j, group in enumerate(groups):
-            if i == group[0]:
-                # a single layer, or the first one of a sum
-                states[j] = x.to(sum_dtype) if len(group) > 1 else x
-            elif i in group:
-                states[j] = states[j] + x
-    for j, group in enumerate(groups):
-        if len(group) > 1:
-            states[j] = (states[j] / len(group)).to(x.dtype)
+        for j, layer in enumerate(layers):
+            if layer == i:
+                states[j] = x
+            elif isinstance(layer, range) and i in layer:
+                states[j] = x.float() if states[j] is None else states[j] + x
+    for j, layer in enumerate(layers):
+        if isinstance(layer, range):
+            states[j] = (states[j] / len(layer)).to(x.dtype)
     return states
 
 
@@ -198,18 +202,18 @@ class ViT(VisionTower):
 
     def __init__(self, config, mean=None, std=None):
         super().__init__(config, mean, std)
-        D, kind = config.hidden_size, config.model_type
-        num_positions = (config.image_size // config.patch_size) ** 2
+        D = config.hidden_size
+        self.is_deit = config.model_type == "deit"
+        self.is_deit3 = config.model_type == "deit3"
+        self.num_prefix_tokens = 2 if self.is_deit else 1
+        num_patches = (config.image_size // config.patch_size) ** 2
+        num_positions = num_patches if self.is_deit3 else self.num_prefix_tokens + num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        if kind == "deit":
-            self.num_prefix_tokens = 2
+        if self.is_deit:
             self.distillation_token = nn.Parameter(torch.zeros(1, 1, D))
-        if kind != "deit3":
-            num_positions += self.num_prefix_tokens
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, D))
-        layer_scale = 1e-6 if kind == "deit3" else None
-        hidden_width = config.intermediate_size
-        self.blocks = make_blocks(config, hidden_width, config.qkv_bias, layer_scale)
+        layer_scale = 1e-6 if self.is_deit3 else None
+        self.blocks = make_blocks(config, config.intermediate_size, config.qkv_bias, layer_scale)
         self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         if config.num_labels:
             self.classifier = nn.Linear(D, config.num_labels)
@@ -222,15 +226,13 @@ class ViT(VisionTower):
         pixels: uint8 (B, 3, R, R) -> list of (B, S, D). Raises InputError.
         """
         x = self.embed_patches(pixels)  # (B, N, D)
-        prefix = self.cls_token
-        if self.config.model_type == "deit":
-            prefix = torch.cat([prefix, self.distillation_token], dim=1)
-        prefix = prefix.expand(len(x), -1, -1)
-        if self.config.model_type == "deit3":
-            # the class token has no position
-            x = torch.cat([prefix, x + self.position_embeddings], dim=1)
-        else:
-            x = torch.cat([prefix, x], dim=1) + self.position_embeddings
+        positions = self.position_embeddings
+        if self.is_deit3:
+            # the class token has no position: add zero
+            positions = F.pad(positions, (0, 0, 1, 0))
+        if self.is_deit:
+            x = prepend(self.distillation_token, x)
+        x = prepend(self.cls_token, x) + positions  # (B, S, D)
         return run_blocks(self.blocks, x, layers)
 
     def classify(self, pixels):

@@ -16,19 +16,21 @@ from collections import Counter
 # --- words --------------------------------------------------------------------------------
 
 # Tokens that are dropped.
-PUNCTUATION = set("'' ' `` ` . ? ! , : - -- ... ;".split())
+PUNCTUATION = re.compile(r"""[.?!,:;'"`–—―…-]|\.{2,}|-{2,4}""")
 RENAMED = """
-    ( -lrb- ) -rrb- [ -lsb- ] -rsb- { -lcb- } -rcb- " '' £ # € $ ¢ cents – -- — -- ― -- … ...
-""".split()
-RENAMED = dict(zip(RENAMED[::2], RENAMED[1::2], strict=True))
+    (=-lrb-, )=-rrb-, [=-lsb-, ]=-rsb-, {=-lcb-, }=-rcb-, £=#, €=$, ¢=cents, cannot=can not,
+    gonna=gon na, wanna=wan na, gotta=got ta, gimme=gim me, lemme=lem me, 'tis='t is, 'twas='t was
+"""
+RENAMED = dict(pair.strip().split("=") for pair in RENAMED.split(","))
 QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "½": "1/2", "¼": "1/4", "¾": "3/4"})
-# Split after the number of characters.
-TWO_WORDS = {"cannot": 3, "gonna": 3, "wanna": 3, "gotta": 3, "gimme": 3, "lemme": 3}
-TWO_WORDS |= {"'tis": 2, "'twas": 2}
-ABBREVIATIONS = "|".join(
-    r"""mr mrs ms dr prof st ave blvd rd mt ft jr sr inc co corp ltd vs etc pres gov sen rep gen col
-        capt lt sgt rev jan feb mar apr jun jul aug sept sep oct nov dec bros esq ph\.d""".split()
-)
+ABBREVIATIONS = r"""
+    mr|mrs|ms|dr|prof|st|ave|blvd|rd|mt|ft|jr|sr|inc|co|corp|ltd|vs|etc|pres|gov|sen|rep|gen|col|
+    capt|lt|sgt|rev|jan|feb|mar|apr|jun|jul|aug|sept|sep|oct|nov|dec|bros|esq|ph\.d
+"""
+# A letter or digit; those of a word may have "_" between them.
+LETTER = r"[^\W_]"
+END = f"(?!{LETTER})"
+WORD = rf"{LETTER}(?:\w*{LETTER})?"
 TOKEN = re.compile(
     rf"""
     # addresses
@@ -38,26 +40,28 @@ TOKEN = re.compile(
     # runs
   | \.{{2,}} | -{{2,}} | [?!]+
     # words that begin with an apostrophe
-  | 'n' | '(?:em|cause|til|n|tis|twas)\b | '\d0s\b
+  | 'n' | '(?:em|cause|til|n|tis|twas){END} | '\d0s{END}
     # second halves of words
-  | '(?:s|m|d|re|ve|ll)(?!\w) | n't(?!\w)
+  | '(?:s|m|d|re|ve|ll){END} | n't{END}
     # abbreviations with their dot
-  | (?:{ABBREVIATIONS})\.(?!\w) | no\.(?=\s*\d) | [^\W\d_]+\.(?=[,;:])
+  | (?:{ABBREVIATIONS})\.{END} | no\.(?=\s*\d) | [^\W\d_]+\.(?=[,;:])
     # initials: p.m., U.S., A.
-  | (?<![\w'])(?:[a-z]\.)+(?:[a-z](?![\w'-])\.?)?
+  | (?<!{LETTER}|')(?:[a-z]\.)+(?:[a-z](?![\w'-])\.?)?
     # 10:30|am, 0.5|ms, 3/4-size, 1 1/2
-  | \d+:\d+(?=[ap]\.?m) | \d+\.\d+(?=[a-z]) | \d+/\d+-\w+ | \d+\s+\d+/\d+(?!\w)
+  | \d+:\d+(?=[ap]\.?m) | \d+\.\d+(?=[a-z]) | \d+/\d+-\w+ | \d+\s+\d+/\d+{END}
     # other numbers, times, fractions
-  | (?<!\w)[-+]?(?:\d+(?:[.,:/-]\d+)*|\.\d+)(?!\w|[-']\w) | \.\d+(?:\.\d+)*
+  | (?<!{LETTER})[-+]?(?:\d+(?:[.,:/-]\d+)*|\.\d+)(?!{LETTER}|[-']\w) | \.\d+(?:\.\d+)*
     # two words in one; AT&T
-  | (?:cannot|gonna|wanna|gotta|gimme|lemme)\b(?!-) | (?-i:[A-Z]+&[A-Z]+)\b
+  | (?:cannot|gonna|wanna|gotta|gimme|lemme){END}(?!-) | (?-i:[A-Z]+&[A-Z]+){END}
     # first halves of isn't, ...
-  | [^\W\d_]+(?=n't(?!\w))
+  | [^\W\d_]+(?=n't{END})
     # words with an apostrophe inside
   | o'clock | ma'am | c'mon | ne'er | [od]'[a-z]{{2,}} | d'you | y'
     # words, also joined ones
-  | \w+(?:[-_/]\w+|[.?!][^\W\d]+)*
-  | @\w+ | \#[a-z]\w* | \S
+  | {WORD}(?:[-/]{WORD}|[.?!][^\W\d_]+)*
+  | @\w+ | \#[a-z]\w*
+    # Markdown: **, __, ##
+  | \*+ | _+ | \#+ | @+ | \S
 """,
     re.VERBOSE | re.IGNORECASE,
 )
@@ -68,16 +72,9 @@ def words(sentence):
     found = []
     for token in TOKEN.findall(sentence.translate(QUOTES)):
         token = token.lower()
-        if re.fullmatch(r"\.{2,}", token):
-            token = "..."
-        elif re.fullmatch("-{2,4}", token):
-            token = "--"
-        if token in TWO_WORDS:
-            found += [token[: TWO_WORDS[token]], token[TWO_WORDS[token] :]]
-        else:
-            # "1 1/2" is one match and two words.
-            found += RENAMED.get(token, token).split()
-    return [token for token in found if token not in PUNCTUATION]
+        # "1 1/2" is one match and two words.
+        found += RENAMED.get(token, token).split()
+    return [token for token in found if not PUNCTUATION.fullmatch(token)]
 
 
 # --- scores -------------------------------------------------------------------------------

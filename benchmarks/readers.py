@@ -3,18 +3,17 @@
     read(config)  ->  [Item, ...]
 
 BENCHMARKS at the end is the table of all. To add one, write a reader and a line there. A reader
-takes a file as it is published, named in its docstring, and yields questions. A file that is not
-what it should be is an InputError that names it, and the line or record.
+takes a file as it is published, named in its docstring, and yields questions. LLaVA's own question
+files are read, too; most have no answers. A file that is not what it should be is an InputError
+that names it, and where possible the line or record.
 """
 
 import ast
 import base64
 import csv
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -22,13 +21,14 @@ from typing import NamedTuple
 from benchmarks import answers, scores
 from benchmarks.captions import caption_scores
 from benchmarks.prompts import (
+    DAMAGE,
     LETTER,
+    NUMBERED,
     SHORT,
     Item,
     Record,
-    Video,
     ask,
-    find_image,
+    by_id,
     read_object,
     records,
 )
@@ -36,17 +36,11 @@ from benchmarks.scores import LETTERS
 from common.errors import InputError
 from common.images import format_box, pad_box
 from common.shikra import shikra_fields
-from dialogue import MARK
 
 
-def split_of(path):
-    """Return the groups of a file whose questions are scored together."""
-    return (Path(path).stem,)
-
-
-def types_of(record, **keys):
-    """Return the groups "all" and, for each key that the record has, "name: its value"."""
-    return ("all", *(f"{name}: {record[key]}" for name, key in keys.items() if key in record))
+def types_of(record, *keys):
+    """Return the groups "all" and, for each of these keys that the record has, "key: value"."""
+    return ("all", *(f"{key}: {record[key]}" for key in keys if key in record))
 
 
 # --- boxes and captions -------------------------------------------------------------------
@@ -57,22 +51,19 @@ def read_rec(path, config):
 
     Each line has {"img_path", "expression", "bbox" in pixels, "width", "height"}.
     """
-    for i, record in enumerate(records(path)):
-        name, expression, box, width, height = shikra_fields(record, record.where)
-        image = find_image(config, record, name)
-        prompt = ask(config, expr=expression)
-        yield Item(str(i), [image], prompt, (box, width, height), split_of(path))
+    for record in records(path):
+        image, expression, *target = shikra_fields(record, record.where)
+        yield Item(image, [(image,)], expression, target)
 
 
 def read_reg(path, config):
     """Read the files of "rec" for the reverse task: from an object's box to its expressions."""
     items = {}
     for record in records(path):
-        name, expression, box, width, height = shikra_fields(record, record.where)
-        image = find_image(config, record, name)
-        prompt = ask(config, boxes=format_box(pad_box(box, width, height)))
-        key = f"{name} {format_box(box, 2)}"
-        item = items.setdefault(key, Item(key, [image], prompt, [], split_of(path)))
+        image, expression, box, width, height = shikra_fields(record, record.where)
+        name = f"{image} {format_box(box, 2)}"
+        text = format_box(pad_box(box, width, height))
+        item = items.setdefault(name, Item(name, [(image,)], text, []))
         item.target.append(expression)
     return items.values()
 
@@ -83,22 +74,20 @@ def read_caption(path, config):
     COCO: captions_*.json. Karpathy: dataset_coco.json or dataset_flickr30k.json, of which --split
     is taken. Shikra: JSONL, {"img_path", "caption"} a line.
     """
-    items = {}
+    items, captions = {}, defaultdict(list)
+    for annotation in read_object(path).get("annotations", []):
+        captions[annotation["image_id"]].append(annotation["caption"])
     for record in records(path, "images"):
         if record.get("split", config.split) != config.split:
             continue
-        file = record.text("filename", "file_name", "img_path", "image")
-        name = record.get("cocoid", record.get("id", file))
-        if name not in items:
-            image = find_image(config, record, f"{record.get('filepath', '.')}/{file}", file)
-            server = {"image_id": name}
-            items[name] = Item(str(name), [image], ask(config), [], split_of(path), server)
-        items[name].target.extend(sentence["raw"] for sentence in record.get("sentences", []))
+        image = record.first("filename", "file_name", "img_path", "image")
+        name = record.get("cocoid", record.get("id", image))
+        captions[name] += [sentence["raw"] for sentence in record.get("sentences", [])]
         if "caption" in record:
-            items[name].target.append(record.text("caption"))
-    for annotation in read_object(path).get("annotations", []):
-        items[annotation["image_id"]].target.append(annotation["caption"])
-    return [item if item.target else item._replace(target=None) for item in items.values()]
+            captions[name].append(record["caption"])
+        names = (f"{record.get('filepath', '.')}/{image}", image)
+        items[name] = Item(str(name), [names], "", captions[name], record=name)
+    return items.values()
 
 
 # --- questions with short answers ---------------------------------------------------------
@@ -110,19 +99,12 @@ def read_pope(path, config):
     Each line has {"question_id", "image", "text", "label"}.
     """
     for record in records(path):
-        target = record.text("label").lower()
-        if target not in ("yes", "no"):
-            raise InputError(f"{record.where}: the label must be yes or no, got {target!r}")
-        image = find_image(config, record, record.text("image"))
-        name = str(record.need("question_id"))
-        yield Item(name, [image], ask(config, record.text("text")), target, split_of(path))
+        yield Item(str(record.id), [(record["image"],)], record.question, record.get("label"))
 
 
 def people(record):
-    """Return the answers of ten people as texts, or None if they are not published."""
-    if "answers" not in record:
-        return None
-    answers = record["answers"]
+    """Return the answers of ten people as texts; none if they are not published."""
+    answers = record.get("answers", [])
     return [answer["answer"] if isinstance(answer, dict) else str(answer) for answer in answers]
 
 
@@ -132,19 +114,15 @@ def read_vqa(path, config):
     Without annotations (test-dev) there is no score, only the file for the server. The images are
     COCO's.
     """
-    subtype = str(read_object(path).get("data_subtype", "")).replace("test-dev", "test")
-    targets = {}
-    if config.annotations:
-        targets = {r.need("question_id"): r for r in records(config.annotations, "annotations")}
+    subtype = read_object(path).get("data_subtype", "").replace("test-dev", "test")
+    annotations = by_id(config.annotations, "annotations")
     for record in records(path, "questions"):
-        name, image = record.need("question_id"), record.need("image_id", kind=int)
-        if targets and name not in targets:
-            raise InputError(f"{record.where}: {config.annotations} has no answers to {name}")
-        file = find_image(config, record, f"COCO_{subtype}_{image:012d}.jpg", f"{image:012d}.jpg")
-        annotation = targets.get(name, {})
-        groups = types_of(annotation, answer="answer_type", question="question_type")
-        prompt, server = ask(config, record.text("question")), {"question_id": name}
-        yield Item(str(name), [file], prompt, people(annotation), groups, server)
+        image = record.get("image") or f"{record['image_id']:012d}.jpg"
+        names = (f"COCO_{subtype}_{image}", image)
+        annotation = annotations.get(record.id, {})
+        groups = types_of(annotation, "answer_type", "question_type")
+        target = people(annotation)
+        yield Item(str(record.id), [names], record.question, target, groups, record.id)
 
 
 def read_vizwiz(path, config):
@@ -153,43 +131,38 @@ def read_vizwiz(path, config):
     A list of {"image", "question", "answers", "answer_type"}.
     """
     for record in records(path):
-        name, prompt = record.text("image"), ask(config, record.text("question"))
-        image, groups = find_image(config, record, name), types_of(record, answer="answer_type")
-        yield Item(name, [image], prompt, people(record), groups, {"image": name})
+        name, groups = record["image"], types_of(record, "answer_type")
+        yield Item(name, [(name,)], record.question, people(record), groups, name)
 
 
 def read_textvqa(path, config):
     """Read TextVQA_0.5.1_val.json, or LLaVA's llava_textvqa_val_v051_ocr.jsonl.
 
     LLaVA's file adds the words that an OCR program found ("Reference OCR token: ..."). It has the
-    question's image and text but not its id, so it needs the former file as --annotations.
+    question's image and text but not its id, so its answers are in the former file, --annotations.
     """
     known = {}
     for record in records(config.annotations or path, "data"):
-        if "question" in record:
-            known[str(record.need("image_id")), record.text("question").lower()] = record
-    for i, record in enumerate(records(path, "data")):
-        text, image = record.text("text", "question"), record.need("image_id", "question_id")
-        question = known.get((str(image), text.split("\n")[0].lower()))
-        if question is None:
-            raise InputError(f"{record.where}: needs --annotations with the answers to {text!r}")
-        file, name = find_image(config, record, f"{image}.jpg"), question["question_id"]
-        # The file may ask one question twice.
-        item = Item(f"{name}#{i}", [file], ask(config, text), people(question))
-        yield item._replace(record={"question_id": name})
+        if "answers" in record:
+            known[str(record["image_id"]), record.question.lower()] = record
+    for record in records(path, "data"):
+        image, text = str(record.first("image_id", "question_id")), record.question
+        annotation = known.get((image, text.split("\n")[0].lower()), record)
+        name, target = annotation.id, people(annotation)
+        yield Item(str(name), [(f"{image}.jpg",)], text, target, record=name)
 
 
-def read_gqa(path, config):
-    """Read GQA's testdev_balanced_questions.json.
+def read_questions(path, config):
+    """Read GQA's testdev_balanced_questions.json, MM-Vet's mm-vet.json or LLaVA-Bench's questions.
 
-    One object {id: {"imageId", "question", "answer", "types"}}.
+    The first two are one object, {id: {"imageId", "question", "answer", "types"}} and {id:
+    {"imagename", "question", "answer"}}. LLaVA-Bench: {"question_id", "image", "text"} a line.
     """
-    for name, question in read_object(path).items():
+    for name, question in (read_object(path) or by_id(path)).items():
         record = Record(question, f"{path}, question {name}")
-        image = find_image(config, record, f"{record.need('imageId')}.jpg")
-        groups = types_of(record.get("types", {}), structure="structural")
-        prompt, server = ask(config, record.text("question")), {"questionId": name}
-        yield Item(name, [image], prompt, record.get("answer"), groups, server)
+        image = record.get("imagename") or record.get("image") or f"{record['imageId']}.jpg"
+        groups = types_of(record.get("types", {}), "structural")
+        yield Item(name, [(image,)], record.question, record.get("answer"), groups, name)
 
 
 def read_mme(path, config):
@@ -198,42 +171,42 @@ def read_mme(path, config):
     Each line has {"question_id", "image", "text", "category"}. The answers are in the folder's text
     files.
     """
-    seen = Counter()
+    answers = mme_answers(config.annotations)
     for record in records(path):
-        category, image = record.text("category"), record.text("image")
-        name = str(record.need("question_id"))
-        file = find_image(config, record, image, f"{category}/images/{Path(image).name}")
-        answer = mme_answer(config, record, category, name).lower()
-        seen[name] += 1
-        prompt, target = ask(config, record.text("text")), {"answer": answer, "image": name}
-        yield Item(f"{name}#{seen[name]}", [file], prompt, target, (category,))
+        category, image, name = record["category"], record["image"], str(record.id)
+        answer = answers.get((category, Path(name).stem, mme_question(record.question)))
+        target = {"answer": answer, "image": name, "category": category} if answer else None
+        names = (image, f"{category}/images/{Path(image).name}")
+        ability = "perception" if category in scores.MME_PERCEPTION else "cognition"
+        yield Item(name, [names], record.question, target, (category, ability))
 
 
-def mme_answer(config, record, category, name):
-    """Find the answer in MME's folder: one text file per image, "question<tab>Yes" a line."""
-    if not config.annotations:
-        raise InputError(f"{record.where}: needs --annotations=MME_Benchmark_release_version")
-    question = mme_question(record.text("text"))
-    for path in Path(config.annotations, category).rglob(f"{Path(name).stem}.txt"):
+def mme_answers(folder):
+    """Read MME's answers: a text file per image in its category's folder, "question<tab>Yes"."""
+    answers = {}
+    for path in Path(folder).rglob("*.txt") if folder else ():
+        category = path.relative_to(folder).parts[0]
         for line in path.read_text("utf-8", "replace").splitlines():
-            other, _, answer = line.partition("\t")
-            if mme_question(other) == question:
-                return answer.strip()
-    raise InputError(f"{record.where}: no answer in {config.annotations}/{category}")
+            question, _, answer = line.partition("\t")
+            answers[category, path.stem, mme_question(question)] = answer.strip().lower()
+    return answers
 
 
 def mme_question(text):
-    """Remove the instructions behind a question."""
-    text = text.strip().removesuffix(SHORT.partition("\n")[2])
-    return text.strip().removesuffix("Please answer yes or no.").strip()
+    """Remove the instructions behind a question, which is one line."""
+    return text.strip().partition("\n")[0].removesuffix("Please answer yes or no.").strip()
 
 
 # --- multiple choice ----------------------------------------------------------------------
 
 
+# An option within a question of LLaVA's: "A. red".
+OPTION = re.compile(r"(?m)^[A-Z]\. (.+)$")
+
+
 def lettered(options):
     """Write options as the lines "A. ...", "B. ..."."""
-    return "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False))
+    return "".join(map("\n{}. {}".format, LETTERS, options))
 
 
 def read_scienceqa(path, config):
@@ -242,35 +215,24 @@ def read_scienceqa(path, config):
     A list of {"id", "image", "conversations": [{"value": question}, {"value": answer}]}.
     """
     for record in records(path):
-        turns = record.need("conversations", kind=list)
-        if len(turns) < 2:
-            raise InputError(f"{record.where}: needs a question and an answer")
-        question, answer = (Record(turn, record.where).text("value") for turn in turns[:2])
-        files = [record["image"]] if record.get("image") else []
-        images = [find_image(config, record, file) for file in files]
-        target = scores.scienceqa_letter(answer)
+        question, *answers = [turn["value"] for turn in record["conversations"]]
+        target = scores.scienceqa_letter(answers[0]) if answers else None
+        images = [(record["image"],)] if record.get("image") else []
         groups = ("image", "all") if images else ("all",)
-        yield Item(str(record.need("id")), images, ask(config, question), target, groups)
+        yield Item(str(record.id), images, question, target, groups)
 
 
 EMPTY = (None, "", "nan", "NaN", "None", "none")
 
 
 def read_table(path):
-    """Read a table with tabs -> [Record, ...], without empty cells."""
+    """Yield the rows of a table with tabs as Records, without empty cells."""
     csv.field_size_limit(1 << 30)
-    rows = []
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t", restkey="more")
-            for row in reader:
-                row = {key: cell for key, cell in row.items() if cell not in EMPTY}
-                rows.append(Record(row, f"{path}, line {reader.line_num}"))
-                if "more" in row:
-                    raise csv.Error(f"line {reader.line_num} has more cells than the heading")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a table with tabs ({error})") from None
-    return rows
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        for row in reader:
+            row = {key: cell for key, cell in row.items() if cell not in EMPTY}
+            yield Record(row, f"{path}, line {reader.line_num}")
 
 
 def read_mmbench(path, config):
@@ -279,24 +241,19 @@ def read_mmbench(path, config):
     The published files have a row for each rotation of a question's options. The index of a
     rotation is that of the question plus some millions.
     """
-    rows = read_table(path)
+    rows = list(read_table(path))
     # A row may name another one that has the image.
-    encoded = {row.get("index"): row.get("image") for row in rows}
+    encoded = {row["index"]: row["image"] for row in rows}
     for row in rows:
-        index, question, image = row.text("index"), row.text("question"), row.text("image")
         options = [row[letter] for letter in takewhile(row.__contains__, LETTERS)]
-        try:
-            number = int(index)
-            image = base64.b64decode(encoded.get(image, image), validate=True)
-        except ValueError:
-            raise InputError(f"{row.where}: needs a number as index, and a base64 image") from None
         target = None
         if "answer" in row:
-            target = {"letter": row["answer"], "options": options, "index": number}
-        groups = types_of(row, **{"category": "category", "l2-category": "l2-category"})
+            target = {"letter": row["answer"], "options": options, "index": int(row["index"])}
+        image = base64.b64decode(encoded.get(row["image"], row["image"]))
         hint = f"{row['hint']}\n" if "hint" in row else ""
-        prompt = ask(config, hint + question + lettered(options))
-        yield Item(index, [image], prompt, target, groups, {**row, "options": options})
+        text = hint + row["question"] + lettered(options)
+        groups = types_of(row, "category", "l2-category")
+        yield Item(row["index"], [image], text, target, groups, {**row, "options": options})
 
 
 def read_choice(path, config):
@@ -306,35 +263,26 @@ def read_choice(path, config):
     "image", a name or a list of names, which "<image 1>" in the question refers to.
     """
     for record in records(path):
-        name, text = str(record.need("question_id", "id")), record.text("question", "text")
-        options = choices_of(record, text)
-        letter, target = record.get("answer"), None
-        if letter:
-            if letter not in LETTERS[: len(options)]:
-                raise InputError(f"{record.where}: {letter!r} is not one of {len(options)} options")
-            target = {"letter": letter, "options": options}
+        options, text, letter = choices_of(record), record.question, record.get("answer")
+        if letter and letter not in LETTERS[: len(options)]:
+            raise InputError(f"{record.where}: {letter!r} is not one of {len(options)} options")
         if "options" in record:
             text += lettered(options)
         files = record.get("image") or []
         files = [files] if isinstance(files, str) else files
-        numbers = [int(number) for number in re.findall(r"<image (\d+)>", text)]
-        if max(numbers, default=0) > len(files):
-            raise InputError(f"{record.where}: refers to image {max(numbers)} of {len(files)}")
-        files = [files[number - 1] for number in numbers] or files
-        images = [find_image(config, record, file) for file in files]
-        prompt = re.sub(r"<image \d+>", MARK, ask(config, text))
-        groups = types_of(record, category="category", subject="subject")
-        yield Item(name, images, prompt, target, groups)
+        # "<image 2>" is the second one.
+        files = [files[int(number) - 1] for number in NUMBERED.findall(text)] or files
+        images = [(file,) for file in files]
+        target = {"letter": letter, "options": options} if letter else None
+        groups = types_of(record, "category", "subject")
+        yield Item(str(record.id), images, text, target, groups)
 
 
-def choices_of(record, text):
+def choices_of(record):
     """Return the options as texts. MMMU writes the list as Python does."""
-    options = record.get("options") or re.findall(r"(?m)^[A-Z]\. (.+)$", text)
-    try:
-        options = ast.literal_eval(options) if isinstance(options, str) else options
-    except (ValueError, SyntaxError):
-        options = None
-    if not isinstance(options, list) or len(options) < 2:
+    options = record.get("options") or OPTION.findall(record.question)
+    options = ast.literal_eval(options) if isinstance(options, str) else options
+    if len(options) < 2:
         raise InputError(f"{record.where}: needs two or more options; leave out open questions")
     return [str(option) for option in options]
 
@@ -348,18 +296,15 @@ def read_video(path, config):
     Each is {"video_name" or "video_id" or "video", "question", "question_id" or "id", "answer"}. A
     video is a folder of frames in --image_dir, or an animated GIF.
     """
-    source = config.annotations or path
-    answers = {record.need("question_id", "id"): record for record in records(source)}
+    annotations = by_id(config.annotations or path)
     for record in records(path):
-        name = record.need("question_id", "id")
-        if name not in answers:
-            raise InputError(f"{record.where}: {source} has no answer to question {name}")
-        video = record.need("video_name", "video_id", "video")
+        video = record.first("video_name", "video_id", "video")
         names = [f"{prefix}{video}" for prefix in ("", "video", "vid", "v_")]
         names.append(f"{video}.gif")
-        frames = Video(find_image(config, record, *names), config.frames)
-        prompt, answer = ask(config, record.text("question")), answers[name]
-        yield Item(str(name), [frames], prompt, answer.get("answer"), types_of(answer, type="type"))
+        annotation = annotations.get(record.id, {})
+        target, groups = annotation.get("answer"), types_of(annotation, "type")
+        name = str(record.id)
+        yield Item(name, [names], record.question, target, groups, frames=config.frames)
 
 
 # --- all of them --------------------------------------------------------------------------
@@ -370,20 +315,10 @@ class Benchmark(NamedTuple):
     read: Callable
     # With <question>, <expr> or <boxes>. Without <image>, the image is in front of the text.
     prompt: str
-    # (answers, targets) -> {metric: value}
-    score: Callable
-    # (items, {id: answer}) -> (file name, bytes) for the server or the official script
+    # (answers, targets) -> {metric: value}. None: benchmarks.judge scores.
+    score: Callable | None
+    # (folder, items, {id: answer}) -> path of the file for the server or the official script
     submit: Callable | None = None
-    # {group: result} -> {group: result}, sums over groups
-    totals: Callable | None = None
-
-
-def accuracy_of(match):
-    return partial(scores.accuracy, match)
-
-
-def submit_as(key, normalize=str):
-    return partial(answers.json_file, key, normalize)
 
 
 REC = "Where is <expr> <image>? answer in [x0,y0,x1,y1] format."
@@ -391,49 +326,71 @@ REG = "Please generate a distinguishing description for the region <boxes> in th
 CAPTION = "Describe this image <image> as simply as possible."
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 VIZWIZ = SHORT.replace("\n", f"\n{UNANSWERABLE}\n")
-VQA = accuracy_of(scores.submitted_vqa_accuracy)
+VQA = scores.accuracy(scores.submitted_vqa_accuracy)
 # LLaVA normalizes the answers that it submits.
-TO_VQA = submit_as("answer", scores.evalai_normalize)
-TO_GQA = submit_as("prediction", scores.gqa_normalize)
+TO_VQA = answers.json_file("question_id", "answer", scores.evalai_normalize)
+TO_VIZWIZ = answers.json_file("image", "answer", scores.evalai_normalize)
+TO_GQA = answers.json_file("questionId", "prediction", scores.gqa_normalize)
 
 BENCHMARKS = {
     "rec": Benchmark(read_rec, REC, scores.box_scores),
     "reg": Benchmark(read_reg, REG, caption_scores),
-    "caption": Benchmark(read_caption, CAPTION, caption_scores, submit_as("caption")),
+    "caption": Benchmark(
+        read_caption, CAPTION, caption_scores, answers.json_file("image_id", "caption")
+    ),
     "pope": Benchmark(read_pope, SHORT, scores.pope_scores),
     "vqav2": Benchmark(read_vqa, SHORT, VQA, TO_VQA),
     "okvqa": Benchmark(read_vqa, SHORT, VQA, TO_VQA),
-    "vizwiz": Benchmark(read_vizwiz, VIZWIZ, accuracy_of(scores.vizwiz_accuracy), TO_VQA),
-    "textvqa": Benchmark(read_textvqa, SHORT, accuracy_of(scores.textvqa_accuracy), TO_VQA),
-    "gqa": Benchmark(read_gqa, SHORT, accuracy_of(scores.gqa_match), TO_GQA),
-    "scienceqa": Benchmark(read_scienceqa, LETTER, accuracy_of(scores.scienceqa_match)),
+    "vizwiz": Benchmark(read_vizwiz, VIZWIZ, scores.accuracy(scores.vizwiz_accuracy), TO_VIZWIZ),
+    "textvqa": Benchmark(read_textvqa, SHORT, scores.accuracy(scores.textvqa_accuracy), TO_VQA),
+    "gqa": Benchmark(read_questions, SHORT, scores.exact(scores.gqa_normalize), TO_GQA),
+    "scienceqa": Benchmark(read_scienceqa, LETTER, scores.exact(scores.scienceqa_letter)),
     "mmbench": Benchmark(read_mmbench, LETTER, scores.mmbench_scores, answers.mmbench_sheet),
-    "mme": Benchmark(read_mme, SHORT, scores.mme_scores, totals=scores.mme_totals),
-    "choice": Benchmark(read_choice, LETTER, accuracy_of(scores.choice_match)),
-    "video": Benchmark(read_video, SHORT, accuracy_of(scores.video_match)),
+    "mme": Benchmark(read_mme, SHORT, scores.mme_scores),
+    "choice": Benchmark(read_choice, LETTER, scores.accuracy(scores.choice_match)),
+    "mm_vet": Benchmark(read_questions, "<question>", None),
+    "llava_bench": Benchmark(read_questions, "<question>", None),
+    "video": Benchmark(
+        read_video, SHORT, scores.exact(scores.evalai_normalize, scores.evalai_normalize)
+    ),
 }
 
 
 def read(config):
-    """Read the questions of config.task from all files of config.data, at most config.limit."""
+    """Read the questions of config.task from all files of config.data, at most config.limit.
+
+    Several files share the limit.
+    """
     if config.task not in BENCHMARKS:
         raise InputError(f"{config.task!r} is no benchmark; there are {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[config.task]
     if not config.data:
         help = " ".join(benchmark.read.__doc__.split())
         raise InputError(f"{config.task} needs --data=FILE. {help}")
-    for part in re.findall("<(?:expr|boxes|question)>", benchmark.prompt):
-        if config.prompt and part not in config.prompt:
+    for part in ("<question>", "<expr>", "<boxes>"):
+        if config.prompt and part in benchmark.prompt and part not in config.prompt:
             raise InputError(f"--prompt={config.prompt}: {config.task} needs {part} in it")
-    config = replace(config, prompt=config.prompt or benchmark.prompt)
-    items = {}
-    for path in config.data:
-        for item in islice(benchmark.read(path, config), config.limit):
-            if len(config.data) > 1:
-                item = item._replace(id=f"{Path(path).stem}/{item.id}")
-            if item.id in items:
-                raise InputError(f"{path}: two questions have the id {item.id!r}")
-            items[item.id] = item
+    items, seen = [], Counter()
+    for i, path in enumerate(config.data):
+        for item in read_file(benchmark, path, config, i):
+            name = f"{Path(path).stem}/{item.id}" if len(config.data) > 1 else item.id
+            # Files may ask one question twice.
+            seen[name] += 1
+            name = f"{name}#{seen[name]}" if seen[name] > 1 else name
+            groups = item.groups or (Path(path).stem,)
+            items.append(item._replace(id=name, groups=groups))
     if not items:
         raise InputError(f"{path}: no question; is it the right file, and --split={config.split}?")
-    return list(items.values())[: config.limit]
+    return items
+
+
+def read_file(benchmark, path, config, index):
+    """Read the questions of file `index` of config.data, at most its share of config.limit."""
+    share = config.limit and len(range(index, config.limit, len(config.data)))
+    try:
+        items = islice(benchmark.read(path, config), share)
+        prompt = config.prompt or benchmark.prompt
+        return [item._replace(prompt=ask(prompt, item.prompt)) for item in items]
+    except DAMAGE as error:
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: is this the file of {config.task}? ({what})") from error

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 -m benchmarks rec --model=FOLDER --data=REC_refcoco_unc_testA.jsonl
 
 The first word is the benchmark: rec, reg, caption, pope, vqav2, okvqa, vizwiz, textvqa, gqa,
-scienceqa, mmbench, mme, choice (MMMU) or video. Its data are the files as they are published; leave
-out --data to see which. Several processes share the questions.
+scienceqa, mmbench, mme, choice (MMMU), mm_vet, llava_bench or video. Its data are the files as they
+are published; leave out --data to see which. Several processes share the questions.
 
 --out gets answers.jsonl, scores.json and, where a server scores, the submission. A run that was
 stopped resumes: questions that have an answer are not asked again.
@@ -21,16 +21,17 @@ import torch.distributed as dist
 
 from benchmarks import readers
 from benchmarks.answers import merge, read_answers, write_lines
-from benchmarks.prompts import images_of
+from benchmarks.prompts import find_images, images_of
 from benchmarks.scores import score
 from common import cli
 from common.cli import option
 from common.errors import InputError
+from common.images import BadImage
 from common.pretrained import locate, read_json
 from common.save import write_json
 from common.speed import speed_up
 from connector import half_side, halve_grid
-from interop.load import dtype_to_answer, load_model, newest_model
+from interop.load import load_to_answer, newest_model
 
 
 @dataclass
@@ -63,8 +64,7 @@ def load(config, name, size):
     Video needs this: eight frames of 576 tokens are more than most LLMs were trained to read. It is
     the Dense Connector's "efficient" without training.
     """
-    device = cli.pick_device(config.device)
-    model = load_model(name, dtype_to_answer(name, device, config.bf16), device)
+    _, model = load_to_answer(name, config.device, config.bf16)
     # speed_up copies weights. Several processes share the mapped file instead.
     if size == 1:
         speed_up(model, "batch")
@@ -79,39 +79,52 @@ def load(config, name, size):
 
 def benchmark(config, rank, size):
     """Read, answer, merge and score. Every process answers its share, the first one scores."""
-    if min(config.batch, config.frames, config.max_new_tokens) < 1:
-        raise InputError("--batch, --frames and --max_new_tokens: must be 1 or more")
-    items = readers.read(config)
+    items, missing = find_images(readers.read(config), config.image_dir)
+    total = len(items) + len(missing)
+    if not items:
+        raise InputError(f"--image_dir={config.image_dir}: has no image, not even {missing[0]}")
+    if missing and rank == 0:
+        print(f"{len(missing):,} of {total:,} questions are left out: their images are missing")
+        print(f"in {config.image_dir}, {missing[0]} first", flush=True)
     name = config.model or str(newest_model())
     folder = Path(config.out or f"out/eval/{name.strip('/').replace('/', '-')}/{config.task}")
     check_same_run(config, name, folder, rank)
     known = read_answers(folder, items)
     # All processes have read before one writes.
     barrier()
-    missing = [item for item in items if item.id not in known]
-    if missing[rank::size]:
-        answer_all(config, name, folder, missing[rank::size], rank, size)
+    open_questions = [item for item in items if item.id not in known]
+    if open_questions[rank::size]:
+        answer_all(config, name, folder, open_questions[rank::size], rank, size)
     # All answers are written.
     barrier()
     if rank == 0:
         known = read_answers(folder, items)
-        merge(folder, items, known)
-        answers = {item.id: known[item.id]["answer"] for item in items}
-        report(config, name, folder, items, answers, len(missing))
-    barrier()
+        answered = [item for item in items if item.id in known]
+        merge(folder, answered, known)
+        answers = {item.id: known[item.id]["answer"] for item in answered}
+        report(config, name, folder, answered, answers, total)
 
 
 def answer_all(config, name, folder, items, rank, size):
-    """Answer these questions, and append the answers to this process's file after every batch."""
+    """Answer these questions, and append the answers to this process's file after every batch.
+
+    A question with an image that cannot be read is named and skipped.
+    """
     model = load(config, name, size)
     start = time.time()
     # A new file, since that of a killed run may end in half a line.
     path = folder / f"answers.rank{rank}-{start:.0f}.jsonl"
     for i in range(0, len(items), config.batch):
-        batch = items[i : i + config.batch]
-        images, prompts = [images_of(item) for item in batch], [item.prompt for item in batch]
+        batch, images = [], []
+        for item in items[i : i + config.batch]:
+            try:
+                images.append(images_of(item))
+                batch.append(item)
+            except BadImage as error:
+                print(f"skipped: question {item.id}: {error}")
+        prompts = [item.prompt for item in batch]
         try:
-            answers = model.generate(images, prompts, config.max_new_tokens)
+            answers = model.generate(images, prompts, config.max_new_tokens) if batch else []
         except InputError as error:
             hint = "--max_new_tokens, --frames and --pool=1 make it shorter"
             raise InputError(f"questions from {batch[0].id} on: {error} ({hint})") from None
@@ -121,7 +134,7 @@ def answer_all(config, name, folder, items, rank, size):
             lines.append(line)
         write_lines(path, lines)
         if rank == 0:
-            done = i + len(batch)
+            done = min(i + config.batch, len(items))
             left = (time.time() - start) / 60 * (len(items) / done - 1)
             print(f"{done:,} of {len(items):,} questions, {left:.0f} minutes left", flush=True)
 
@@ -129,39 +142,35 @@ def answer_all(config, name, folder, items, rank, size):
 def check_same_run(config, name, folder, rank):
     """Refuse a folder with answers of another model, data or options, recorded in run.json."""
     run = {key: getattr(config, key) for key in ("image_dir", "max_new_tokens", "frames", "pool")}
-    for key, files in (("data", config.data), ("model", locate(name).glob("*.safetensors"))):
-        stats = [(str(file), Path(file).stat()) for file in sorted(files)]
-        run[key] = [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    for file in [*config.data, *locate(name).glob("*.safetensors")]:
+        stat = Path(file).stat()
+        run[str(file)] = [stat.st_size, stat.st_mtime_ns]
     path = folder / "run.json"
     if rank == 0 and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, run)
     barrier()
-    before = read_json(path)
-    changed = [key for key in run if before.get(key) != run[key]]
-    if changed:
+    if read_json(path) != run:
         raise InputError(
-            f"{folder}: has answers of a run with other {', '.join(changed)}; "
+            f"{path}: this folder has answers of another model, data or options; "
             "choose another --out or remove the folder"
         )
 
 
-def report(config, name, folder, items, answers, asked):
+def report(config, name, folder, items, answers, total):
     """Print the scores, and write them and the file for the server."""
     benchmark = readers.BENCHMARKS[config.task]
     results = score(benchmark, items, answers)
     write_json(folder / "scores.json", {"task": config.task, "model": name, "results": results})
-    print(f"{name}: {config.task}, {len(items):,} questions ({asked:,} of them asked now)\n")
+    print(f"{name}: {config.task}, {len(items):,} of {total:,} questions answered\n")
     for group, result in results.items():
         for metric, value in result["scores"].items():
             print(f"{group[:40]:40} {result['samples']:7,}  {metric:20} {100 * value:8.2f}")
     if not results:
-        print("The files have no answers to compare with, so there is no score.")
+        print("There are no answers to compare with, so there is no score here.")
     print(f"\n{folder}: answers.jsonl, scores.json")
     if benchmark.submit:
-        file, content = benchmark.submit(items, answers)
-        (folder / file).write_bytes(content)
-        print(f"{folder / file}: for the server")
+        print(f"{benchmark.submit(folder, items, answers)}: for the server")
 
 
 def barrier():

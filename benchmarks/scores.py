@@ -10,6 +10,7 @@ Scores of captions are in captions.py. The code is our own, and tests/test_score
 with recorded results of the official scorers.
 """
 
+import itertools
 import re
 
 import eval as world_eval
@@ -24,10 +25,18 @@ def mean(values):
     return sum(values) / len(values) if values else 0.0
 
 
-def accuracy(match, answers, targets):
-    """Average match(answer, target) over all answers."""
-    pairs = zip(answers, targets, strict=True)
-    return {"accuracy": mean(match(answer, target) for answer, target in pairs)}
+def accuracy(match):
+    """Return a scorer: the average of match(answer, target)."""
+
+    def score(answers, targets):
+        return {"accuracy": mean(map(match, answers, targets))}
+
+    return score
+
+
+def exact(read, read_target=str):
+    """Return a scorer: the share of answers that are, once read, equal to their target."""
+    return accuracy(lambda answer, target: read(answer) == read_target(target))
 
 
 # --- boxes: RefCOCO, RefCOCO+, RefCOCOg ---------------------------------------------------
@@ -40,15 +49,18 @@ def box_scores(answers, targets):
     """
     overlaps = []
     for answer, (target, width, height) in zip(answers, targets, strict=True):
-        boxes, overlap = parse_boxes(answer), 0.0
-        if len(boxes) == 1:
-            overlap = iou(unpad_box(boxes[0], width, height), target)
-        overlaps.append(overlap)
+        boxes = [unpad_box(box, width, height) for box in parse_boxes(answer)]
+        overlaps.append(iou(boxes[0], target) if len(boxes) == 1 else 0.0)
     hits = mean(overlap >= 0.5 for overlap in overlaps)
     return {"accuracy at IoU 0.5": hits, "mean IoU": mean(overlaps)}
 
 
 # --- yes or no: POPE, MME -----------------------------------------------------------------
+
+# The categories of MME's first number; the others are those of its second, cognition.
+MME_PERCEPTION = (
+    "existence count position color posters celebrity scene landmark artwork OCR".split()
+)
 
 
 def read_pope(answer):
@@ -60,7 +72,8 @@ def read_pope(answer):
 def pope_scores(answers, targets):
     """Score "yes" or "no". "yes" is the positive class, and 0 / 0 is 0."""
     scores = world_eval.score("presence", [read_pope(answer) for answer in answers], targets)
-    return {metric: value for metric, value in scores.items() if metric != "unparsable"}
+    del scores["unparsable"]
+    return scores
 
 
 def read_mme(answer):
@@ -72,35 +85,20 @@ def read_mme(answer):
 
 
 def mme_scores(answers, targets):
-    """Score one category: two questions per image, of which one is to be answered yes.
+    """Score MME: two questions per image, of which one is to be answered yes.
 
-    "accuracy+" is the share of images with both right. "score" is the sum of both accuracies;
-    times 100 it is the points of the category. targets: {"answer", "image"} each.
+    "accuracy+" is the share of images with both right. Both are averaged over the categories.
+    "score" is their sum over the categories; times 100 it is in points. targets: {"answer",
+    "image", "category"} each.
     """
-    right = {}
+    categories = {}
     for answer, target in zip(answers, targets, strict=True):
-        right.setdefault(target["image"], []).append(read_mme(answer) == target["answer"])
-    single = mean(correct for both in right.values() for correct in both)
-    pairs = mean(all(both) for both in right.values())
-    return {"score": single + pairs, "accuracy": single, "accuracy+": pairs}
-
-
-MME = {
-    "perception": "existence count position color posters celebrity scene landmark artwork OCR",
-    "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning",
-}
-
-
-def mme_totals(results):
-    """Sum the points of MME's categories to its two numbers."""
-    totals = {}
-    for total, names in MME.items():
-        parts = [results[name] for name in names.split() if name in results]
-        points = sum(part["scores"]["score"] for part in parts)
-        samples = sum(part["samples"] for part in parts)
-        if parts:
-            totals[total] = {"samples": samples, "scores": {"score": points}}
-    return totals
+        images = categories.setdefault(target["category"], {})
+        correct = read_mme(answer) == target["answer"]
+        images.setdefault(target["image"], []).append(correct)
+    single = [mean(itertools.chain(*images.values())) for images in categories.values()]
+    pairs = [mean(map(all, images.values())) for images in categories.values()]
+    return {"score": sum(single + pairs), "accuracy": mean(single), "accuracy+": mean(pairs)}
 
 
 # --- ten people's answers: VQAv2, OK-VQA, VizWiz, TextVQA ---------------------------------
@@ -193,21 +191,12 @@ def textvqa_accuracy(answer, people):
     return agreement(evalai_normalize(answer), [evalai_normalize(person) for person in people])
 
 
-# --- one right answer: GQA, video ---------------------------------------------------------
+# --- one right answer: GQA ----------------------------------------------------------------
 
 
 def gqa_normalize(answer):
     """Normalize as LLaVA does before GQA's exact match."""
     return answer.rstrip(".").lower()
-
-
-def gqa_match(answer, target):
-    return gqa_normalize(answer) == target
-
-
-def video_match(answer, target):
-    """Compare two answers after VQA's normalization."""
-    return evalai_normalize(answer) == evalai_normalize(target)
 
 
 # --- multiple choice: ScienceQA, MMBench, MMMU --------------------------------------------
@@ -221,10 +210,6 @@ def scienceqa_letter(answer, options="ABCDE"):
         return answer[0]
     found = re.findall(r"The answer is ([A-Z]).", answer)
     return found[0] if len(found) == 1 and found[0] in options else None
-
-
-def scienceqa_match(answer, target):
-    return scienceqa_letter(answer) == target
 
 
 def mmbench_letter(answer, options):
@@ -298,13 +283,13 @@ def score(benchmark, items, answers):
     Items without a target are left out. The first metric of a group is the main one.
     """
     groups, results = {}, {}
+    if benchmark.score is None:
+        return results
     for item in items:
-        for group in item.groups if item.target is not None else ():
+        for group in item.groups if item.target else ():
             groups.setdefault(group, []).append(item)
     for group, members in groups.items():
         texts = [answers[item.id] for item in members]
         scores = benchmark.score(texts, [item.target for item in members])
         results[group] = {"samples": len(members), "scores": scores}
-    if benchmark.totals:
-        results |= benchmark.totals(results)
     return results

@@ -1,6 +1,6 @@
 """Read a checkpoint's chat template, and recognize which of ours it is."""
 
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.pretrained import read_json
 
 # What a chat template must contain to be one of ours.
@@ -8,6 +8,7 @@ RECOGNIZED = [
     ("llama_3", ["<|start_header_id|>"]),
     ("chatml", ["<|im_start|>"]),
     ("llama_2", ["[INST]", "<<SYS>>"]),
+    ("mistral_instruct", ["[INST]"]),
     ("vicuna_v1", ["ASSISTANT:"]),
 ]
 
@@ -34,6 +35,7 @@ def recognize(folder, model_type):
         if all(mark in chat for mark in marks):
             return name
     raise InputError(
-        f"{folder}: its chat template is none of ours, it begins {' '.join(chat.split())[:60]!r}: "
-        "choose one with train.py --template="
+        f"{folder}: its chat template is none of ours, it begins {printable(chat)}: add "
+        '"template": "vicuna_v1" (or another of dialogue.TEMPLATES) to its config.json, or give '
+        "train.py --template="
     )

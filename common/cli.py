@@ -175,16 +175,14 @@ def class_help(classes, flag):
 
 
 def pick_device(name):
-    """Find the torch.device of "auto" (CUDA, else MPS, else CPU) or of a device's name.
+    """Find the torch.device of "auto" (CUDA, else CPU) or of a device's name.
 
     Each process that torchrun started gets a different GPU. Raises InputError.
     """
     import torch  # here, so that --help starts fast
 
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    elif name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:

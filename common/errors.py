@@ -1,4 +1,4 @@
-"""The error that every file raises for bad input."""
+"""The error that every file raises for bad input, and how it quotes a text."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,9 @@ class InputError(ValueError):
 
     Commands print it to stderr and exit with status 2.
     """
+
+
+def printable(text, length=80):
+    """Return at most `length` characters of a text from a file, control characters escaped."""
+    escaped = [c if c.isprintable() else repr(c)[1:-1] for c in str(text)[:length]]
+    return "".join(escaped)[:length]

@@ -11,6 +11,7 @@ padded square. format_box writes three decimals.
 """
 
 import io
+import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -19,13 +20,28 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.layouts import OPENAI
 from common.pretrained import read_processor
 
+# Only these are opened: for EPS, whatever a file's name is, Pillow would start Ghostscript. AVIF is
+# last, since Pillow before 11.3 does not know it.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF")
+# EXIF orientation -> how to turn the image upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 LARGEST_DOWNLOAD = 50_000_000  # bytes
+# some servers, Wikimedia's for one, refuse the default one of requests
+USER_AGENT = "nanoMLLM/1.0 (educational code for multimodal LLMs)"
 
 
 class BadImage(InputError):
@@ -71,21 +87,22 @@ class ImageSpec:
         default = "CLIP" if "crop_size" in config else "ViT"
         kind = config.get("image_processor_type") or config.get("feature_extractor_type") or default
         size = config["size"]
-        # a number: the square for these, else the shorter side
-        is_square = kind.startswith(("ViT", "DeiT", "Siglip"))
         if isinstance(size, dict):
             is_square = "height" in size
-            size = square_side(size) if is_square else size["shortest_edge"]
+        else:
+            # a number: the square for these, else the shorter side
+            is_square = kind.startswith(("ViT", "DeiT", "Siglip"))
         mode = "stretch" if is_square else "pad" if config.get("do_pad") else "crop"
-        crop = config.get("crop_size") if config.get("do_center_crop") else None
-        side = square_side(crop) if crop else size
+        resize_to = side = side_of(size)
+        if config.get("do_center_crop"):
+            side = side_of(config.get("crop_size") or size)
         return cls(
             side,
             mode,
             tuple(config["image_mean"]),
             tuple(config["image_std"]),
             config.get("resample", 2 if kind.startswith("ViT") else 3),
-            size if size != side else None,
+            resize_to if resize_to != side else None,
         )
 
     def config(self):
@@ -104,10 +121,12 @@ class ImageSpec:
         }
 
 
-def square_side(size):
-    """Read {"height": 224, "width": 224} or 224 -> 224. Raises ValueError if it is not square."""
+def side_of(size):
+    """Read 224, {"shortest_edge": 224} or {"height": 224, "width": 224} -> 224."""
     if not isinstance(size, dict):
         return size
+    if "shortest_edge" in size:
+        return size["shortest_edge"]
     if size["height"] != size["width"]:
         raise ValueError("only square images are supported")
     return size["height"]
@@ -116,12 +135,12 @@ def square_side(size):
 # --- open ---
 
 
-def open_image(path_or_file):
+def open_image(path):
     """Open any image file -> PIL image, RGB and upright; the first frame of an animation.
 
     Raises BadImage, which names the file.
     """
-    return open_file(path_or_file)[0]
+    return open_file(path, 0)[0]
 
 
 def open_frames(path, count):
@@ -133,34 +152,30 @@ def open_frames(path, count):
     """
     if not Path(path).is_dir():
         return open_file(path, count)
-    suffixes = Image.registered_extensions()
-    names = [name for name in Path(path).iterdir() if name.suffix.lower() in suffixes]
+    formats = Image.registered_extensions()
+    names = [name for name in Path(path).iterdir() if formats.get(name.suffix.lower()) in FORMATS]
     if not names:
         raise BadImage(f"{path}: no image files in this folder; it should hold a video's frames")
     names.sort(key=number_order)
     return [open_image(names[i]) for i in midpoints(len(names), count)]
 
 
-def open_file(path_or_file, count=None, name=None):
-    """Open `count` frames of an image file; None: the first one only. Raises BadImage.
-
-    name: what an error calls the file.
-    """
+def open_file(path_or_file, count, name=None):
+    """Open `count` frames of an image file, 0: the first one only. Raises BadImage."""
     try:
         with warnings.catch_warnings():
             # an image of very many pixels is an error
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path_or_file) as image:
-                if count is None:
-                    return [to_rgb(image).copy()]
+            with Image.open(path_or_file, formats=FORMATS) as image:
                 frames = []
-                for i in midpoints(getattr(image, "n_frames", 1), count):
+                for i in midpoints(getattr(image, "n_frames", 1), count) if count else [0]:
                     image.seek(i)
                     frames.append(to_rgb(image).copy())
                 return frames
     except Exception as error:  # on damaged files, decoders raise many kinds
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BadImage(f"{name or path_or_file}: not a readable image ({cause})") from None
+        where = printable(name or path_or_file, 300)
+        cause = printable(f"{type(error).__name__}: {error}", 200)
+        raise BadImage(f"{where}: not a readable image ({cause})") from None
 
 
 def midpoints(total, count):
@@ -176,38 +191,25 @@ def number_order(path):
 
 
 def read_image(name):
-    """Open an image file or an http(s) URL -> PIL image, RGB. Raises InputError."""
-    if name.startswith(("http://", "https://")):
-        return download_image(name)
-    return open_image(name)
+    """Open an image file, or an http(s) URL of at most LARGEST_DOWNLOAD bytes -> PIL image, RGB.
 
-
-def download_image(url):
-    """Download an image of at most LARGEST_DOWNLOAD bytes -> PIL image, RGB. Raises InputError."""
+    Raises InputError.
+    """
+    if not name.startswith(("http://", "https://")):
+        return open_image(name)
     import requests  # imported here: it is slow, and files do not need it
 
-    content = b""
+    headers, content = {"User-Agent": USER_AGENT}, b""
     try:
-        with requests.get(url, timeout=20, stream=True) as reply:
+        with requests.get(name, timeout=20, stream=True, headers=headers) as reply:
             reply.raise_for_status()
             for part in reply.iter_content(1 << 16):
                 content += part
                 if len(content) > LARGEST_DOWNLOAD:
-                    raise InputError(f"{url}: larger than {LARGEST_DOWNLOAD // 1_000_000} MB")
+                    raise InputError(f"{name}: larger than {LARGEST_DOWNLOAD // 1_000_000} MB")
     except requests.RequestException as error:
-        raise InputError(f"{url}: cannot be downloaded ({error})") from None
-    return open_file(io.BytesIO(content), name=url)[0]
-
-
-def upright_size(path):
-    """Read an image's header -> (width, height) as of open_image, or None if it is unreadable."""
-    try:
-        with Image.open(path) as image:
-            # 5 to 8: turned by a quarter
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return image.size[::-1] if turned else image.size
-    except Exception:  # decoders raise many kinds; open_image reports the cause
-        return None
+        raise InputError(f"{name}: cannot be downloaded ({error})") from None
+    return open_file(io.BytesIO(content), 0, name)[0]
 
 
 # --- convert ---
@@ -215,15 +217,23 @@ def upright_size(path):
 
 def to_rgb(image):
     """Convert a PIL image to RGB: upright by its EXIF, 8 bits, transparent parts on white."""
-    # else exif_transpose would copy it
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    # a TIFF turns itself upright while it loads
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged EXIF raises many kinds: take the image as it is
+        turn = None
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode == "F":
         raise BadImage("its pixels are floats, of unknown range: save it with 8 bits per color")
     if image.mode.startswith("I"):
-        # 16-bit gray; convert() would clip it at 255
-        gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
-        image = Image.fromarray(gray.astype(np.uint8))
+        # Integers, which convert() would clip at 255. Their range is 8, 12 or 16 bits, or as many
+        # as the largest one has.
+        gray = np.maximum(np.asarray(image).astype(np.int64), 0)
+        bits = int(gray.max()).bit_length()
+        depth = next((depth for depth in (8, 12, 16) if bits <= depth), bits)
+        image = Image.fromarray((gray >> (depth - 8)).astype(np.uint8))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -240,16 +250,14 @@ def to_pixels(image, spec):
             raise InputError("an image should be PIL's, or a uint8 array (H, W, 3)")
         image = Image.fromarray(image)
     image = to_rgb(image)
-    longest, shortest = max(image.size), min(image.size)
-    side = spec.resize_to or spec.size
-    size = (side, side)
+    size = [spec.resize_to or spec.size] * 2
     if spec.mode == "pad":
-        check_area(image, longest**2, spec.mode)
+        check_area([max(image.size)] * 2, image)
         image = pad_to_square(image, spec.mean)
-        size = (spec.size, spec.size)
+        size = [spec.size] * 2
     elif spec.mode == "crop":
-        size = tuple(int(side * edge / shortest) for edge in image.size)
-        check_area(image, size[0] * size[1], spec.mode)
+        size = [int(size[0] * edge / min(image.size)) for edge in image.size]
+        check_area(size, image)
     # all of it: resizing only what is kept would be faster, but differs by one level
     image = image.resize(size, spec.resample)
     left, top = (image.width - spec.size) // 2, (image.height - spec.size) // 2
@@ -257,10 +265,10 @@ def to_pixels(image, spec):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def check_area(image, area, mode):
-    """Raise BadImage if the padded or resized image would not fit into memory."""
-    if area > 2 * Image.MAX_IMAGE_PIXELS:
-        raise BadImage(f"an image of {image.width}x{image.height} is too elongated to {mode}")
+def check_area(size, image):
+    """Raise BadImage if an image of this size, made of `image`, would not fit into memory."""
+    if math.prod(size) > 2 * Image.MAX_IMAGE_PIXELS:
+        raise BadImage(f"an image of {image.width}x{image.height} is too elongated")
 
 
 def pad_to_square(image, mean):
@@ -334,9 +342,9 @@ def iou(a, b):
 
     A reversed box (x2 < x1) has no area: 0.
     """
-    left, top = max(a[0], b[0]), max(a[1], b[1])
-    right, bottom = min(a[2], b[2]), min(a[3], b[3])
-    both = area((left, top, right, bottom))
+    top_left = map(max, a[:2], b[:2])
+    bottom_right = map(min, a[2:], b[2:])
+    both = area([*top_left, *bottom_right])
     return both / (area(a) + area(b) - both) if both > 0 else 0.0
 
 

@@ -532,3 +532,12 @@ def read_parts(folder, towers, llms):
     for fields, numbers in zip(config["vision"], processor["towers"], strict=True):
         built.append(build_part(towers, fields, folder, numbers["mean"], numbers["std"]))
     return built, build_part(llms, config["llm"], folder), config
+
+
+def ranges_to_json(layers):
+    """Write the ranges in lists of layers as [start, stop]; ranges_from_json reads them."""
+    return [[[x.start, x.stop] if isinstance(x, range) else x for x in tower] for tower in layers]
+
+
+def ranges_from_json(layers):
+    return [[range(*x) if isinstance(x, list) else x for x in tower] for tower in layers]

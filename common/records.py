@@ -13,18 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import InputError
-from common.images import BadImage
+from common.errors import InputError, printable
+from common.images import BadImage, open_image
 
 # Half a character, as of an emoji that was cut: JSON can hold it, UTF-8 and tokenizers cannot.
 SURROGATE = re.compile("[\ud800-\udfff]")
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+# LLaVA's names of the roles in other words
+ROLES = {"human": "user", "gpt": "assistant"}
 READ = ("id", "image", "images", "conversations", "messages")
 # Keys that hold media or a system prompt elsewhere. Ignoring them would train on text alone.
 OTHERS = ("img", "img_path", "image_path", "image_file", "image_url", "picture", "photo", "video")
@@ -63,23 +58,25 @@ def parse(text, path, number):
         ) from None
 
 
-def pack(values):
-    """Write JSON values into one buffer -> bytes, the positions where they begin and end.
+class Packed:
+    """A list of JSON values, kept as text in one buffer.
 
     Python objects take several times as much memory. Forked workers, which count references in
     what they read, would even come to hold a copy each.
     """
-    buffer, ends = bytearray(), [0]
-    for value in values:
-        buffer += json.dumps(value).encode()
-        ends.append(len(buffer))
-    return buffer, np.array(ends)
 
+    def __init__(self, values):
+        texts = [json.dumps(value).encode() for value in values]
+        self.buffer = b"".join(texts)
+        self.ends = np.cumsum([0, *map(len, texts)])
 
-def unpack(buffer, ends, index):
-    """Read a value of `pack`, as a list does: -1 is the last. Raises IndexError."""
-    index = range(len(ends) - 1)[index]
-    return json.loads(buffer[ends[index] : ends[index + 1]])
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        # as in a list: -1 is the last, and IndexError ends a loop
+        index = range(len(self))[index]
+        return json.loads(self.buffer[self.ends[index] : self.ends[index + 1]])
 
 
 def is_text(value):
@@ -115,22 +112,23 @@ def read_turns(record, where):
     for message in messages:
         if not isinstance(message, dict):
             raise InputError(f"{where}: a message should be an object")
-        role = ROLES.get(str(message.get("from", message.get("role"))))
-        text = message.get("value", message.get("content"))
-        if role is None:
-            raise InputError(f'{where}: every message needs a role, "from": {", ".join(ROLES)}')
-        if not is_text(text):
+        role = str(message.get("from", message.get("role")))
+        roles.append(ROLES.get(role, role))
+        texts.append(message.get("value", message.get("content")))
+        if not is_text(texts[-1]):
             raise InputError(f'{where}: every message needs a text, "value", of whole characters')
-        roles.append(role)
-        texts.append(text)
-    system = texts[0] if roles[0] == "system" else ""
-    skip = 1 if roles[0] == "system" else 0
-    if roles[skip:] and roles[skip] == "assistant":
-        skip += 1
-    roles, texts = roles[skip:], texts[skip:]
-    if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
-        raise InputError(f"{where}: user and assistant should take turns")
-    return list(zip(texts[::2], texts[1::2], strict=False)), system
+    system = ""
+    if roles[0] == "system":
+        system, roles, texts = texts[0], roles[1:], texts[1:]
+    if roles[:1] == ["assistant"]:
+        roles, texts = roles[1:], texts[1:]
+    questions, answers = texts[::2], texts[1::2]
+    if roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
+        raise InputError(
+            f'{where}: "from" should be human and gpt, or user and assistant, in turns; the first '
+            "message may be from system"
+        )
+    return list(zip(questions, answers, strict=False)), system
 
 
 def llava_fields(record, image_dir, mark, where):
@@ -150,36 +148,40 @@ def llava_fields(record, image_dir, mark, where):
     return images, turns, system
 
 
-def is_inside(path, folder):
-    return os.path.commonpath([path, folder]) == folder
-
-
 def image_paths(names, folder, where):
-    """Join the names of images with their folder, an absolute path, which none may leave."""
+    """Join the names of images with their folder, an absolute path, which none may leave.
+
+    Links are followed: data sets are often linked into one folder.
+    """
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(is_text(name) and "\0" not in name for name in names):
         raise InputError(f"{where}: image should be a file name or a list of them")
     paths = [os.path.normpath(os.path.join(folder, name)) for name in names]
-    for path, name in zip(paths, names, strict=True):
-        if path == folder:
-            raise InputError(f"{where}: {name!r} is no image's name")
-        if not is_inside(path, folder):
-            raise InputError(f"{where}: the image path {path} leaves the image folder {folder}")
+    for path in paths:
+        if path == folder or os.path.commonpath([path, folder]) != folder:
+            name = printable(path, 300)
+            raise InputError(f"{where}: the image path {name} is not inside the folder {folder}")
     return paths
 
 
-def check_folders(folders, image_dir, path):
-    """Check the folders of all images of a data file at once, not at the first use."""
-    if folders and not os.path.isdir(image_dir):
-        raise InputError(f"{image_dir}: no such folder; the images of {path} should be in it")
-    check_links(folders, image_dir)
+def check_folder(folder, path):
+    """Check the image folder of a data file at once, not at the first image."""
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder; the images of {path} should be in it")
 
 
-def check_links(paths, folder):
-    """Refuse files and folders that are links out of the image folder."""
-    for path in paths:
-        if not is_inside(os.path.realpath(path), os.path.realpath(folder)):
-            raise BadImage(
-                f"{path}: is a link out of the image folder {folder}: move the images there (or "
-                "mount them), or choose an --image_dir that holds them all"
-            )
+def check_images(dataset, count=100):
+    """Open the images of `count` random samples before a run, so that it need not end days later.
+
+    As in the loader, three may be bad. Raises InputError.
+    """
+    indices = np.random.default_rng(0).permutation(len(dataset))[:count].tolist()
+    files = [file for i in indices for file in dataset[i].images if isinstance(file, str)]
+    bad = []
+    for file in files:
+        try:
+            open_image(file)
+        except BadImage as error:
+            bad.append(error)
+    if len(bad) > 3:
+        raise InputError(f"{len(bad)} of {len(files)} random images are bad, such as {bad[-1]}")

@@ -229,12 +229,3 @@ def save_mllm(model, folder, dtype=None, tensors=None):
         towers.append({"mean": mean, "std": std})
     write_json(partial / "preprocessor_config.json", model.spec.config() | {"towers": towers})
     replace_folder(partial, folder)
-
-
-def ranges_to_json(layers):
-    """Write the ranges in lists of layers as [start, stop]; ranges_from_json reads them."""
-    return [[[x.start, x.stop] if isinstance(x, range) else x for x in tower] for tower in layers]
-
-
-def ranges_from_json(layers):
-    return [[range(*x) if isinstance(x, list) else x for x in tower] for tower in layers]

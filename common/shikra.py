@@ -1,7 +1,7 @@
 """Read Shikra's boxes and expressions (arXiv 2306.15195), for training and for the benchmarks."""
 
-from common.errors import InputError
-from common.images import BadImage, format_box, pad_box, upright_size
+from common.errors import InputError, printable
+from common.images import BadImage, format_box, pad_box
 from common.records import is_text
 
 QUESTIONS = {
@@ -28,13 +28,13 @@ def shikra_turn(record, task, index, where):
     return name, (width, height), question, box if task == "rec" else expression
 
 
-def check_size(path, width, height):
-    """Refuse an image whose upright aspect ratio is not the one that its boxes were made for."""
-    size = upright_size(path)
-    # None: the file cannot be read, and opening it will say why
-    if size and abs(size[0] * height - size[1] * width) > 0.02 * size[0] * height:
+def check_size(path, size, stated):
+    """Refuse an image whose aspect ratio is not the one that its boxes were made for."""
+    (width, height), (stated_width, stated_height) = size, stated
+    if abs(width * stated_height - height * stated_width) > 0.02 * width * stated_height:
         raise BadImage(
-            f"{path}: is {size[0]}x{size[1]} upright, but its boxes are for {width}x{height}"
+            f"{printable(path, 300)}: is {width}x{height} upright, but its boxes are for "
+            f"{stated_width}x{stated_height}"
         )
 
 

@@ -12,6 +12,7 @@ tokenizers library ranks merges. So every way to cut a piece into two pieces bec
 ranked by the score of the whole.
 """
 
+import io
 import struct
 from pathlib import Path
 
@@ -41,37 +42,32 @@ def set_prefix(tokenizer, folder):
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, second])
 
 
-def read_varint(message, place):
-    """Read a protobuf integer, 7 bits a byte, low bits first -> value, the place after it."""
+def read_varint(stream):
+    """Read a protobuf integer: 7 bits a byte, low bits first."""
     value, shift = 0, 0
     while True:
-        byte = message[place]
-        place += 1
+        byte = stream.read(1)[0]
         value |= (byte & 127) << shift
         shift += 7
         if byte < 128:
-            return value, place
+            return value
 
 
 def fields(message):
     """Yield the (field number, value) of a protobuf message; values are ints, floats or bytes."""
-    place = 0
-    while place < len(message):
-        key, place = read_varint(message, place)
-        number, wire_type = divmod(key, 8)
+    stream = io.BytesIO(message)
+    while stream.tell() < len(message):
+        number, wire_type = divmod(read_varint(stream), 8)
         if wire_type == 0:
-            value, place = read_varint(message, place)
-            yield number, value
-            continue
-        if wire_type == 2:
-            length, place = read_varint(message, place)
+            yield number, read_varint(stream)
+        elif wire_type == 5:
+            yield number, struct.unpack("<f", stream.read(4))[0]
         else:
-            length = {1: 8, 5: 4}[wire_type]
-        value = message[place : place + length]
-        place += length
-        if place > len(message):
-            raise IndexError("ends within a field")
-        yield number, struct.unpack("<f", value)[0] if wire_type == 5 else value
+            length = read_varint(stream) if wire_type == 2 else 8
+            value = stream.read(length)
+            if len(value) < length:
+                raise IndexError("ends within a field")
+            yield number, value
 
 
 def read_pieces(message):
@@ -118,10 +114,10 @@ def load_tokenizer_model(folder):
         raise InputError(f"{path}: not a sentencepiece model, or damaged ({error!r})") from None
     if not pieces or trainer.get(3, 1) != BPE or normalizer.get(2):
         raise InputError(f"{path}: not a sentencepiece BPE model: take one with a tokenizer.json")
-    unknown = [piece for piece, _, type_ in pieces if type_ == UNKNOWN]
+    unknown = next((piece for piece, _, type_ in pieces if type_ == UNKNOWN), None)
     vocabulary = {piece: i for i, (piece, _, _) in enumerate(pieces)}
-    options = {"unk_token": unknown[0] if unknown else None, "fuse_unk": True}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges_of(pieces), byte_fallback=True, **options))
+    options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges_of(pieces), **options))
     steps = [normalizers.Replace(" ", "▁")]
     back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     has_prefix = normalizer.get(3, 1)

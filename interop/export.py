@@ -17,6 +17,7 @@ that run read them, and LoRA adapters are merged. Our own commands read all four
 
 import json
 import shutil
+import string
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,19 +26,26 @@ import torch.nn as nn
 from tokenizers import AddedToken, Tokenizer, processors
 
 import train
-from clip import CLIPVision, SigLIPVision
+from clip import CLIPVision
 from common import checkpoint, cli, lora
 from common.cli import option
 from common.distributed import Ranks
 from common.errors import InputError
 from common.pretrained import locate, on_meta, read_json
-from common.save import hugging_face, llm_tensors, replace_folder, save_checkpoint, write_json
+from common.save import (
+    dtype_name,
+    hugging_face,
+    llm_tensors,
+    replace_folder,
+    save_checkpoint,
+    write_json,
+)
 from connector import Tower, make_connector
 from dialogue import MARK, named
 from interop.llava import DENSE, KNOWN_TOWERS, TOWER
 from interop.load import load_model, newest_model
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -86,13 +94,15 @@ def llava_hf(model):
     projector = model.connector.mm_projector
     if name == "linear":
         # LlavaForConditionalGeneration has two linear layers: make the second one the identity.
-        identity = nn.Linear(projector.out_features, projector.out_features).to(projector.weight)
-        nn.init.eye_(identity.weight)
-        nn.init.zeros_(identity.bias)
-        projector = nn.Sequential(projector, nn.GELU(), identity)
-    for key, parameter in projector.named_parameters():
-        key = key.replace("0.", "linear_1.").replace("2.", "linear_2.")
-        tensors[f"multi_modal_projector.{key}"] = parameter
+        first, second = projector, nn.Linear(projector.out_features, projector.out_features)
+        second.to(projector.weight)
+        nn.init.eye_(second.weight)
+        nn.init.zeros_(second.bias)
+    else:
+        first, _, second = projector
+    for key, linear in (("linear_1", first), ("linear_2", second)):
+        tensors[f"multi_modal_projector.{key}.weight"] = linear.weight
+        tensors[f"multi_modal_projector.{key}.bias"] = linear.bias
     strategy = "default" if tower.num_prefix_tokens else "full"
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -115,7 +125,8 @@ def llava_hf(model):
         "vision_feature_select_strategy": strategy,
     }
     files = {"processor_config.json": processor}
-    return tokenizer_files(model, tokenizer) | image_files(model, tower) | files, tensors, config
+    files |= tokenizer_files(model, tokenizer) | image_files(model, tower)
+    return files, tensors, config
 
 
 def llava(model):
@@ -125,21 +136,16 @@ def llava(model):
     if not isinstance(tower, CLIPVision):
         raise InputError(f"--format=llava: not for a {tower.config.model_type} tower, only CLIP's")
     vision, vision_config = hugging_face(tower)
-    if isinstance(tower, SigLIPVision):
-        # No connector reads the last block, and the authors drop it.
-        last = f"vision_model.encoder.layers.{tower.config.num_hidden_layers - 1}."
-        vision = {key: tensor for key, tensor in vision.items() if not key.startswith(last)}
     tensors = {TOWER + key: tensor for key, tensor in vision.items()} | llm_tensors(model.llm)
     tensors |= {f"model.{key}": tensor for key, tensor in model.connector.state_dict().items()}
+    public_names = (key for key, shape in KNOWN_TOWERS.items() if shape == tower.config)
     llm_config = model.llm.config.to_dict()
     family = llm_config["model_type"].replace("qwen2", "qwen")
     config = llm_config | {
         "architectures": [f"Llava{family.capitalize()}ForCausalLM"],
         "model_type": f"llava_{family}",
         "use_mm_proj": True,
-        "mm_vision_tower": "siglip" if isinstance(tower, SigLIPVision) else "clip",
-        # A key of ours, for a tower that has no public name.
-        "mm_vision_config": vision_config,
+        "mm_vision_tower": next(public_names, tower.config.model_type),
         "mm_hidden_size": next(model.connector.parameters()).shape[1],
         "mm_projector_type": "linear" if name == "linear" else "mlp2x_gelu",
         "mm_vision_select_layer": -2,
@@ -149,13 +155,12 @@ def llava(model):
         "image_aspect_ratio": "pad" if model.spec.mode == "pad" else "square",
         "template": model.template,
     }
-    for public_name, shape in KNOWN_TOWERS.items():
-        if shape == tower.config:
-            config["mm_vision_tower"] = public_name
-            config.pop("mm_vision_config", None)
-    for their_kind, ours in DENSE.items():
+    if config["mm_vision_tower"] == tower.config.model_type:
+        # A key of ours, for a tower that has no public name.
+        config["mm_vision_config"] = vision_config
+    for theirs, ours in DENSE.items():
         if name == ours:
-            config["mm_dense_connector_type"] = their_kind
+            config["mm_dense_connector_type"] = theirs
     return tokenizer_files(model) | image_files(model, tower), tensors, config
 
 
@@ -201,49 +206,71 @@ def image_files(model, tower):
 
 
 def tokenizer_files(model, tokenizer=None):
-    """Return the tokenizer's files.
+    """Return the tokenizer's files, which give the same prompt as dialogue.render.
 
-    Its BOS and its chat template give the same prompt as dialogue.render.
+    transformers' processors put BOS before a chat template's text, its tokenizers do not.
+    tokenizer: for a processor, with the token <image>. None: the model's, alone.
     """
-    template = named(model.template)
+    template, files = named(model.template), {}
+    if template.keeps_questions:
+        files["chat_template.jinja"] = chat_template(template, has_bos=tokenizer is None)
     tokenizer = Tokenizer.from_str((tokenizer or model.tokenizer).to_str())
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    # A prompt in a batch ends at the right, where its answer begins.
+    settings["padding_side"] = "left"
     for bos in template.bos:
         bos_id = tokenizer.token_to_id(bos)
         if bos_id is not None:
             settings["bos_token"] = bos
             tokenizer.post_processor = processors.TemplateProcessing(
-                single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, bos_id)]
+                single=f"{bos} $A", special_tokens=[(bos, bos_id)]
             )
             break
     end = template.end.strip(" ")
     if end in template.special:
         settings |= {"eos_token": end, "pad_token": end}
-    files = {"tokenizer.json": json.loads(tokenizer.to_str()), "tokenizer_config.json": settings}
-    if template.keeps_questions:
-        files["chat_template.jinja"] = chat_template(template)
-    return files
+    files["tokenizer.json"] = json.loads(tokenizer.to_str())
+    return files | {"tokenizer_config.json": settings}
 
 
-def chat_template(template):
-    """Write a template in Jinja.
+# Images come first. A message's content is a string or a list of parts.
+CHAT = """
+{%- macro content(message) -%}
+  {%- if message.content is string -%}
+    {{- message.content -}}
+  {%- else -%}
+    {%- for part in message.content if part.type == "image" -%}
+      {{- "<image>\\n" -}}
+    {%- endfor -%}
+    {%- for part in message.content if part.type == "text" -%}
+      {{- part.text -}}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- set system, turns = $system, messages -%}
+{%- if messages[0].role == "system" -%}
+  {%- set system, turns = $other_system, messages[1:] -%}
+{%- endif -%}
+{{- $bos -}}
+{%- for message in turns -%}
+  {%- if message.role == "assistant" -%}
+    {{- $reply ~ content(message) ~ $end -}}
+  {%- else -%}
+    {{- ($before ~ system ~ $after if loop.first else $later) ~ content(message) ~ $ask -}}
+  {%- endif -%}
+{%- endfor -%}
+"""
 
-    Images come first. A message's content is a string or a list of parts.
-    """
-    first = template.first.replace("{system}", template.system)
-    texts = (first, template.later, template.ask, template.reply, template.end)
-    first, later, ask, reply, end = map(json.dumps, texts)
-    content = (
-        "{% if m.content is string %}{{ m.content }}{% else %}"
-        "{% for part in m.content if part.type == 'image' %}<image>\n{% endfor %}"
-        "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endif %}"
-    )
-    return (
-        "{% for m in messages %}{% if m.role == 'user' %}"
-        f"{{{{ {first} if loop.first else {later} }}}}{content}{{{{ {ask} }}}}"
-        "{% elif m.role == 'assistant' %}"
-        f"{{{{ {reply} }}}}{content}{{{{ {end} }}}}"
-        "{% endif %}{% endfor %}"
+
+def chat_template(template, has_bos):
+    """Write a template in Jinja. has_bos: it begins with the BOS token."""
+    before, place, after = template.first.partition("{system}")
+    texts = vars(template) | {"before": before, "after": after}
+    refusal = "raise_exception('this model has no place for a system message')"
+    return string.Template(CHAT).substitute(
+        {name: json.dumps(text) for name, text in texts.items()},
+        bos="bos_token" if has_bos else "''",
+        other_system="content(messages[0])" if place else refusal,
     )
 
 
@@ -267,11 +294,11 @@ def export(model, folder, format="", index=0):
     folder = Path(folder)
     if not format:
         format = "llava-hf" if model.connector.name in ("linear", "mlp") else "llava"
-    options = [index] if format == "tower" else []
-    files, tensors, config = FORMATS[format](model, *options)
+    write = FORMATS[format]
+    files, tensors, config = write(model, index) if write is tower else write(model)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    dtype = str(model.llm.embed_tokens.weight.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.llm)
     save_checkpoint(partial, tensors, config | {"dtype": dtype, "torch_dtype": dtype})
     for name, content in files.items():
         if isinstance(content, str):
@@ -286,15 +313,14 @@ def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
     if not config.to or Path(config.to).exists():
         raise InputError(f"--to={config.to}: give the name of a new folder")
-    for key, known in (("format", FORMATS), ("dtype", DTYPES)):
-        value = getattr(config, key)
-        if value not in ("", *known):
-            raise InputError(f"--{key}={value}: must be one of {', '.join(known)}")
+    dtype = cli.find_class(DTYPES, config.dtype, "--dtype") if config.dtype else None
+    if config.format:
+        cli.find_class(FORMATS, config.format, "--format")
     source = locate(config.model or newest_model())
     if (source / "state.json").exists():
-        model = read_checkpoint(source).to(getattr(torch, config.dtype or "float32"))
+        model = read_checkpoint(source).to(dtype or torch.float32)
     else:
-        model = load_model(source, getattr(torch, config.dtype, None))
+        model = load_model(source, dtype)
     format = export(model, config.to, config.format, config.tower)
     print(f"wrote {config.to} ({format})")
 

@@ -4,13 +4,16 @@ newest_model     finds the model that was trained last
 dtype_to_answer  chooses its dtype
 load_model       -> MLLM: a folder of ours, LLaVA-1.5 (llava-hf's or the authors' layout), or
                  the Dense Connector's release
+load_to_answer   the same, by what --model, --device and --bf16 say
 load_connector   puts a connector alone into an MLLM: LLaVA's mm_projector, or that of a model
 """
 
+import sys
 from pathlib import Path
 
 import torch
 
+from common.cli import pick_device
 from common.errors import InputError
 from common.pretrained import PICKLED, load_weights, locate, open_safetensors, read_config, stored
 from mllm import MLLM
@@ -49,6 +52,18 @@ def load_model(folder_or_id, dtype=torch.float32, device="cpu"):
 
         return llava.load(folder, config, dtype, device)
     return MLLM.from_pretrained(folder, dtype, device)
+
+
+def load_to_answer(name, device="auto", bf16=None):
+    """Load a model that only answers -> its name, the model. Raises InputError.
+
+    name: empty for the newest under out/; device: see common.cli.pick_device; bf16: see
+    dtype_to_answer.
+    """
+    device = pick_device(device)
+    name = str(name or newest_model())
+    print(f"model: {name}", file=sys.stderr)
+    return name, load_model(name, dtype_to_answer(name, device, bf16), device)
 
 
 def load_connector(model, path):

@@ -36,7 +36,7 @@ class PhiConfig:
     num_hidden_layers: int  # L
     num_attention_heads: int  # H, query heads
     num_key_value_heads: int = None  # G, key/value heads; None: H
-    head_dim: int = None  # D; None: C / H
+    head_dim: int = None  # width of a head; None: C / H
     partial_rotary_factor: float = 0.5  # the part of a head's channels that RoPE rotates
     layer_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -83,6 +83,8 @@ class PhiConfig:
 
 class Attention(llama.Attention):
     """LLaMA's attention with biases. The output layer is named `dense`."""
+
+    window = None
 
     def __init__(self, config, layer):
         super().__init__(config, layer)

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
+import data
 from common.errors import InputError
 from common.images import BadImage, ImageSpec
-from data import DATASETS, LlavaData, Loader, Sample, collate, num_with_images, order
-from dialogue import IGNORE, IMAGE
+from common.records import check_images
+from data import DATASETS, Batches, LlavaData, Loader, Sample, collate, num_with_images, order
+from dialogue import IGNORE, IMAGE, cut_to_length, encode
 
 # --- formats ---
 
@@ -45,10 +47,10 @@ def test_llava_json_and_jsonl_and_openai_messages_give_the_same_samples(tmp_path
     (tmp_path / "sub").mkdir()
     a, b = str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")
     expected = [
-        Sample([str(tmp_path / "sub" / "a.jpg")], [("<image>\nq", "a"), ("q2", "a2")], "one"),
-        Sample([a, b], [("<image><image>?", "first")], "2"),
-        Sample([], [("no image", "none")], "2", "Be brief."),
-        Sample([], [("no image", "none")], "3", "Be brief."),
+        Sample([str(tmp_path / "sub" / "a.jpg")], [["<image>\nq", "a"], ["q2", "a2"]], "one"),
+        Sample([a, b], [["<image><image>?", "first"]], "2"),
+        Sample([], [["no image", "none"]], "2", "Be brief."),
+        Sample([], [["no image", "none"]], "3", "Be brief."),
     ]
     for lines in (False, True):
         dataset = LlavaData(write(tmp_path / "data", records, lines), tmp_path)
@@ -101,7 +103,7 @@ def test_a_bad_record_or_file_is_named_in_one_line(tmp_path):
         assert str(file) in message and part in message and "\n" not in message
 
 
-def test_shikra_asks_for_the_box_or_gives_it(tmp_path):
+def test_shikra_asks_for_the_box_or_gives_it(loader, tmp_path):
     box = BOX | {"bbox": [10, -3, 30, 50], "width": 100, "height": 50}
     records = [box | {"expression": f"cat {i}"} for i in range(8)]
     file = write(tmp_path / "s.jsonl", records, lines=True)
@@ -115,8 +117,8 @@ def test_shikra_asks_for_the_box_or_gives_it(tmp_path):
         assert question.startswith("<image>\n") and box in question and answer == f"cat {i}"
     # boxes of another shape than the image's
     Image.new("RGB", (50, 100)).save(tmp_path / "a.jpg")
-    with pytest.raises(BadImage, match="a.jpg"):
-        rec[0]
+    with pytest.raises(InputError, match="a.jpg.*50x100.*100x50"):
+        take(loader(rec), 1)
 
 
 # --- the loader ---
@@ -195,11 +197,11 @@ def test_a_batch_packs_dialogues_with_their_images_and_no_padding(loader):
         assert supervised[-1] and not supervised[0]
     place = sum(images[name] for name in batch.ids[: batch.ids.index("one")])
     assert (batch.pixels[place] == 7).all()
-    # the first token of a dialogue is not predicted from the dialogue before it; a file that two
-    # dialogues share is in the batch once
-    examples = [("a", [5, 6], [5, 6], [("a.jpg", torch.zeros(3, 8, 8))])]
-    examples.append(("b", [7, 8, 9], [7, IGNORE, 9], examples[0][3]))
-    batch = collate(examples, [], 8)
+    # a file that two dialogues share is in the batch once; the first token of a dialogue is not
+    # predicted from the dialogue before it
+    a, b = np.array([[5, 6], [5, 6]]), np.array([[7, 8, 9], [7, IGNORE, 9]])
+    images = {"skipped.jpg": (None, None), "a.jpg": (torch.zeros(3, 8, 8), None)}
+    batch = collate([("a", a, ["a.jpg"]), ("b", b, ["a.jpg"])], [], images, 8)
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9]] and batch.lengths == [2, 3]
     assert batch.labels.tolist() == [[IGNORE, 6, IGNORE, IGNORE, 9]]
     assert batch.pixels.shape == (1, 3, 8, 8) and batch.image_index.tolist() == [0, 0]
@@ -255,6 +257,9 @@ def test_a_sample_that_cannot_be_used_is_skipped_counted_and_named(loader, tmp_p
     records[6]["conversations"] = talk("<image>q", "")
     # without images "<image>" within a message is text
     records[7] = {"id": "n7", "conversations": talk("What is <image> in RSS?", "An <image> tag.")}
+    # a linked folder, as data sets often are
+    records[0]["image"] = "linked/0.png"
+    (tmp_path / "linked").symlink_to(tmp_path)
     for i in (0, 1, 2, 3, 4, 6):
         Image.new("RGB", (12, 9)).save(tmp_path / f"{i}.png")
     (tmp_path / "2.png").write_bytes(b"damaged")
@@ -266,9 +271,41 @@ def test_a_sample_that_cannot_be_used_is_skipped_counted_and_named(loader, tmp_p
     for index, (name, error) in loading.skipped.items():
         assert name == f"n{index}"
         assert index == 6 or isinstance(error, BadImage) and f"{index}.png" in str(error)
+    # two bad images are few, and twice as many are found before a run
+    check_images(loading.dataset)
+    with pytest.raises(InputError, match="[25].png"):
+        check_images(ConcatDataset([loading.dataset] * 2))
+    # what a file says is printed in part, and without control characters
+    records[0] |= {"id": "\ud83d\x1b[2J\n" + "x" * 1_000_000}
+    (name,) = {sample.id for sample in LlavaData(write(tmp_path / "a.json", records[:1]), tmp_path)}
+    assert name.isprintable() and len(name) == 80
 
 
-def test_too_many_bad_images_stop_the_run_and_so_does_a_dataset_without_answers(loader):
+def test_of_a_huge_text_only_a_part_is_encoded(world_tokenizer, monkeypatch):
+    class Counting:
+        """A tokenizer that counts the characters it encodes."""
+
+        characters, token_to_id = 0, world_tokenizer.token_to_id
+
+        def encode(self, text, **options):
+            self.characters += len(text)
+            return world_tokenizer.encode(text, **options)
+
+    def tokens(tokenizer, turns, limit):
+        sample = Sample([], turns, "a")
+        return Batches([sample], tokenizer, "tiny", ImageSpec(8), 4, limit)[[0]].tokens[0].tolist()
+
+    tokenizer, turns = Counting(), [("q", "yes"), ("a", "circle"), ("q", "a b " * 1_000_000)]
+    assert tokens(tokenizer, turns, 100) == encode(world_tokenizer, turns[:2], "tiny")[0]
+    assert tokenizer.characters <= 100 * 512
+    # a tighter bound would do, and gives the same tokens
+    monkeypatch.setattr(data, "LONGEST_TOKEN", max(map(len, world_tokenizer.get_vocab())) + 1)
+    for limit in range(60):
+        expected = cut_to_length(*encode(world_tokenizer, turns[:2], "tiny"), limit, 4)[0]
+        assert tokens(world_tokenizer, turns, limit) == (expected or [0])
+
+
+def test_too_many_bad_images_stop_the_run(loader):
     # three are forgiven, and so are 0.5%; four of 40 and 2% of 2000 are not
     take(loader(Listed(40, bad=[5, 6, 7]), 10, 10), 8)
     take(loader(Listed(2000, bad=range(0, 2000, 200)), 10, 10), 200)
@@ -277,22 +314,3 @@ def test_too_many_bad_images_stop_the_run_and_so_does_a_dataset_without_answers(
         with pytest.raises(InputError, match="missing.jpg"):
             take(loading, 150)
         assert loading.seen <= 0.75 * n + 10
-    with pytest.raises(InputError, match="n[0-4]"):
-        take(loader(Listed(5, empty=range(5))), 9)
-
-
-def test_links_out_of_the_image_folder_are_refused(loader, tmp_path):
-    images = tmp_path / "images"
-    images.mkdir()
-    for path in (tmp_path / "secret.jpg", images / "b.jpg"):
-        Image.new("RGB", (12, 9)).save(path)
-    (images / "a.jpg").symlink_to(tmp_path / "secret.jpg")
-    file = write(tmp_path / "a.json", [GOOD, GOOD | {"id": "b", "image": "b.jpg"}])
-    # the image folder itself may be a link
-    (tmp_path / "link").symlink_to(images)
-    loading = loader(LlavaData(file, tmp_path / "link"), global_batch=2)
-    assert names(take(loading, 1)) == [["b"]] and "a.jpg" in str(loading.skipped[0][1])
-    (images / "coco").symlink_to(tmp_path)
-    # a linked folder at once, not at that sample
-    with pytest.raises(InputError, match="coco"):
-        LlavaData(write(file, [GOOD | {"image": "coco/secret.jpg"}]), images)

@@ -39,22 +39,28 @@ def test_images_of_every_mode_open_as_rgb(rgb, tmp_path):
     pixels = np.asarray(open_image(saved(rgba, tmp_path / "rgba.png")))
     assert (pixels[:, :10] == 255).all()
     assert np.array_equal(pixels[:, 10:], np.asarray(rgb)[:, 10:])
-    # 16 bits become 8
-    values = (np.arange(256, dtype=np.uint16) * 256 + 77).reshape(16, 16)
-    deep = np.asarray(open_image(saved(Image.fromarray(values), tmp_path / "deep.png")))
-    assert np.array_equal(deep[..., 0], np.arange(256).reshape(16, 16))
+    # gray of 12, 16 and 32 bits becomes 8 bits, and 8 bits stay
+    gray = np.arange(256).reshape(16, 16)
+    for bits, dtype in ((8, "uint16"), (8, "int32"), (12, "uint16"), (16, "uint16"), (31, "int32")):
+        values = (gray << (bits - 8)) + (77 & (1 << (bits - 8)) - 1)
+        deep = saved(Image.fromarray(values.astype(dtype)), tmp_path / "deep.tiff")
+        assert np.array_equal(np.asarray(open_image(deep))[..., 0], gray), (bits, dtype)
 
 
-def test_exif_orientation_is_applied(rgb, tmp_path):
+def test_exif_orientation_is_applied_and_damaged_exif_is_not(rgb, tmp_path):
     array = np.asarray(rgb)
     upright = [array, array[:, ::-1], array[::-1, ::-1], array[::-1], array.swapaxes(0, 1)]
     upright += [np.rot90(array, -1), array[::-1, ::-1].swapaxes(0, 1), np.rot90(array)]
     for orientation, expected in enumerate(upright, 1):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        path = saved(rgb, tmp_path / "turned.png", exif=exif)
-        assert np.array_equal(open_image(path), expected), orientation
-        assert images.upright_size(path) == open_image(path).size
+        for name in ("turned.png", "turned.tiff"):
+            path = saved(rgb, tmp_path / name, exif=exif)
+            assert np.array_equal(open_image(path), expected), (orientation, name)
+    plain = open_image(saved(rgb, tmp_path / "plain.jpg"))
+    damaged = open_image(saved(rgb, tmp_path / "damaged.jpg", exif=b"Exif\0\0damaged"))
+    assert np.array_equal(plain, damaged)
+    assert np.array_equal(to_pixels(damaged, ImageSpec(8)), to_pixels(plain, ImageSpec(8)))
 
 
 def test_frames_of_a_video_are_the_middles_of_equal_segments(tmp_path):
@@ -77,9 +83,10 @@ def test_an_image_that_cannot_be_used_is_named_in_one_line(rgb, tmp_path, monkey
     whole = saved(rgb.resize((200, 200)), tmp_path / "whole.jpg").read_bytes()
     (tmp_path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.jpg").write_text("not an image")
+    # a format that is not opened, whatever the name is
+    saved(rgb, tmp_path / "ppm.jpg", format="ppm")
     saved(rgb.resize((300, 300)), tmp_path / "bomb.png")
     saved(Image.fromarray(np.zeros((8, 8), np.float32)), tmp_path / "floats.tiff")
-    assert images.upright_size(tmp_path / "text.jpg") is None
     needle = Image.new("RGB", (1, 60000))
     for mode in ("pad", "crop"):
         with pytest.raises(BadImage, match="1x60000"):
@@ -88,7 +95,7 @@ def test_an_image_that_cannot_be_used_is_named_in_one_line(rgb, tmp_path, monkey
         to_pixels(np.zeros((8, 8, 3)), ImageSpec(8))
     # bomb.png has 90,000 pixels: where PIL itself only warns
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60000)
-    for name in ("truncated.jpg", "text.jpg", "bomb.png", "floats.tiff", "none.jpg"):
+    for name in ("truncated.jpg", "text.jpg", "bomb.png", "floats.tiff", "ppm.jpg", "none.jpg"):
         with pytest.raises(BadImage) as error:
             open_image(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
@@ -96,7 +103,13 @@ def test_an_image_that_cannot_be_used_is_named_in_one_line(rgb, tmp_path, monkey
 
 def test_an_image_is_read_from_a_url_up_to_a_limit(rgb, tmp_path, monkeypatch):
     path = saved(rgb, tmp_path / "a.png")
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+
+    class Handler(SimpleHTTPRequestHandler):
+        def parse_request(self):
+            # as Wikimedia, which refuses the default User-Agent of requests
+            return super().parse_request() and "nanoMLLM" in self.headers["User-Agent"]
+
+    handler = partial(Handler, directory=tmp_path)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/"

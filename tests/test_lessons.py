@@ -1,6 +1,7 @@
 """Run every snippet and command of docs/lessons and apply every change.
 
-```python, ```sh              one namespace a lesson; after a change a new one
+```python, ```sh              one namespace a lesson, and a new one after a change or for an
+                              exercise that does not say "Continue"
 ```diff, first --- FILE       a change; its old lines must be in FILE exactly once
 <!-- short: --steps1=2 -->    before commands: further flags for the tests
 <!-- short: 300 => 60 -->     before a snippet: a replacement for the tests
@@ -9,44 +10,39 @@
 
 import codeop
 import importlib
+import io
+import json
 import re
 import shlex
 import shutil
 import sys
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections import namedtuple
+from contextlib import contextmanager, redirect_stdout
 
 import pytest
 from conftest import ROOT
 
+from tools.notebooks import notebook
+
+ANSWERS = ROOT / "docs" / "lessons" / "answers.md"
 LESSONS = sorted((ROOT / "docs" / "lessons").glob("[0-9]*.md"))
+CONTINUE = "Continue in the Python of the walk"
 FILES = [path.stem for path in ROOT.glob("*.py")]
 ROOMS = ["common", "toy", "benchmarks", "interop", "tools"]
 OTHERS = shutil.ignore_patterns(".*", "docs", "out", "runs", "shared", "tests")
 BLOCK = re.compile(r"(?ms)^(?:<!-- (short|fails): ([^\n]+) -->\n)?```(python|sh|diff)\n(.*?)^```$")
 each_lesson = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
-
-
-class Block(NamedTuple):
-    kind: str
-    text: str
-    note: tuple
+# note: ("short" or "fails" or "", words)
+Block = namedtuple("Block", ["kind", "text", "note"])
 
 
 def read(lesson):
-    """Return lists of blocks: the walk, then one list for each exercise."""
+    """Return (text, blocks) of the walk, then of each exercise."""
     parts = []
     for part in re.split(r"^(?=### )", lesson.read_text(encoding="utf-8"), flags=re.M):
-        found = BLOCK.findall(part)
-        parts.append([Block(kind, text, (what, words)) for what, words, kind, text in found])
+        blocks = [Block(kind, text, note) for *note, kind, text in BLOCK.findall(part)]
+        parts.append((part, blocks))
     return parts
-
-
-def at_change(blocks):
-    """Split an exercise: blocks before its change, the change, blocks that show its effect."""
-    first = next((i for i, block in enumerate(blocks) if block.kind == "diff"), len(blocks))
-    changes = [block for block in blocks if block.kind == "diff"]
-    return blocks[:first], changes, [block for block in blocks[first:] if block.kind != "diff"]
 
 
 def apply_change(diff, folder):
@@ -102,7 +98,9 @@ def run_blocks(blocks, namespace, lesson):
             old, new = block.note[1].split(" => ")
             assert old in text
             text = text.replace(old, new)
-        exec(compile(text, lesson.name, "exec"), namespace)
+        with redirect_stdout(io.StringIO()) as printed:
+            exec(compile(text, lesson.name, "exec"), namespace)
+        assert printed.getvalue(), f"this snippet prints nothing:\n{text}"
 
 
 @pytest.fixture
@@ -115,27 +113,28 @@ def desk(tmp_path, monkeypatch):
 
 @each_lesson
 def test_a_lesson_runs_as_written(lesson, desk):
-    walk, *exercises = read(lesson)
+    (_, walk), *exercises = read(lesson)
     namespace = {"__name__": "lesson"}
     run_blocks(walk, namespace, lesson)
-    for i, blocks in enumerate(exercises):
-        before, changes, after = at_change(blocks)
-        run_blocks(before, namespace, lesson)
-        if not changes:
-            continue
-        copy = desk / f"exercise{i}"
-        shutil.copytree(ROOT, copy, ignore=OTHERS)
-        for change in changes:
-            apply_change(change.text, copy)
-        with modules_of(copy):
-            run_blocks(after, {"__name__": "exercise"}, lesson)
+    for i, (text, blocks) in enumerate(exercises):
+        changes = [block for block in blocks if block.kind == "diff"]
+        first = blocks.index(changes[0]) if changes else len(blocks)
+        before, after = blocks[:first], blocks[first + len(changes) :]
+        run_blocks(before, namespace if CONTINUE in text else {}, lesson)
+        if changes:
+            copy = desk / f"exercise{i}"
+            shutil.copytree(ROOT, copy, ignore=OTHERS)
+            for change in changes:
+                apply_change(change.text, copy)
+            with modules_of(copy):
+                run_blocks(after, {"__name__": "exercise"}, lesson)
 
 
-@each_lesson
+@pytest.mark.parametrize("lesson", [*LESSONS, ANSWERS], ids=lambda lesson: lesson.stem)
 def test_every_block_is_read_and_can_be_pasted(lesson):
     """Python 3.11 reads a paste line by line: a blank line must follow an indented block."""
     text = lesson.read_text(encoding="utf-8")
-    blocks = [block for part in read(lesson) for block in part]
+    blocks = [block for _, part in read(lesson) for block in part]
     assert text.count("```") == 2 * len(blocks)
     assert text.count("<!--") == len([block for block in blocks if block.note[0]])
     for block in blocks:
@@ -147,8 +146,15 @@ def test_every_block_is_read_and_can_be_pasted(lesson):
         assert not waiting
 
 
+@each_lesson
+def test_its_notebook_is_up_to_date(lesson):
+    written = (ROOT / "docs" / "notebooks" / f"{lesson.stem}.ipynb").read_text(encoding="utf-8")
+    text = lesson.read_text(encoding="utf-8")
+    assert json.loads(written) == notebook(text), "run python -m tools.notebooks"
+
+
 def test_the_best_guess_of_the_answers_is_the_one_that_the_docs_state(capsys):
-    page = (ROOT / "docs" / "lessons" / "answers.md").read_text(encoding="utf-8")
+    page = ANSWERS.read_text(encoding="utf-8")
     exec(BLOCK.search(page)[4], {})
     scores = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert "It prints {}, {}, {} and {}.".format(*scores.values()) in page

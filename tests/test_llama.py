@@ -48,6 +48,13 @@ def prompts(batch, length, seed=1):
     return torch.randint(0, 61, (batch, length), generator=seeded(seed))
 
 
+def states_and_logits(model, tokens):
+    states = [model.embed(tokens)]
+    for part in (*model.layers[:-1], model.norm):
+        part.register_forward_hook(lambda part, inputs, output: states.append(output))
+    return states, model(tokens)
+
+
 def gradients(model, logits):
     model.zero_grad()
     logits.logsumexp(-1).sum().backward()
@@ -58,8 +65,8 @@ def gradients(model, logits):
 @torch.no_grad()
 def test_states_logits_and_greedy_ids_are_those_of_transformers(name):
     folder, expected = recorded(name)
-    model, states = (Phi if name == "phi" else Llama).from_pretrained(folder), []
-    logits = model(expected["tokens"], states=states)
+    model = (Phi if name == "phi" else Llama).from_pretrained(folder)
+    states, logits = states_and_logits(model, expected["tokens"])
     assert relative_error(torch.stack(states), expected["hidden_states"]) < 1e-5
     assert relative_error(logits, expected["logits"]) < 1e-5
     rows = zip(expected["prompts"], expected["mask"].bool(), expected["greedy"], strict=True)
@@ -124,7 +131,7 @@ def test_prompts_of_a_batch_are_answered_as_each_alone_without_a_cache(settings)
     embeds = model.embed(padded)
     assert torch.equal(model.generate(None, 15, embeds=embeds, lengths=lengths), alone)
     # A text in pieces through the cache has the logits of the whole.
-    tokens, cache = prompts(2, 16), KVCache(model.config, 2, 20)
+    tokens, cache = prompts(2, 16), KVCache(20)
     positions = torch.arange(16).expand(2, 16)
     pieces = [model(tokens[:, :6], cache=cache)]
     for a, b in ((6, 7), (7, 13), (13, 16)):

@@ -8,6 +8,7 @@ transformers = pytest.importorskip("transformers")
 
 from conftest import relative_error
 from make_llama_fixtures import VARIANTS, continuation, prompts_of, reference
+from test_llama import states_and_logits
 
 from interop.phi import Phi, PhiConfig
 from llama import Llama, LlamaConfig
@@ -40,8 +41,7 @@ def test_states_logits_and_greedy_ids_are_those_of_transformers(variant, tmp_pat
         theirs.save_pretrained(tmp_path)
     cls = Phi if theirs.config.model_type == "phi" else Llama
     ours = cls.from_pretrained(tmp_path)
-    states = []
-    logits = ours(tokens, states=states)
+    states, logits = states_and_logits(ours, tokens)
     assert len(states) == len(expected.hidden_states)
     for state, reference_state in zip(states, expected.hidden_states, strict=True):
         assert relative_error(state, reference_state) < 1e-5

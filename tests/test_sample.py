@@ -56,10 +56,19 @@ def test_boxes_are_drawn_in_original_pixels():
     panel(Image.new("RGB", (500, 1)), boxes, [("white", "line\nbreak 漢字 " * 300)])
 
 
-def test_alone_it_asks_about_test_scenes_and_saves_an_image(model_folder, capsys):
+def test_alone_it_asks_about_test_scenes_and_a_chat_proposes_questions(
+    model_folder, monkeypatch, capsys
+):
     sample.main(["--count=3", "--max_new_tokens=8", "--temperature=1", "--top_k=50"])
-    assert capsys.readouterr().out.count("test scene") == 3
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi?"))
+    sample.main(["--chat", "--max_new_tokens=1"])
+    printed = capsys.readouterr()
+    assert printed.out.count("test scene") == 3
+    assert all(words in printed.err for words in ("out/chat.png", "Where is the", "empty line"))
+    # the chat has not replaced the image of three scenes
     assert Image.open("out/sample.png").width > 900
+    sample.main(["--image=out/chat.png,out/sample.png", "--prompt=Hi?", "--max_new_tokens=1"])
+    assert Image.open("out/sample.png").width > 1500
 
 
 def test_an_answer_with_a_box_is_drawn_and_a_conversation_continues(
@@ -68,13 +77,13 @@ def test_an_answer_with_a_box_is_drawn_and_a_conversation_continues(
     image, out, answer = Image.new("RGB", (80, 40)), tmp_path / "a.png", "[0.25,0.50,0.75,0.75]."
     parrot = Parrot(tiny_model, f"{answer}</s>")
     monkeypatch.setattr(sys, "stdin", io.StringIO("Where?\nAnd now?\n\nnever asked\n"))
-    sample.chat(parrot, image, out, {})
+    sample.chat(parrot, [image], out, {})
     assert capsys.readouterr().out == f"{answer}\n{answer}\n"
     assert parrot.prompts == [[("Where?", None)], [("Where?", answer), ("And now?", None)]]
     assert (np.asarray(Image.open(out)) == PINK).all(-1).any()
     # a question that is too long does not end the chat
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"Hi?\n{'long ' * 300}\nWell?\n"))
-    sample.chat(tiny_model, None, out, {"max_new_tokens": 2})
+    sample.chat(tiny_model, [], out, {"max_new_tokens": 2})
     printed = capsys.readouterr()
     assert printed.out.count("\n") == 2 and printed.err.count("error:") == 1
 

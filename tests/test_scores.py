@@ -46,7 +46,8 @@ def test_answers_of_ten_people_agree_as_officially():
     assert scores.vqa_accuracy("Two", ["two"] * 10) == 0
     assert scores.vizwiz_accuracy("Unanswerable.", ["unanswerable"] * 10) == 1
     assert scores.vizwiz_accuracy("2", ["two"] * 10) == 0
-    assert scores.gqa_match("Yes.", "yes") and scores.video_match("A dog.", "dog")
+    for task, answer, target in (("gqa", "Yes.", "yes"), ("video", "A dog.", "Dog")):
+        assert BENCHMARKS[task].score([answer, "cat"], [target] * 2) == {"accuracy": 0.5}
 
 
 def test_pope_is_the_official_score():
@@ -78,10 +79,13 @@ def test_mme_counts_questions_and_pairs():
     answers = {"Yes": "yes", "no.": "no", "Not": "no", "": None, "well, yes": None, "   no": None}
     assert {answer: scores.read_mme(answer) for answer in answers} == answers
     targets = [{"answer": answer, "image": i} for i in range(3) for answer in ("yes", "no")]
-    found = scores.mme_scores(["Yes", "No", "Yes", "Yes", "hm", "no"], targets)
+    answers = ["Yes", "No", "Yes", "Yes", "hm", "no"]
+    found = scores.mme_scores(answers, [target | {"category": "OCR"} for target in targets])
     assert found == pytest.approx({"score": 1, "accuracy": 4 / 6, "accuracy+": 1 / 3})
-    results = {name: {"samples": 2, "scores": {"score": 1.5}} for name in ("OCR", "count")}
-    assert scores.mme_totals(results) == {"perception": {"samples": 4, "scores": {"score": 3}}}
+    # The points of several categories are summed: 2, and 0.5 + 0.
+    targets = [target | {"category": str(target["image"] > 0)} for target in targets]
+    found = scores.mme_scores(answers, targets)
+    assert found == pytest.approx({"score": 2.5, "accuracy": 3 / 4, "accuracy+": 1 / 2})
 
 
 def test_mmbench_needs_every_rotation_right():
@@ -112,8 +116,8 @@ def test_letters_are_read_by_the_rule_of_the_official_scorer():
 
 
 def test_groups_are_scored_apart_and_items_without_a_target_left_out():
-    items = [Item("a", [], "", "x", ("all", "odd")), Item("b", [], "", "x")]
-    items.append(Item("c", [], "", None))
+    items = [Item("a", [], "", "x", ("all", "odd")), Item("b", [], "", "x", ("all",))]
+    items.append(Item("c", [], "", None, ("all",)))
     found = scores.score(BENCHMARKS["gqa"], items, {"a": "x", "b": "y", "c": "x"})
     assert found["all"] == {"samples": 2, "scores": {"accuracy": 0.5}}
     assert found["odd"] == {"samples": 1, "scores": {"accuracy": 1}}

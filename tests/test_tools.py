@@ -44,8 +44,7 @@ def planned_step(stage, connector, recompute, samples=8):
         optimizer.step()
         optimizer.zero_grad()
 
-    squares, num_supervised = sum(n**2 for n in batch.lengths), (batch.labels >= 0).sum().item()
-    load = plan.Load(sum(batch.lengths), squares, num_supervised, len(batch.pixels))
+    load = plan.Load.of(batch.lengths, (batch.labels >= 0).sum().item(), len(batch.pixels))
     shapes = plan.build(config)
     assert all(p.is_meta for p in shapes.parameters())
     trains_llm = "llm" in options["train"]
@@ -99,7 +98,10 @@ def rows(text):
             stage = int(line.split()[1].rstrip(","))
         match = re.match(r"  ((?:LoRA )?(?:DDP|FSDP)) +(.*)", line)
         if match:
-            found[stage, match[1]] = [float(x.replace(",", "")) for x in match[2].split()]
+            found[stage, match[1]] = [
+                float(x) for x in match[2].removesuffix("does not fit").split()
+            ]
+            found[stage, match[1]].append("does not fit" not in line)
     return found
 
 
@@ -112,7 +114,7 @@ def test_the_dense_recipe_needs_what_a_hand_count_says(capsys):
     assert found[2, "DDP"][2] == pytest.approx(8 * parameters, abs=0.01)
     assert found[2, "FSDP"][2] == pytest.approx(parameters, abs=0.01)
     assert found[2, "DDP"][6] == pytest.approx(2 * 7 / 8 * 4 * parameters, abs=0.01)
-    assert found[2, "DDP"][-1] == 0 and found[2, "FSDP"][-1] > 12_832 and (1, "FSDP") in found
+    assert not found[2, "DDP"][-1] and found[2, "FSDP"][-1] and found[1, "FSDP"][-1]
     # 128 dialogues of 802 tokens: 2 FLOPs a weight, for three passes and the recomputed forward.
     tera = float(re.findall(r"([\d,.]+) TFLOP", text)[1].replace(",", ""))
     assert tera == pytest.approx(8 * 6738.4e6 * 128 * 802 / 1e12, rel=0.07)
@@ -139,6 +141,15 @@ def test_recipes_are_planned_without_their_checkpoints_and_wrong_ones_are_one_li
 # ---- look ----------------------------------------------------------------------------------------
 
 
+def test_the_picked_head_is_the_one_that_points_on_the_mean_of_the_questions():
+    maps = [torch.full((2, 3, 2, 4), 0.1), torch.full((2, 3, 5, 4), 0.1)]
+    target = look.patches_in([0.5, 0, 1, 0.5], 2)
+    assert target.tolist() == [False, True, False, False]
+    maps[0][0, 0, 0, 1] = 0.5
+    maps[0][1, 2, 1, 1], maps[1][1, 2, 4, 1] = 0.3, 0.4
+    assert tuple(look.pick_head(maps, [target, target])) == (1, 2)
+
+
 def test_look_draws_models_and_towers(model_folder, tmp_path, capsys):
     weights = ROOT / "weights"
     comm = MLLM.assemble([weights / "clip", weights / "dinov2"], weights / "llama", "comm")
@@ -147,13 +158,17 @@ def test_look_draws_models_and_towers(model_folder, tmp_path, capsys):
     heights = []
     for flags in (
         ["--image=photo.png", "--prompt=What?"],
-        ["--scene=3", "--model=comm", "--max_new_tokens=4"],
+        ["--scene=3", "--model=comm", "--max_new_tokens=4", "--html=page.html"],
         [f"--vision={weights / 'clip'},{weights / 'dinov2'}"],
     ):
         look.main([*flags, "--device=cpu", "--out=sheet.png"])
         heights.append(Image.open(tmp_path / "sheet.png").height)
         assert "sheet.png shows" in capsys.readouterr().out
-    # comm has two towers, and layer weights below them
+    # Comm has two towers.
     assert heights[1] > heights[0]
+    # A slider for each of three questions and for the colors and the attention of two towers.
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<input") == 3 + 4 and page.count('alt="block 4, head 4') == 3
+    assert page.count('alt="hidden[') == 14 and "weight 0.167" in page
     with pytest.raises(InputError, match="--out"):
         look.main(["--out=sheet.txt"])

@@ -161,7 +161,6 @@ def test_transformers_reads_the_llm_alone(tmp_path):
         {"role": "assistant", "content": "A color."},
         {"role": "user", "content": "And two?"},
     ]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    tokens = tokenizer(text, return_tensors="pt").input_ids
+    tokens = tokenizer.apply_chat_template(messages, return_tensors="pt").input_ids
     assert tokens[0].tolist() == ours.prompt([], turns)[1]
     assert relative_error(theirs(tokens).logits, ours.llm(tokens)) < TOLERANCE

@@ -4,51 +4,64 @@
     python -m tools.look --image=photo.jpg --prompt='Where is the dog?'    a file or a URL
     python -m tools.look --model=llava-hf/llava-1.5-7b-hf --image=photo.jpg
     python -m tools.look --vision=weights/clip,weights/dinov2   towers without an LLM
+    python -m tools.look --html=look.html                       also a page with a slider a section
 
     pixels (1, 3, R, R) uint8
       | each tower       hidden[0..L] (N, D)  -> principal_colors -> (N, 3)   a color a patch
       | its last block   attention (H, S, S)  -> the class token's row        (H, N)
     prompt and answer, embedded (1, T, C)
-      | the LLM          attention (H, T, T)  -> rows that predict a box, columns of the image
+      | the LLM          attention (H, T, T)  -> rows of question and answer, columns of the image
 
 The colors are DINOv2's (arXiv 2304.07193, figure 1): patches with similar features have similar
 colors. The paper computes the components on several images and without the background. Here they
 are those of one image, so compare colors within a panel only. The class token's attention is DINO's
 figure (arXiv 2104.14294). Registers are shown, too: without them there are bright spots (arXiv
-2309.16588). The bars are COMM's layer weights (arXiv 2310.08825). Attention shows where values come
-from, not why an answer is what it is.
+2309.16588). COMM's layer weights (arXiv 2310.08825) stand below the layers; they start equal.
+
+An LLM has many heads, and most of them point at nothing. The sheet shows the one that points most,
+and the one that the same rule picks in an LLM with random weights: without this control a picked
+head proves nothing. Attention shows where values come from, not why an answer is what it is.
 """
 
+import base64
+import io
 import math
 import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from common import cli
 from common.cli import option
 from common.draw import COLORS, MARGIN, TRUE_COLOR, check_name, panel, save_image
 from common.errors import InputError
 from common.images import ImageSpec, parse_boxes, read_image, to_pixels
-from common.pretrained import load_part, locate
+from common.pretrained import LARGE, load_part, locate
 from dialogue import IMAGE
-from interop.load import dtype_to_answer, load_model, newest_model
+from interop.load import dtype_to_answer, load_to_answer
 from mllm import TOWERS
 from toy.scenes import test_scene
 
+NEAREST = Image.Resampling.NEAREST
 # The sheet, in pixels.
 WIDTH, EDGE, GAP = 1400, 28, 12
 INK, FAINT, USED = "#1a1a1a", "#777777", "#0b62d6"
 LEGEND = (
-    "Bright is strong attention, within one panel.",
+    "Bright is strong attention, within one panel. Lines: edges of the image.",
     "Patches with similar features have similar colors, within one panel.",
     "hidden[0] enters the first block, hidden[i] is the output of block i.",
-    "Under a question: the attention of the LLM during its answer, mean over heads and tokens;",
-    "%: the share that goes to the image, the rest goes to text.",
     "Blue: layers that the connector reads.",
+    "Under a question: attention of one head of the LLM, from the word of the question or answer",
+    "that attends most to the true box (else the answer's box, else the image). %: how much.",
+    "Picked: the head that attends most, mean over the questions. Untrained: the same rule,",
+    "for an LLM with random weights.",
 )
 
 
@@ -60,6 +73,7 @@ class Config:
     model: str = option("", "folder or hub id; default: the newest under out/")
     vision: list[str] = option([], "towers to draw instead of a model: folders or hub ids")
     out: str = option("out/look.png", "the sheet")
+    html: str = option("", "also write this page: a slider over layers, one over blocks and heads")
     max_new_tokens: int = option(64, "longest answer")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
 
@@ -91,8 +105,8 @@ def principal_colors(features, before=None):
 
 
 @contextmanager
-def recorded_attention(modules):
-    """Record the attention weights of modules in a list, (B, H, T, T) float32.
+def recorded_attention(modules, rows):
+    """Record these rows of the attention weights of modules in a list, (B, H, rows, T) float32.
 
     scaled_dot_product_attention never stores its softmax, so compute it once more.
     """
@@ -106,7 +120,7 @@ def recorded_attention(modules):
             attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -torch.inf)
-        recorded.append(scores.softmax(dim=-1).cpu())
+        recorded.append(scores.softmax(dim=-1)[:, :, rows].cpu())
         return F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
 
     for module in modules:
@@ -127,26 +141,37 @@ def look_through(tower, pixels):
     """
     prefix = tower.num_prefix_tokens
     device = next(tower.parameters()).device
-    with recorded_attention([tower.blocks[-1].attn]) as recorded:
+    with recorded_attention([tower.blocks[-1].attn], slice(prefix)) as recorded:
         hidden = tower(pixels[None].to(device))
-    attention = recorded[0][0, :, :prefix].transpose(0, 1)
-    return [x[0, prefix:].float().cpu() for x in hidden], attention
+    return [x[0, prefix:].float().cpu() for x in hidden], recorded[0][0].transpose(0, 1)
 
 
 @torch.no_grad()
-def look_back(model, image, question, answer, blocks):
-    """Return the attention to an image's tokens, (blocks, answer, M), mean over heads.
+def look_back(model, llm, image, question, answer):
+    """Return each head's attention to an image's tokens, (L, H, n, M), and the n words that attend.
 
-    answer: token ids. Row t predicts token t + 1, so the row of an id is that of the token before.
+    They are those of the question and of the answer. llm: the model's, or another one of its size.
+    answer: token ids, the last one ends it.
     """
     pixels, prompt = model.prompt([image], [(question, None)])
     device = model.llm.embed_tokens.weight.device
     tokens = torch.tensor([prompt + answer], device=device)  # (1, T)
-    with recorded_attention([model.llm.layers[i].self_attn for i in blocks]) as recorded:
-        model.llm(embeds=model.embed(tokens, pixels.to(device)), hidden_only=True)
-    rows = slice(len(prompt) - 1, len(prompt) - 1 + len(answer))
     is_image = (tokens[0] == IMAGE).cpu()
-    return torch.stack([x[0].mean(dim=0)[rows][:, is_image] for x in recorded])
+    rows = slice(is_image.nonzero().max().item() + 1, -1)
+    with recorded_attention([block.self_attn for block in llm.layers], rows) as recorded:
+        llm(embeds=model.embed(tokens, pixels.to(device)), hidden_only=True)
+    texts = [model.tokenizer.decode([token]).strip() for token in tokens[0, rows].tolist()]
+    words = [text or "newline" for text in texts]
+    return torch.stack([x[0][..., is_image] for x in recorded]), words
+
+
+def patches_in(box, grid):
+    """Return which patches of a square grid have their middle in a box, bool (N,)."""
+    middle = (torch.arange(grid) + 0.5) / grid
+    left, top, right, bottom = box
+    rows = (middle > top) & (middle < bottom)
+    columns = (middle > left) & (middle < right)
+    return (rows[:, None] & columns).flatten()
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -159,20 +184,28 @@ def write(draw, position, text, size=13, color=INK):
     return position[0] + draw.textlength(text, font)
 
 
-def mosaic(values, side, resample=Image.Resampling.NEAREST):
+def mosaic(values, side):
     """Draw a square grid, (N,) or (N, 3) from 0 to 1, as an image of this side."""
     grid = math.isqrt(len(values))
     values = values.reshape(grid, grid, -1).squeeze(-1) * 255
-    return Image.fromarray(values.round().byte().numpy()).resize((side, side), resample)
+    return Image.fromarray(values.round().byte().numpy()).resize((side, side), NEAREST)
 
 
 def heatmap(image, weights, side):
-    """Draw attention to patches, (N,), over the image; the top 1% are brightest."""
-    weights = (weights / weights.quantile(0.99).clamp(min=1e-12)).clamp(0, 1)
-    light = mosaic(weights, side, Image.Resampling.BICUBIC)
+    """Draw attention to patches, (N,), and the edges of the image, but not the image itself.
+
+    A bright object below the colors would look like attention.
+    """
+    light = mosaic(weights / weights.max().clamp(min=1e-12), side)
     light = ImageOps.colorize(light, "#160b39", "#fdf3a5", mid="#e0463f")
-    gray = ImageOps.grayscale(image.resize((side, side), Image.Resampling.BICUBIC))
-    return Image.blend(gray.convert("RGB"), light, 0.7)
+    smooth = image.resize((side, side), Image.Resampling.BICUBIC).filter(
+        ImageFilter.GaussianBlur(1)
+    )
+    slopes = np.gradient(np.asarray(smooth, dtype=float), axis=(0, 1))
+    edges = np.hypot(*slopes).max(axis=2)
+    strong = edges > max(0.2 * edges.max(), np.quantile(edges, 0.85))
+    light.paste("white", mask=Image.fromarray(strong))
+    return light
 
 
 def show(pixels):
@@ -213,33 +246,20 @@ def header(image, boxes, title, legend, side=280):
     return canvas
 
 
-def bars(layers, weights, side):
-    """Draw a tower's layer weights (n,), and a line at 1/n, where all of them started."""
-    canvas, step, floor = Image.new("RGB", (side, 150), "white"), side / len(layers), 128
-    draw, scale = ImageDraw.Draw(canvas), 100 / weights.max().item()
-    for i, layer in enumerate(layers):
-        top = floor - scale * weights[i].item()
-        draw.rectangle((i * step, top, (i + 0.75) * step, floor), "#9cc3f5")
-        write(draw, (i * step, floor + 4), str(layer))
-    start = floor - scale / len(layers)
-    draw.line([(0, start), (side, start)], USED)
-    return canvas
+# ---- the sections: (title, note, [(image, caption, color)]) --------------------------------------
 
 
-# ---- the sheet -----------------------------------------------------------------------------------
-
-
-def tower_sections(tower, pixels, used, side):
-    """Draw a tower's hidden states (`used`: by the connector) and its class token."""
+def tower_sections(tower, pixels, side, notes):
+    """Return a tower's hidden states and its class token; notes: {layer: what is added}."""
     name, image = tower_name(tower), show(pixels)
     hidden, attention = look_through(tower, pixels)
     panels, colors = [], None
     for i, features in enumerate(hidden):
         colors, share = principal_colors(features, colors)
-        caption = f"hidden[{i}] · {share:.0%}"
-        panels.append((mosaic(colors, side), caption, USED if i in used else INK))
+        caption = f"hidden[{i}] · {share:.0%}{notes.get(i, '')}"
+        panels.append((mosaic(colors, side), caption, USED if i in notes else INK))
     note = "red, green, blue: the first three principal components; %: their share of the variance"
-    sections = [section(f"{name}: patches as colors", note, panels, side)]
+    sections = [(f"{name}: patches as colors", note, panels)]
     if not len(attention):
         return sections
     maps = [("class token, mean", attention[0].mean(dim=0))]
@@ -250,69 +270,152 @@ def tower_sections(tower, pixels, used, side):
         weights = weights[len(attention) :]
         panels.append((heatmap(image, weights, side), f"{caption} · {weights.sum():.0%}", INK))
     note = f"block {len(tower.blocks)}, the last; %: the share that goes to the patches"
-    sections.append(section(f"{name}: attention of the class token", note, panels, side))
-    return sections
+    return [*sections, (f"{name}: attention of the class token", note, panels)]
 
 
-def answer_section(model, image, question, truth, colors, config, side):
-    """Ask a question -> a section with the attention during the answer, and the boxes."""
-    seen, depth = show(to_pixels(image, model.spec)), len(model.llm.layers)
-    num_patches = (model.spec.size // model.vision[0].config.patch_size) ** 2
-    count = min((WIDTH - 2 * EDGE + GAP) // (side + GAP) - 1, depth)
-    blocks = [(i + 1) * depth // count - 1 for i in range(count)]
-    ids = [token.item() for token in model.stream([image], [question], config.max_new_tokens)]
+def untrained_like(llm):
+    """Make an LLM of the same size with random weights."""
+    torch.manual_seed(0)
+    with torch.device(llm.embed_tokens.weight.device):
+        return type(llm)(llm.config).to(llm.embed_tokens.weight.dtype)
+
+
+class Asked(NamedTuple):
+    """A question, the model's answer, and the attention of the heads of each LLM."""
+
+    question: str
+    answer: str
+    boxes: list  # [(color, box)], the true one first
+    target: torch.Tensor  # bool (N,): patches in the true box, else in the answer's, else all
+    words: list  # n, of the question and of the answer
+    maps: dict  # {"picked" or "untrained": (L, H, n, N)}
+
+    def panel(self, name, place, label, seen, side):
+        """Draw a head's attention from the word that attends most to the target."""
+        weights = self.maps[name][place]  # (n, N)
+        shares = weights[:, self.target].sum(dim=-1)
+        word = shares.argmax().item()
+        caption = f"{label}, “{self.words[word]}” · {shares[word]:.0%}"
+        return heatmap(seen, weights[word], side), caption, INK
+
+
+def ask(model, llms, image, question, truth, colors, max_new_tokens):
+    """Ask a question about an image -> Asked. truth: the true box or None."""
+    ids = [token.item() for token in model.stream([image], [question], max_new_tokens)]
     answer = model.text(ids)
     print(f"{question}  {answer}")
+    predicted = parse_boxes(answer)
     boxes = [(TRUE_COLOR, truth)] if truth else []
-    boxes += zip(colors, parse_boxes(answer), strict=False)
-    panels = [(with_boxes(image, boxes, side), "solid: answer, dashed: true", INK)]
-    attention = look_back(model, image, question, ids, blocks)  # (blocks, ids, M)
-    # The last id is the end token. The further tokens of `sti` have no place in the grid.
-    attention = attention[:, : max(1, len(ids) - 1)].mean(dim=1)
-    for block, weights in zip(blocks, attention, strict=True):
-        caption = f"block {block + 1} · {weights.sum():.0%}"
-        panels.append((heatmap(seen, weights[:num_patches], side), caption, INK))
-    return section(question, answer, panels, side), boxes
+    boxes += zip(colors, predicted, strict=False)
+    num_patches = (model.spec.size // model.vision[0].config.patch_size) ** 2
+    # The further tokens of `sti` have no place in the grid, `efficient` has a smaller grid.
+    grid = math.isqrt(min(num_patches, model.tokens_per_image))
+    target = patches_in(truth or [*predicted, (0, 0, 1, 1)][0], grid)
+    maps = {}
+    for name, llm in llms.items():
+        weights, words = look_back(model, llm, image, question, ids)
+        maps[name] = weights[..., : grid**2]
+    return Asked(question, answer, boxes, target, words, maps)
+
+
+def pick_head(maps, targets):
+    """Return (block, head) of the most attention from one word to the target, mean over questions.
+
+    maps: (L, H, n, N) a question. targets: bool (N,) a question.
+    """
+    shares = [x[..., target].sum(dim=-1) for x, target in zip(maps, targets, strict=True)]
+    mean = torch.stack([x.amax(dim=-1) for x in shares]).mean(dim=0)  # (L, H)
+    return np.unravel_index(mean.argmax().item(), mean.shape)
+
+
+def answer_sections(model, image, questions, max_new_tokens, side):
+    """Ask questions -> sections of the sheet (picked heads) and of the page (all heads), boxes."""
+    llms = {"picked": model.llm}
+    if sum(p.numel() for p in model.llm.parameters()) < LARGE:
+        llms["untrained"] = untrained_like(model.llm)
+    found = []
+    for i, (question, truth) in enumerate(questions):
+        found.append(ask(model, llms, image, question, truth, COLORS[i:], max_new_tokens))
+    targets, picked = [asked.target for asked in found], {}
+    for name in llms:
+        picked[name] = pick_head([asked.maps[name] for asked in found], targets)
+    names = "; ".join(f"{name}: {head_name(place)}" for name, place in picked.items())
+    seen, sheet, page, boxes = show(to_pixels(image, model.spec)), [], [], []
+    for asked in found:
+        boxes += asked.boxes
+        panels = [(with_boxes(image, asked.boxes, side), "solid: answer, dashed: true", INK)]
+        panels += [asked.panel(name, place, name, seen, side) for name, place in picked.items()]
+        sheet.append((asked.question, f"{asked.answer} · {names}", panels))
+        heads = np.ndindex(*asked.maps["picked"].shape[:2])
+        panels = [asked.panel("picked", place, head_name(place), seen, side) for place in heads]
+        page.append((asked.question, asked.answer, panels))
+    return sheet, page, boxes
+
+
+def head_name(place):
+    return f"block {place[0] + 1}, head {place[1] + 1}"
 
 
 def tower_name(tower):
     return type(tower).__name__.removesuffix("Vision")
 
 
-def layers_read(layers):
-    """Flatten a connector's layers: ints, and ranges whose mean is read."""
-    return {i for x in layers for i in (x if isinstance(x, range) else [x])}
+def layer_notes(connector):
+    """Return {layer: its weight in COMM, else nothing} of the layers read, for each tower."""
+    notes = []
+    for layers in connector.layers:
+        flat = [i for x in layers for i in (x if isinstance(x, range) else [x])]
+        notes.append(dict.fromkeys(flat, ""))
+    if hasattr(connector, "layer_weights"):
+        for note, weights in zip(notes, connector.layer_weights(), strict=True):
+            texts = [f" · weight {weight:.3f}" for weight in weights.tolist()]
+            note.update(zip(note, texts, strict=True))
+    return notes
 
 
-def make_sheet(image, title, questions, config, model=None, towers=()):
-    """Draw a model, or towers; questions: [(question, true box or None)]."""
-    towers = model.vision if model else towers
-    deepest = max(len(tower.blocks) for tower in towers)
-    columns = max(5, min(9, deepest + 1))
-    side = (WIDTH - 2 * EDGE + GAP) // columns - GAP
-    boxes, sections = [], []
-    for i, (question, truth) in enumerate(questions):
-        colors = COLORS[i:]
-        drawn, new_boxes = answer_section(model, image, question, truth, colors, config, side)
-        sections.append(drawn)
-        boxes += new_boxes
-    for i, tower in enumerate(towers):
-        spec = model.spec if model else ImageSpec(tower.config.image_size)
-        used = layers_read(model.connector.layers[i]) if model else ()
-        sections += tower_sections(tower, to_pixels(image, spec), used, side)
-    if hasattr(model and model.connector, "layer_weights"):
-        panels, half = [], (WIDTH - 2 * EDGE - GAP) // 2
-        weights = model.connector.layer_weights()
-        for tower, layers, share in zip(towers, model.connector.layers, weights, strict=True):
-            chart = bars(layers, share.detach().float().cpu(), half)
-            panels.append((chart, f"hidden[i] of {tower_name(tower)}", FAINT))
-        sections.append(section("COMM: layer weights", "line: equal weights", panels, half))
-    sections.insert(0, header(image, boxes, title, LEGEND if model else LEGEND[:3]))
-    sheet = Image.new("RGB", (WIDTH, sum(x.height for x in sections)), "white")
+# ---- the sheet and the page ----------------------------------------------------------------------
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
+<style>body {{ font: 16px sans-serif; margin: 2em }} figure {{ display: inline-block }}
+img {{ width: 320px; image-rendering: pixelated }} input {{ width: 320px }}</style>
+<h1>{title}</h1>{figures}<script>
+for (const figure of document.querySelectorAll("figure")) {{
+  const slider = figure.querySelector("input"), images = figure.querySelectorAll("img")
+  slider.oninput = () => images.forEach((image, i) => {{
+    image.hidden = i != slider.value
+    if (!image.hidden) figure.querySelector("b").textContent = image.alt
+  }})
+  slider.oninput()
+}}</script>"""
+FIGURE = """<figure><figcaption>{title}<br>{note}<br><b></b></figcaption>
+<input type="range" value="0" max="{last}"><br>{images}</figure>"""
+
+
+def make_page(title, sections):
+    """Write sections as HTML, a slider each; the images are within the file."""
+    figures = []
+    for name, note, panels in sections:
+        images = ""
+        for image, caption, _ in panels:
+            file = io.BytesIO()
+            image.save(file, "png")
+            data = base64.b64encode(file.getvalue()).decode()
+            images += f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+        texts = {"title": escape(name), "note": escape(note)}
+        figures.append(FIGURE.format(last=len(panels) - 1, images=images, **texts))
+    return PAGE.format(title=escape(title), figures="".join(figures))
+
+
+def make_sheet(image, boxes, title, legend, sections):
+    """Draw the sections below each other."""
+    drawn = [header(image, boxes, title, legend)]
+    for name, note, panels in sections:
+        drawn.append(section(name, note, panels, panels[0][0].width))
+    sheet = Image.new("RGB", (WIDTH, sum(x.height for x in drawn)), "white")
     y = 0
-    for drawn in sections:
-        sheet.paste(drawn, (0, y))
-        y += drawn.height
+    for part in drawn:
+        sheet.paste(part, (0, y))
+        y += part.height
     return sheet
 
 
@@ -334,13 +437,25 @@ def main(arguments):
     for folder in map(locate, config.vision):
         towers.append(load_part(TOWERS, folder, dtype_to_answer(folder, device), device))
     if not towers:
-        name = config.model or newest_model()
-        model = load_model(name, dtype_to_answer(name, device), device)
+        name, model = load_to_answer(config.model, config.device)
     title = f"{name or ', '.join(config.vision)}: {title}"
-    save_image(
-        [make_sheet(image, title, questions if model else [], config, model, towers)], config.out
-    )
+    towers = model.vision if model else towers
+    columns = max(5, min(9, max(len(tower.blocks) for tower in towers) + 1))
+    side = (WIDTH - 2 * EDGE + GAP) // columns - GAP
+    sheet, page, boxes, notes = [], [], [], [{}] * len(towers)
+    if model:
+        sheet, page, boxes = answer_sections(model, image, questions, config.max_new_tokens, side)
+        notes = layer_notes(model.connector)
+    for tower, note in zip(towers, notes, strict=True):
+        spec = model.spec if model else ImageSpec(tower.config.image_size)
+        sections = tower_sections(tower, to_pixels(image, spec), side, note)
+        sheet += sections
+        page += sections
+    legend = LEGEND if model else LEGEND[:3]
+    save_image([make_sheet(image, boxes, title, legend, sheet)], config.out)
     print(f"{config.out} shows {title}")
+    if config.html:
+        Path(config.html).write_text(make_page(title, page), encoding="utf-8")
 
 
 if __name__ == "__main__":

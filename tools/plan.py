@@ -81,6 +81,10 @@ class Load(NamedTuple):
     supervised: float  # n
     images: float  # I
 
+    @classmethod
+    def of(cls, lengths, supervised, images):
+        return cls(sum(lengths), sum(length**2 for length in lengths), supervised, images)
+
     def times(self, factor):
         return Load(*(value * factor for value in self))
 
@@ -174,14 +178,9 @@ def read_data(config, stage, model):
         longest(config, model),
     )
     batch = batches[range(0, len(dataset), max(1, len(dataset) // 256))]
-    lengths = batch.lengths
-    total = Load(
-        sum(lengths),
-        sum(length**2 for length in lengths),
-        (batch.labels != IGNORE).sum().item(),
-        len(batch.image_index),
-    )
-    return len(dataset), total.times(1 / len(lengths)), "measured"
+    supervised, images = (batch.labels != IGNORE).sum().item(), len(batch.image_index)
+    total = Load.of(batch.lengths, supervised, images)
+    return len(dataset), total.times(1 / len(batch.lengths)), "measured"
 
 
 def assume(config, options, files, model):
@@ -364,19 +363,6 @@ def sent(plan):
     return ring * plan.forwards * (gathered + gradients)
 
 
-def room(plan):
-    """Return how many tokens fit, in dialogues like the mean one (0: none)."""
-    low, high = 0.0, 2.0**20
-    for _ in range(48):
-        middle = (low + high) / 2
-        peak = memory(plan._replace(load=plan.load.times(middle)))["peak"]
-        if peak <= ROOM * plan.config.gpu_memory * 1e9:
-            low = middle
-        else:
-            high = middle
-    return int(low * plan.load.tokens)
-
-
 # ---- the report ----------------------------------------------------------------------------------
 
 
@@ -416,7 +402,7 @@ def print_table(plan, steps, load):
     link = 450e9 if config.gpus <= 8 else 8 * 50e9
     print(
         "  GB a GPU     weights gradients optimizer activations  logits      peak      sent"
-        " sending s  math s   hours  fit tokens"
+        " sending s  math s   hours"
     )
     ranks = [0, config.lora_rank or 128] if plan.trains_llm else [0]
     for rank, shards in product(ranks, sorted({1, config.gpus})):
@@ -427,11 +413,11 @@ def print_table(plan, steps, load):
         math_flops = sum(flops(way._replace(load=load)).values())
         math_time = math_flops / (config.gpu_flops * 1e12 * config.utilization)
         # At best, communication and math overlap completely.
-        hours = steps * max(math_time, sending) / 3600
+        hours = f"{steps * max(math_time, sending) / 3600:8.2f}"
+        if found["peak"] > ROOM * config.gpu_memory * 1e9:
+            hours += "  does not fit"
         numbers = [f"{value / 1e9:9.4f}" for value in found.values()]
-        print(
-            f"  {name:10}", *numbers, f"{sending:9.3f}{math_time:8.3f}{hours:8.2f}{room(way):12,}"
-        )
+        print(f"  {name:10}", *numbers, f"{sending:9.3f}{math_time:8.3f}{hours}")
 
 
 def main(arguments):

@@ -1,7 +1,7 @@
 """Repeat the main experiments of COMM and the Dense Connector on the toy world.
 
     python -m toy.findings                    all arms, three seeds each: 90 minutes on two cores
-    python -m toy.findings --quick            one seed, fewer arms and steps: at most 20 minutes
+    python -m toy.findings runs/quick.toml    one seed, fewer arms and steps: at most 20 minutes
     python -m toy.findings --table=towers     one table: layers, towers, merging, dense or video
     python -m toy.findings --report           write the tables of docs/findings.md
 
@@ -26,7 +26,7 @@ import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from common import cli
@@ -41,45 +41,70 @@ EVALUATION = threading.Lock()
 
 # --- the arms -----------------------------------------------------------------------------
 
-
-def make_arms():
-    """Return {arm: flags of train.py}."""
-    dino = " --vision=weights/dinov2"
-    arms = {"clip-merged": "--connector=comm_clip", "comm": "--connector=comm"}
-    for i in range(7):
-        arms[f"clip-layer{i}"] = f"--connector=linear --connector.layer={i}"
-        arms[f"dinov2-layer{i}"] = arms[f"clip-layer{i}"] + dino
-    for tower in ("mae", "deit"):
-        arms[f"{tower}-layer5"] = f"{arms['clip-layer5']} --vision=weights/{tower}"
-    for depth in (0, 1, 2, 4, 8):
-        arms[f"dinov2-merged-mlp{depth}"] = f"--connector=comm_dino --connector.dino_depth={depth}"
-    for merge in ("mean_half", "mean_all", "layerscale"):
-        arms[f"comm-{merge}"] = f"--connector=comm --connector.merge={merge}"
-    for name in ("mlp", "sti", "sci", "dci", "efficient"):
-        arms[f"clip-{name}"] = f"--connector={name}"
-        arms[f"dinov2-{name}"] = arms[f"clip-{name}"] + dino
-    arms["clip-dci3"] = "--connector=dci --connector.groups=3"
-    arms["dinov2-dci3"] = arms["clip-dci3"] + dino
-    for name in ("mlp", "dci", "efficient", "comm"):
-        arms[f"video-{name}"] = f"--connector={name}"
-    return arms
-
-
-def make_layer_table():
-    lines = ["paper"]
-    for label, tower in (("CLIP", "clip"), ("DINOv2", "dinov2")):
-        lines += [f"{label} hidden[{i}] | {tower}-layer{i} | –" for i in range(7)]
-    return "\n".join(lines)
-
-
-ARMS = make_arms()
-QUICK = """clip-layer1 clip-layer3 clip-layer5 dinov2-layer1 dinov2-layer3 dinov2-layer5 mae-layer5
-           deit-layer5 clip-merged dinov2-merged-mlp0 dinov2-merged-mlp2 comm comm-mean_all clip-mlp
-           clip-sci clip-dci clip-efficient video-dci""".split()
+# An arm a line: its name and its flags of train.py.
+ARMS = """
+clip-layer0        --connector=linear --connector.layer=0
+clip-layer1        --connector=linear --connector.layer=1
+clip-layer2        --connector=linear --connector.layer=2
+clip-layer3        --connector=linear --connector.layer=3
+clip-layer4        --connector=linear --connector.layer=4
+clip-layer5        --connector=linear --connector.layer=5
+clip-layer6        --connector=linear --connector.layer=6
+dinov2-layer0      --connector=linear --connector.layer=0 --vision=weights/dinov2
+dinov2-layer1      --connector=linear --connector.layer=1 --vision=weights/dinov2
+dinov2-layer2      --connector=linear --connector.layer=2 --vision=weights/dinov2
+dinov2-layer3      --connector=linear --connector.layer=3 --vision=weights/dinov2
+dinov2-layer4      --connector=linear --connector.layer=4 --vision=weights/dinov2
+dinov2-layer5      --connector=linear --connector.layer=5 --vision=weights/dinov2
+dinov2-layer6      --connector=linear --connector.layer=6 --vision=weights/dinov2
+mae-layer5         --connector=linear --connector.layer=5 --vision=weights/mae
+deit-layer5        --connector=linear --connector.layer=5 --vision=weights/deit
+clip-merged        --connector=comm_clip
+dinov2-merged-mlp0 --connector=comm_dino --connector.dino_depth=0
+dinov2-merged-mlp1 --connector=comm_dino --connector.dino_depth=1
+dinov2-merged-mlp2 --connector=comm_dino --connector.dino_depth=2
+dinov2-merged-mlp4 --connector=comm_dino --connector.dino_depth=4
+dinov2-merged-mlp8 --connector=comm_dino --connector.dino_depth=8
+comm               --connector=comm
+comm-mean_half     --connector=comm --connector.merge=mean_half
+comm-mean_all      --connector=comm --connector.merge=mean_all
+comm-layerscale    --connector=comm --connector.merge=layerscale
+clip-mlp           --connector=mlp
+clip-sti           --connector=sti
+clip-sci           --connector=sci
+clip-dci           --connector=dci
+clip-efficient     --connector=efficient
+clip-dci3          --connector=dci --connector.groups=3
+dinov2-mlp         --connector=mlp --vision=weights/dinov2
+dinov2-sti         --connector=sti --vision=weights/dinov2
+dinov2-sci         --connector=sci --vision=weights/dinov2
+dinov2-dci         --connector=dci --vision=weights/dinov2
+dinov2-efficient   --connector=efficient --vision=weights/dinov2
+dinov2-dci3        --connector=dci --connector.groups=3 --vision=weights/dinov2
+video-mlp          --connector=mlp
+video-dci          --connector=dci
+video-efficient    --connector=efficient
+video-comm         --connector=comm
+"""
+ARMS = dict(line.split(maxsplit=1) for line in ARMS.strip().splitlines())
 
 # Heading of the paper's column, then a line per row: label, arm, the paper's numbers.
 TABLES = {
-    "layers": make_layer_table(),
+    "layers": """paper
+CLIP hidden[0] | clip-layer0 | –
+CLIP hidden[1] | clip-layer1 | –
+CLIP hidden[2] | clip-layer2 | –
+CLIP hidden[3] | clip-layer3 | –
+CLIP hidden[4] | clip-layer4 | –
+CLIP hidden[5] | clip-layer5 | –
+CLIP hidden[6] | clip-layer6 | –
+DINOv2 hidden[0] | dinov2-layer0 | –
+DINOv2 hidden[1] | dinov2-layer1 | –
+DINOv2 hidden[2] | dinov2-layer2 | –
+DINOv2 hidden[3] | dinov2-layer3 | –
+DINOv2 hidden[4] | dinov2-layer4 | –
+DINOv2 hidden[5] | dinov2-layer5 | –
+DINOv2 hidden[6] | dinov2-layer6 | –""",
     "towers": """paper: REC average, POPE
 CLIP, linear | clip-layer5 | 47.3, 82.3
 DINOv2, linear | dinov2-layer5 | 54.8, 78.3
@@ -133,26 +158,16 @@ def rows_of(table):
 
 @dataclass
 class Config:
-    table: list[str] = option([], "layers, towers, merging, dense, video; default: all")
-    quick: bool = option(False, "one seed, fewer arms, a smaller budget")
+    table: list[str] = option([*TABLES], "tables to fill")
+    arms: list[str] = option([], "arms to train; default: those of the tables")
     report: bool = option(False, "train nothing, write the page from finished runs")
-    seeds: int = option(0, "runs per arm; 0: 3, with --quick 1")
+    seeds: int = option(3, "runs per arm")
     steps1: int = option(60, "steps of stage 1")
-    steps2: int = option(0, "steps of stage 2; 0: 240, with --quick 200")
-    count: int = option(0, "questions per task; 0: 200, with --quick 100")
+    steps2: int = option(240, "steps of stage 2")
+    count: int = option(200, "questions per task")
     jobs: int = option(min(8, os.cpu_count()), "parallel runs")
-    out: str = option("", "folder of the results; default: out/findings, or out/findings-quick")
+    out: str = option("out/findings", "folder of the results")
     page: str = option(str(ROOT / "docs" / "findings.md"), "page that --report writes")
-
-    def __post_init__(self):
-        self.seeds = self.seeds or (1 if self.quick else 3)
-        self.steps2 = self.steps2 or (200 if self.quick else 240)
-        self.count = self.count or (100 if self.quick else 200)
-        self.out = self.out or ("out/findings-quick" if self.quick else "out/findings")
-        self.table = self.table or list(TABLES)
-        for name in self.table:
-            if name not in TABLES:
-                raise InputError(f"--table={name}: there are {', '.join(TABLES)}")
 
     @property
     def budget(self):
@@ -162,6 +177,7 @@ class Config:
 # --- one run ------------------------------------------------------------------------------
 
 
+@cache
 def checksums():
     """Return {folder in weights/: checksum of its checkpoint}."""
     files = sorted(ROOT.glob("weights/*/model.safetensors"))
@@ -172,10 +188,10 @@ def run_arm(config, run):
     """Train an arm with a seed, evaluate it, and write OUT/ARM-SEED.json."""
     arm, seed = run
     path = Path(config.out, f"{arm}-{seed}.json").resolve()
-    folder, budget = path.with_suffix(".run"), config.budget
+    folder = path.with_suffix(".run")
     # A run that was stopped starts again.
     shutil.rmtree(folder, ignore_errors=True)
-    steps = f"--steps1={budget['steps1']} --steps2={budget['steps2']}"
+    steps = f"--steps1={config.steps1} --steps2={config.steps2}"
     command = f"python train.py {ARMS[arm]} {steps} --bf16=true --evaluate=false --seed={seed}"
     arguments = [sys.executable, *command.split()[1:], f"--out={folder}"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
@@ -187,12 +203,12 @@ def run_arm(config, run):
         "seed": seed,
         "command": command,
         "flags": ARMS[arm],
-        "budget": budget,
+        "budget": config.budget,
         "weights": checksums(),
         "seconds_per_step": last["seconds"] / (last["step"] + 1),
     }
     with EVALUATION:
-        result |= evaluate(folder / "model", budget["count"], arm)
+        result |= evaluate(folder / "model", config.count, arm)
     unfinished = path.with_suffix(".partial")
     unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
@@ -212,18 +228,18 @@ def evaluate(folder, count, arm):
     from toy.scenes import task_questions
 
     model = MLLM.from_pretrained(folder, device=cli.pick_device("auto"))
+    found = {"tokens": model.tokens_per_image}
     if arm.startswith("video-"):
-        scores = video.evaluate(model, max(1, count // 2))
-        return {"scores": scores, "tokens": model.tokens_per_image}
-    scores = {}
+        return found | {"scores": video.evaluate(model, max(1, count // 2))}
+    found["scores"] = {}
     for task in TASKS:
         images, texts, targets = task_questions(task, count)
         answers = world_eval.answer(model, images, texts, 50)
-        scores[task], *_ = world_eval.score(task, answers, targets).values()
+        found["scores"][task], *_ = world_eval.score(task, answers, targets).values()
     # The counter sees the matmuls of this kernel only.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.generate(images[:1], texts[:1], 1)
-    return {"scores": scores, "tokens": model.tokens_per_image, "flops": counter.get_total_flops()}
+    return found | {"flops": counter.get_total_flops()}
 
 
 def read_run(config, arm, seed):
@@ -239,14 +255,13 @@ def read_run(config, arm, seed):
 
 
 def run_all(config):
-    """Run the arms of the tables that are not finished, seed by seed."""
+    """Run the arms that are not finished, seed by seed."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    wanted = [arm for name in config.table for _, arm, _ in rows_of(name)]
-    arms = [arm for arm in ARMS if arm in wanted and (arm in QUICK or not config.quick)]
-    runs = [(arm, seed) for seed in range(config.seeds) for arm in arms]
+    arms = config.arms or [arm for name in config.table for _, arm, _ in rows_of(name)]
+    runs = [(arm, seed) for seed in range(config.seeds) for arm in dict.fromkeys(arms)]
     missing = [run for run in runs if not read_run(config, *run)]
     finished = len(runs) - len(missing)
-    print(f"{len(runs)} runs of {len(arms)} arms, {finished} finished before", flush=True)
+    print(f"{len(runs)} runs, {finished} finished before", flush=True)
     # For each train.py.
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // config.jobs))
     with ThreadPoolExecutor(config.jobs) as pool:
@@ -256,19 +271,20 @@ def run_all(config):
             scores = [f"{task} {value:.1%}" for task, value in result["scores"].items()]
             name = f"{finished} of {len(runs)}, {result['arm']}-{result['seed']}"
             print(f"{name}: {', '.join(scores)}", flush=True)
-    print(f"\nnext: python -m toy.findings --report --out={config.out}")
 
 
 # --- the report ---------------------------------------------------------------------------
 
 
-def read_results(config):
-    """Read all finished runs -> {arm: runs, by seed}."""
-    results = {}
-    for arm in ARMS:
+def finished_rows(config, name):
+    """Return (label, runs, their seeds, the paper's numbers) of each row that has runs."""
+    rows = []
+    for label, arm, paper in rows_of(name):
         runs = [read_run(config, arm, seed) for seed in range(config.seeds)]
-        results[arm] = [run for run in runs if run]
-    return results
+        runs = [run for run in runs if run]
+        if runs:
+            rows.append((label, runs, ", ".join(str(run["seed"]) for run in runs), paper))
+    return rows
 
 
 def percent(runs, key):
@@ -287,79 +303,71 @@ def markdown(columns, rows):
     return lines
 
 
-def finished_rows(name, results):
-    """Return (label, runs, their seeds, the paper's numbers) of each row that has runs."""
-    rows = []
-    for label, arm, paper in rows_of(name):
-        if results[arm]:
-            seeds = ", ".join(str(run["seed"]) for run in results[arm])
-            rows.append((label, results[arm], seeds, paper))
-    return rows
-
-
-def task_table(name, results):
+def task_table(paper, finished):
     """Write an arm per row: scores, cost of an image, the paper's numbers."""
     rows = []
-    for label, runs, seeds, paper in finished_rows(name, results):
+    for label, runs, *seeds_and_paper in finished:
         # The median: a busy moment of the machine is not the arm's cost.
         seconds = statistics.median(run["seconds_per_step"] for run in runs)
-        cost = f"{runs[0]['tokens']}", f"{runs[0]['flops'] / 1e6:.0f}", f"{seconds:.3f}"
-        rows.append([label, *(percent(runs, task) for task in TASKS), *cost, seeds, paper])
-    paper = TABLES[name].splitlines()[0]
+        cost = [f"{runs[0]['tokens']}", f"{runs[0]['flops'] / 1e6:.0f}", f"{seconds:.3f}"]
+        rows.append([label, *(percent(runs, task) for task in TASKS), *cost, *seeds_and_paper])
     return markdown([*TASKS.values(), "tokens", "MFLOPs", "s a step", "seeds", paper], rows)
 
 
-def video_table(name, results):
+def video_table(finished):
     """Write a question and an arm per row, a way to show the clip per column."""
     lines = []
     for tasks, columns in VIDEO:
         columns, rows = columns.split("; "), []
         for task in tasks.split():
-            for label, runs, seeds, _ in finished_rows(name, results):
+            for label, runs, seeds, _ in finished:
                 cells = [percent(runs, f"{task}, {column}") for column in columns]
                 rows.append([f"{task}, {label}", *cells, seeds])
         lines += ["", *markdown([*columns, "seeds"], rows)]
     return lines[1:]
 
 
-def section(name, results):
+def section(config, name, finished):
     """Write a table of the page as text, with what its runs share."""
-    runs = [run for _, runs, *_ in finished_rows(name, results) for run in runs]
-    budget, weights = runs[0]["budget"], {}
-    for run in runs:
-        weights |= run["weights"]
+    weights = {}
+    for _, runs, *_ in finished:
+        for run in runs:
+            weights |= run["weights"]
     if name == "video":
-        asked, table = f"{max(1, budget['count'] // 2)} clips", video_table(name, results)
+        asked, table = f"{max(1, config.count // 2)} clips", video_table(finished)
     else:
-        asked, table = f"{budget['count']} questions a task", task_table(name, results)
+        paper = TABLES[name].splitlines()[0]
+        asked, table = f"{config.count} questions a task", task_table(paper, finished)
     checkpoints = ", ".join(f"{name} {weights[name]}" for name in sorted(weights))
-    steps = f"{budget['steps1']} + {budget['steps2']} steps"
+    steps = f"{config.steps1} + {config.steps2} steps"
     first = "Percent, mean ± sample standard deviation over the seeds; "
     return "\n".join([f"{first}{steps}, {asked}; checkpoints {checkpoints}.", "", *table])
 
 
 def report(config):
     """Put every table between its two marks in the page. The rest is written by hand."""
-    results, page = read_results(config), Path(config.page)
+    page = Path(config.page)
     text = page.read_text(encoding="utf-8")
-    if not any(results.values()):
-        raise InputError(f"{config.out}: no finished run; the page has --out=runs/findings")
     for name in config.table:
-        if not finished_rows(name, results):
-            print(f"{name}: not run; its table stays as it is")
+        finished = finished_rows(config, name)
+        if not finished:
+            print(f"{name}: no finished run in {config.out}; its table stays as it is")
             continue
         start, end = f"<!-- {name}: toy.findings --report -->\n", f"\n<!-- {name}: end -->"
         if start not in text or end not in text:
             raise InputError(f"{page}: needs the lines {start.strip()} and {end.strip()}")
-        body = section(name, results)
         before, after = text.split(start)[0], text.split(end)[1]
-        text = f"{before}{start}\n{body}\n{end}{after}"
+        text = f"{before}{start}\n{section(config, name, finished)}\n{end}{after}"
     page.write_text(text, encoding="utf-8")
-    print(f"{page}: {sum(map(len, results.values()))} runs")
+    print(f"wrote {page}")
 
 
 def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
+    for name in config.table:
+        cli.find_class(TABLES, name, "--table")
+    for arm in config.arms:
+        cli.find_class(ARMS, arm, "--arms")
     if config.report:
         report(config)
     else:

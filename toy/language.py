@@ -12,7 +12,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from toy import world
 
-SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
+SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+# Their ids.
 PAD, BOS, EOS = 0, 2, 3
 # A drawing has as many cells as an image has patches.
 GRID, CELL = 8, world.SIDE // 8
@@ -104,7 +105,7 @@ def make_tokenizer():
         texts += [f"USER: {question} ASSISTANT: {answer}" for question, answer in turns]
     trainer = trainers.BpeTrainer(
         vocab_size=3072,
-        special_tokens=SPECIAL,
+        special_tokens=list(SPECIAL.values()),
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )

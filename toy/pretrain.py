@@ -13,7 +13,9 @@ Each model is trained as its full-size original was, and saved in Hugging Face l
     python -m toy.pretrain llama    next token of the world's language: a scene in text, then
                                     questions about it
 
-weights/README.md has the commands, times and scores of the checkpoints in the repository.
+A recipe is a function that builds a model and defines the loss of a step. toy/views.py has the
+images, toy/language.py the texts. weights/README.md has the commands, times and scores of the
+checkpoints in the repository.
 """
 
 import copy
@@ -32,34 +34,24 @@ from torch.nn.utils.rnn import pad_sequence
 from clip import CLIP, CLIPTextConfig, CLIPVisionConfig
 from common import cli
 from common.cli import option
-from common.errors import InputError
-from common.pretrained import read_json
+from common.pretrained import read_config
 from common.save import write_json
 from dialogue import IGNORE, IMAGE, encode
 from dinov2 import DINOv2, DINOv2Config
 from eval import score
 from llama import Llama, LlamaConfig
-from toy import world
-from toy.language import (
-    BOS,
-    EOS,
-    PAD,
-    clip_caption,
-    drawing,
-    encode_text,
-    make_tokenizer,
-    text_scene,
-    wrong_caption,
-)
+from toy import language, views, world
+from toy.language import encode_text, make_tokenizer
+from toy.views import GRID, PATCH, object_of_patch, pixels_of
 from vit import Block, ViT, ViTConfig
 
 # Mean and standard deviation of the world's pixels.
 MEAN, STD = (0.33,) * 3, (0.22,) * 3
-WIDTH, PATCH, GRID = 128, 8, world.SIDE // 8
+WIDTH = 128
 BLOCK = {"hidden_size": WIDTH, "num_attention_heads": 4}
 TOWER = BLOCK | {"num_hidden_layers": 6, "image_size": world.SIDE, "patch_size": PATCH}
-# DINOv2 has an mlp_ratio instead.
-BLOCK |= {"intermediate_size": 4 * WIDTH, "hidden_act": "gelu"}
+# DINOv2 has an mlp_ratio instead, 4 by default.
+MLP = {"intermediate_size": 4 * WIDTH, "hidden_act": "gelu"}
 # Position embeddings start about as large as patch embeddings. From the usual 0.02 these short
 # trainings never raise them, and the last layers do not know where a patch is.
 POSITION_STD = 0.3
@@ -131,67 +123,44 @@ def generators(config):
     return torch.Generator().manual_seed(config.seed), np.random.default_rng(config.seed)
 
 
-def pixels_of(scenes, split="train"):
-    """Draw [(index, objects), ...] -> uint8 (B, 3, 64, 64)."""
-    images = np.stack([world.draw(objects, split, index) for index, objects in scenes])
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+def encode_patches(tower, pixels, parts, mask=None):
+    """Run a DINOv2 or ViT on some of the patches -> class tokens (B, D), patches (B, n, D).
 
-
-def portraits(scenes, generator, rng):
-    """Cut a square around the largest object out of every image: uint8 (B, 3, 64, 64)."""
-    side = rng.integers(32, world.SIDE + 1)
-    parts = []
-    for image, (_, objects) in zip(pixels_of(scenes), scenes, strict=True):
-        corner = np.array(objects[0].center) - side / 2
-        x, y = corner.clip(0, world.SIDE - side).astype(int)
-        parts.append(image[:, y : y + side, x : x + side])
-    return augment(torch.stack(parts), generator)
-
-
-def augment(pixels, generator):
-    """Cut a random square out of every image, and resize it: uint8 (B, 3, 64, 64).
-
-    It has 0.7 to 1 of the image's side. It is flipped and changed in brightness at random. Colors
-    stay, since they have meaning here.
+    pixels: uint8 (B, 3, 64, 64). parts (B, n): the numbers of the patches. mask (B, n): which of
+    them the mask token replaces.
     """
-    B, size = len(pixels), world.SIDE
-    side = torch.empty(B).uniform_(0.7, 1.0, generator=generator)
-    center = (torch.rand(B, 2, generator=generator) * 2 - 1) * (1 - side)[:, None]
-    flip = torch.randint(0, 2, (B,), generator=generator) * 2 - 1
-    affine = torch.zeros(B, 2, 3)
-    affine[:, 0, 0], affine[:, 1, 1], affine[:, :, 2] = side * flip, side, center
-    grid = F.affine_grid(affine, (B, 3, size, size), align_corners=False)
-    cropped = F.grid_sample(pixels.float(), grid, align_corners=False, padding_mode="reflection")
-    light = torch.empty(B, 1, 1, 1).uniform_(0.7, 1.3, generator=generator)
-    return (cropped * light).clamp(0, 255).byte()
+    chosen = parts[..., None].expand(-1, -1, WIDTH)
+    positions = tower.position_embeddings.expand(len(parts), -1, -1)
+    x = tower.embed_patches(pixels).gather(1, chosen)
+    if mask is not None:
+        x = torch.where(mask[..., None], tower.mask_token.to(x.dtype), x)
+    x = x + positions[:, 1:].gather(1, chosen)
+    x = torch.cat([tower.cls_token + positions[:, :1], x], dim=1)
+    for block in tower.blocks:
+        x = block(x)
+    x = tower.norm(x)
+    return x[:, 0], x[:, 1:]
 
 
 def share(right):
     return round(right.double().mean().item(), 3)
 
 
-def save(model, folder, tokenizer=None):
-    """Save in Hugging Face layout and half precision: 14 MB for all five."""
-    model.half().save_pretrained(folder)
-    if tokenizer:
-        tokenizer.save(str(folder / "tokenizer.json"))
-    print(f"wrote {folder}")
-
-
 # --- CLIP ---------------------------------------------------------------------------------
 
 
-def pretrain_clip(config, folder):
+def pretrain_clip(config):
+    """Match images with captions. Captions with a wrong word make the shapes necessary."""
     tokenizer = make_tokenizer()
-    vision = CLIPVisionConfig(**TOWER | BLOCK)
     text = CLIPTextConfig(
         num_hidden_layers=2,
         vocab_size=tokenizer.get_vocab_size(),
         max_position_embeddings=64,
-        eos_token_id=EOS,
+        eos_token_id=language.EOS,
         **BLOCK,
+        **MLP,
     )
-    clip = CLIP(vision, text, projection_dim=WIDTH, mean=MEAN, std=STD)
+    clip = CLIP(CLIPVisionConfig(**TOWER, **MLP), text, WIDTH, MEAN, STD)
     clip.tokenizer = tokenizer
     nn.init.normal_(clip.vision.position_embedding, std=POSITION_STD)
 
@@ -199,23 +168,22 @@ def pretrain_clip(config, folder):
         scenes, texts, wrong = scenes_of(config, step, 0.15, 0.4), [], []
         for index, objects in scenes:
             rng = world.generator("train", index, 3)
-            texts.append(clip_caption(objects, rng))
-            # Without these, captions can be told apart almost without the shapes.
-            wrong.append(wrong_caption(texts[-1], rng))
+            texts.append(language.clip_caption(objects, rng))
+            wrong.append(language.wrong_caption(texts[-1], rng))
         logits = clip.similarity(pixels_of(scenes), texts + wrong).float()  # (B, 2B)
-        target = torch.arange(len(scenes))
+        target = torch.arange(config.batch)
         to_text = F.cross_entropy(logits, target)
-        to_image = F.cross_entropy(logits[:, : len(scenes)].T, target)
+        to_image = F.cross_entropy(logits[:, : config.batch].T, target)
         return (to_text + to_image) / 2
 
     train(clip, loss_of, config, adamw=0.25)
-    save(clip, folder, tokenizer)
+    return clip
 
 
 def clip_scores(clip, count=256):
     """Score zero-shot retrieval among held-out scenes: recall at 1, where chance is 1 / count."""
     scenes = [(index, world.scene("test", index)) for index in range(count)]
-    texts = [clip_caption(objects, world.generator("test", i, 3)) for i, objects in scenes]
+    texts = [language.clip_caption(o, world.generator("test", i, 3)) for i, o in scenes]
     logits = clip.similarity(pixels_of(scenes, "test"), texts)
     target = torch.arange(count)
     return {
@@ -240,104 +208,39 @@ class Head(nn.Sequential):
         return F.normalize(super().forward(x).float(), dim=-1)
 
 
-def move(objects, rng):
-    """Put the same objects elsewhere, up to a fifth larger or smaller, at most 24 pixels."""
-    sides = np.clip([o.side * rng.uniform(0.8, 1.2) for o in objects], 12, 24)
-    # The largest is placed first. Without room for all, they shrink.
-    order, placed = np.argsort(-sides), None
-    kinds = [objects[i].kind for i in order]
-    while not placed:
-        placed = world.place(kinds, sides[order], rng)
-        sides = np.maximum(12, 0.97 * sides)
-    return [placed[i] for i in np.argsort(order)]
+def pretrain_dinov2(config):
+    """Match views. First they are 4 x 4 patches around one object, later up to five objects."""
+    tower = DINOv2(DINOv2Config(**TOWER), MEAN, STD)
+    nn.init.normal_(tower.position_embeddings, std=POSITION_STD)
+    student = nn.ModuleDict({"tower": tower, "object": Head(), "patch": Head()})
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    generator, rng = generators(config)
 
+    def loss_of(step):
+        for average, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
+            average.lerp_(parameter.detach(), 0.02)
+        whole = step >= 0.6 * config.steps
+        scenes = scenes_of(config, step, 0.3, 0.6)
+        scenes = scenes[:48] if whole else scenes
+        pixels, parts, owners = views.make_views(scenes, whole, rng, generator)
+        mask = make_mask(parts.shape, 0.5 if whole else 0.25, generator)
+        cls, patches = encode_patches(tower, pixels, parts, mask)
+        with torch.no_grad():
+            _, known = encode_patches(teacher["tower"], pixels, parts)
+        # The class token must find that of the other view of its scene.
+        V, names = len(pixels), student["object"](cls)
+        other = torch.arange(V).roll(V // 2)
+        loss_cls = contrast(names, names, other, torch.eye(V, dtype=torch.bool))
+        loss_object = object_loss(student, teacher, names, patches, known, owners, whole)
+        # A masked patch must find what the teacher sees there, among all masked patches.
+        some = torch.randperm(int(mask.sum()), generator=generator)[:512]
+        hidden, target = student["patch"](patches[mask]), teacher["patch"](known[mask])
+        right, none = torch.arange(len(some)), torch.tensor(False)
+        loss_patch = contrast(hidden[some], target[some], right, none)
+        return loss_cls + loss_object + (1 if whole else 0.5) * loss_patch
 
-def recolor(pixels, generator):
-    """Change the light of uint8 (B, 3, H, W), and the colors of four in five.
-
-    Their channels are exchanged and stretched, or gray, so that color identifies no object.
-    """
-    B, x = len(pixels), pixels.float()
-    order = torch.rand(B, 3, generator=generator).argsort(1)[:, :, None, None].expand_as(x)
-    other = x.gather(1, order) * torch.empty(B, 3, 1, 1).uniform_(0.6, 1.4, generator=generator)
-    gray, changed, light = torch.rand(3, B, 1, 1, 1, generator=generator)
-    other = torch.where(gray < 0.2, other.mean(1, keepdim=True), other)
-    return (torch.where(changed < 0.8, other, x) * (0.7 + 0.6 * light)).clamp(0, 255).byte()
-
-
-def object_of_patch(objects):
-    """Return the number of the object under the middle of each patch, (64,), or -1."""
-    middle, number = (np.arange(GRID) + 0.5) * PATCH, np.full((GRID, GRID), -1)
-    for i, o in enumerate(objects):
-        rows = (middle > o.y) & (middle < o.y + o.side)
-        columns = (middle > o.x) & (middle < o.x + o.side)
-        number[np.ix_(rows, columns)] = i
-    return number.flatten()
-
-
-def patches_around(o, rng):
-    """Choose 4 x 4 of the 8 x 8 patches that cover an object of 24 pixels or fewer: (16,)."""
-    corner = []
-    for start in (o.y, o.x):
-        first = max(0, math.ceil((start + o.side) / PATCH) - 4)
-        corner.append(rng.integers(first, min(4, int(start / PATCH)) + 1))
-    rows, columns = corner[0] + np.arange(4), corner[1] + np.arange(4)
-    return (rows[:, None] * GRID + columns).flatten()
-
-
-def contrast(queries, keys, target, excluded):
-    """Compute InfoNCE (arXiv 1807.03748): query m must find key target[m].
-
-    queries (M, C) and keys (K, C) are unit vectors, excluded bool (M, K) the keys to leave out.
-    """
-    logits = (queries @ keys.T / 0.1).masked_fill(excluded, -torch.inf)
-    return F.cross_entropy(logits, target)
-
-
-def encode_part(tower, pixels, parts, mask=None):
-    """Run a DINOv2 or ViT on some of the patches -> class tokens (B, D), patches (B, n, D).
-
-    pixels: normalized (B, 3, 64, 64). parts (B, n): the numbers of the patches. mask (B, n): which
-    of them the mask token replaces.
-    """
-    chosen = parts[..., None].expand(-1, -1, WIDTH)
-    positions = tower.position_embeddings.expand(len(parts), -1, -1)
-    x = tower.patch(pixels).flatten(2).transpose(1, 2).gather(1, chosen)
-    if mask is not None:
-        x = torch.where(mask[..., None], tower.mask_token.to(x.dtype), x)
-    x = x + positions[:, 1:].gather(1, chosen)
-    x = torch.cat([tower.cls_token + positions[:, :1], x], dim=1)
-    for block in tower.blocks:
-        x = block(x)
-    x = tower.norm(x)
-    return x[:, 0], x[:, 1:]
-
-
-def make_views(scenes, whole, rng, generator):
-    """Draw two views of every scene -> pixels (V, 3, 64, 64), parts (V, n), owners (V, n).
-
-    Views i and i + V/2 show the same objects elsewhere, on another background, in other colors.
-    parts: the patches to see, all if `whole`. owners: the object on each, or -1.
-    """
-    views = []
-    for offset in (0, 7_777_777):
-        views += [(index + offset, move(objects, rng)) for index, objects in scenes]
-    pixels = recolor(pixels_of(views), generator)
-    parts, owners = [], []
-    for _, objects in views:
-        part = np.arange(GRID**2) if whole else patches_around(objects[0], rng)
-        parts.append(part)
-        owners.append(object_of_patch(objects)[part])
-    return pixels, torch.from_numpy(np.stack(parts)), torch.from_numpy(np.stack(owners))
-
-
-def make_mask(shape, share, generator):
-    """Mask 10% to 50% of the patches in this share of the views: bool (V, n)."""
-    amount = torch.rand(shape[0], 1, generator=generator) * 0.4 + 0.1
-    mask = torch.rand(shape, generator=generator) < amount
-    mask &= torch.rand(shape[0], 1, generator=generator) < share
-    mask[0, :2] = True
-    return mask
+    train(student, loss_of, config)
+    return teacher["tower"]
 
 
 def object_loss(student, teacher, names, patches, known, owners, whole):
@@ -354,47 +257,29 @@ def object_loss(student, teacher, names, patches, known, owners, whole):
     if whole:
         with torch.no_grad():
             total = torch.zeros(objects, WIDTH).index_add_(0, number, known[on].float())
-            names = teacher["thing"](total / count.clamp(min=1)[:, None])
+            names = teacher["object"](total / count.clamp(min=1)[:, None])
     other = (number + objects // 2) % objects
     seen = count[other] > 0
     excluded = (count == 0) | (torch.arange(objects) == number[seen, None])
-    return contrast(student["thing"](patches[on][seen]), names.detach(), other[seen], excluded)
+    return contrast(student["object"](patches[on][seen]), names.detach(), other[seen], excluded)
 
 
-def pretrain_dinov2(config, folder):
-    """First the tower sees 4 x 4 patches around one object, later images with up to five."""
-    tower = DINOv2(DINOv2Config(mlp_ratio=4, layerscale_value=1.0, **TOWER), MEAN, STD)
-    nn.init.normal_(tower.position_embeddings, std=POSITION_STD)
-    student = nn.ModuleDict({"tower": tower, "thing": Head(), "patch": Head()})
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    generator, rng = generators(config)
+def contrast(queries, keys, target, excluded):
+    """Compute InfoNCE (arXiv 1807.03748): query m must find key target[m].
 
-    def loss_of(step):
-        for average, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
-            average.lerp_(parameter.detach(), 0.02)
-        whole = step >= 0.6 * config.steps
-        scenes = scenes_of(config, step, 0.3, 0.6)
-        scenes = scenes[:48] if whole else scenes
-        pixels, parts, owners = make_views(scenes, whole, rng, generator)
-        mask = make_mask(parts.shape, 0.5 if whole else 0.25, generator)
-        normal = tower.normalize(pixels, torch.float32)
-        cls, patches = encode_part(tower, normal, parts, mask)
-        with torch.no_grad():
-            _, known = encode_part(teacher["tower"], normal, parts)
-        # The class token must find that of the other view of its scene.
-        V, names = len(pixels), student["thing"](cls)
-        other = (torch.arange(V) + V // 2) % V
-        loss_cls = contrast(names, names, other, torch.eye(V, dtype=torch.bool))
-        loss_object = object_loss(student, teacher, names, patches, known, owners, whole)
-        # A masked patch must find what the teacher sees there, among all masked patches.
-        some = torch.randperm(int(mask.sum()), generator=generator)[:512]
-        hidden, target = student["patch"](patches[mask]), teacher["patch"](known[mask])
-        right, none = torch.arange(len(some)), torch.tensor(False)
-        loss_patch = contrast(hidden[some], target[some], right, none)
-        return loss_cls + loss_object + (1 if whole else 0.5) * loss_patch
+    queries (M, C) and keys (K, C) are unit vectors, excluded bool (M, K) the keys to leave out.
+    """
+    logits = (queries @ keys.T / 0.1).masked_fill(excluded, -torch.inf)
+    return F.cross_entropy(logits, target)
 
-    train(student, loss_of, config)
-    save(teacher["tower"], folder)
+
+def make_mask(shape, share, generator):
+    """Mask 10% to 50% of the patches in this share of the views: bool (V, n)."""
+    amount = torch.rand(shape[0], 1, generator=generator) * 0.4 + 0.1
+    mask = torch.rand(shape, generator=generator) < amount
+    mask &= torch.rand(shape[0], 1, generator=generator) < share
+    mask[0, :2] = True
+    return mask
 
 
 # --- MAE and DeiT: one ViT, trained in two ways -------------------------------------------
@@ -402,7 +287,7 @@ def pretrain_dinov2(config, folder):
 
 def plain_vit(model_type, num_labels=0):
     """Make an untrained ViT of the other towers' size."""
-    config = ViTConfig(model_type=model_type, num_labels=num_labels, **TOWER | BLOCK)
+    config = ViTConfig(model_type=model_type, num_labels=num_labels, **TOWER, **MLP)
     tower = ViT(config, MEAN, STD)
     nn.init.normal_(tower.position_embeddings, std=POSITION_STD)
     return tower
@@ -430,7 +315,7 @@ class Decoder(nn.Module):
         return self.layers(x + self.positions)
 
 
-def pretrain_mae(config, folder):
+def pretrain_mae(config):
     """Hide 60% of the 64 patches, since the paper's 75% of 196 would leave too few.
 
     Pixels are not normalized patch by patch: most patches here are flat but for noise, which would
@@ -440,21 +325,21 @@ def pretrain_mae(config, folder):
     generator, rng = generators(config)
 
     def loss_of(step):
-        pixels = portraits(scenes_of(config, step, 0.3, 0.6), generator, rng)
+        pixels = views.crops(scenes_of(config, step, 0.3, 0.6), generator, rng)
         normal = tower.normalize(pixels, torch.float32)
         target = F.unfold(normal, PATCH, stride=PATCH).transpose(1, 2)  # (B, N, 3 P²)
         order = torch.rand(target.shape[:2], generator=generator).argsort(1)
-        seen, hidden = order.tensor_split([round(0.4 * GRID**2)], dim=1)
-        _, patches = encode_part(tower, normal, seen)
+        seen, hidden = order.split([26, 38], dim=1)
+        _, patches = encode_patches(tower, pixels, seen)
         prediction = decoder(patches, seen).float()
-        hidden = hidden[..., None].expand(-1, -1, target.shape[2])
-        return F.mse_loss(prediction.gather(1, hidden), target.gather(1, hidden))
+        hidden = hidden[..., None]
+        return F.mse_loss(prediction.take_along_dim(hidden, 1), target.take_along_dim(hidden, 1))
 
     train(nn.ModuleDict({"tower": tower, "decoder": decoder}), loss_of, config)
-    save(tower, folder)
+    return tower
 
 
-def pretrain_deit(config, folder):
+def pretrain_deit(config):
     """Classify images of one large object, as on ImageNet: 4 shapes x 8 colors."""
     # model_type as in facebook/deit-small-*
     tower = plain_vit("vit", num_labels=32)
@@ -463,11 +348,14 @@ def pretrain_deit(config, folder):
     def loss_of(step):
         scenes = scenes_of(config, step, 0, 1)
         classes = torch.tensor([objects[0].kind for _, objects in scenes])
-        logits = tower.classify(portraits(scenes, generator, rng)).float()
+        logits = tower.classify(views.crops(scenes, generator, rng)).float()
         return F.cross_entropy(logits, classes, label_smoothing=0.1)
 
     train(tower, loss_of, config)
-    save(tower, folder)
+    return tower
+
+
+# --- scores of a vision tower -------------------------------------------------------------
 
 
 def probe_data(tower, split, count):
@@ -476,11 +364,15 @@ def probe_data(tower, split, count):
     The features are each hidden state and a one for the bias, (M, D + 1).
     """
     scenes = [(index, world.scene(split, index)) for index in range(count)]
-    owners = np.stack([object_of_patch(objects) for _, objects in scenes])
-    image, patch = np.nonzero(owners >= 0)
-    shown = [scenes[i][1][owners[i, j]] for i, j in zip(image, patch, strict=True)]
+    images, patches, shown = [], [], []
+    for i, (_, objects) in enumerate(scenes):
+        for patch, number in enumerate(object_of_patch(objects)):
+            if number >= 0:
+                images.append(i)
+                patches.append(tower.num_prefix_tokens + patch)
+                shown.append(objects[number])
     hidden = tower(pixels_of(scenes, split))
-    features = [F.pad(x[image, patch + tower.num_prefix_tokens], (0, 1), value=1) for x in hidden]
+    features = [F.pad(x[images, patches], (0, 1), value=1) for x in hidden]
     return features, torch.tensor([o.kind for o in shown]), torch.tensor([o.box for o in shown])
 
 
@@ -522,45 +414,41 @@ def pad(rows, value):
     return pad_sequence([torch.tensor(row) for row in rows], True, value)
 
 
-def pretrain_llama(config, folder):
+def pretrain_llama(config):
+    """Predict the answers: scenes and questions are random, and nobody can predict them."""
     tokenizer = make_tokenizer()
     llama = Llama(
         LlamaConfig(
             vocab_size=tokenizer.get_vocab_size(),
-            hidden_size=WIDTH,
             intermediate_size=352,
             num_hidden_layers=4,
-            num_attention_heads=4,
             max_position_embeddings=512,
             rms_norm_eps=1e-5,
             tie_word_embeddings=True,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
+            bos_token_id=language.BOS,
+            eos_token_id=language.EOS,
+            **BLOCK,
         )
     )
+    llama.tokenizer = tokenizer
 
     def loss_of(step):
         rows, targets = [], []
         for index, objects in scenes_of(config, step, 0.04, 0.1):
             rng = world.generator("train", index, 4)
-            text, ((question, answer), *rest), template = text_scene(objects, rng, step % 4 == 0)
+            text, turns, template = language.text_scene(objects, rng, step % 4 == 0)
+            (question, answer), *rest = turns
             ids, labels = encode(tokenizer, [(f"<image>\n{question}", answer), *rest], template)
             place, text = ids.index(IMAGE), encode_text(tokenizer, text)
             rows.append(replace(ids, place, text))
             targets.append(replace(labels, place, [IGNORE] * len(text)))
-        tokens, labels = pad(rows, PAD), pad(targets, IGNORE)[:, 1:]
-        # Only answers count: scenes and questions are random, and nobody can predict them.
+        tokens, labels = pad(rows, language.PAD), pad(targets, IGNORE)[:, 1:]
         answers = labels >= 0
         logits = llama.logits(llama(tokens[:, :-1], hidden_only=True)[answers]).float()
         return F.cross_entropy(logits, labels[answers])
 
     train(llama, loss_of, config)
-    save(llama, folder, tokenizer)
-    config_file = folder / "config.json"
-    write_json(config_file, read_json(config_file) | {"template": "tiny"})
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    names["tokenizer_class"] = "PreTrainedTokenizerFast"
-    write_json(folder / "tokenizer_config.json", names)
+    return llama
 
 
 def held_out(task):
@@ -580,7 +468,7 @@ def llama_scores(llama, count=200):
     tokenizer, scores = make_tokenizer(), {}
     for task in world.TASKS:
         scores[task] = []
-        for describe in (drawing, world.listing):
+        for describe in (language.drawing, world.listing):
             prompts, targets = [], []
             for objects, question, answer in itertools.islice(held_out(task), count):
                 ids, _ = encode(tokenizer, [(f"<image>\n{question}", None)], "tiny")
@@ -588,12 +476,14 @@ def llama_scores(llama, count=200):
                 prompts.append(replace(ids, ids.index(IMAGE), text))
                 targets.append(answer)
             lengths = torch.tensor([len(prompt) for prompt in prompts])
-            answers = llama.generate(pad(prompts, PAD), 48, lengths=lengths)
+            answers = llama.generate(pad(prompts, language.PAD), 48, lengths=lengths)
             texts = [tokenizer.decode(answer.tolist()).strip() for answer in answers]
             first, *_ = score(task, texts, targets).values()
             scores[task].append(round(first, 3))
     return scores
 
+
+# --- the command --------------------------------------------------------------------------
 
 # Training, class, scores of the saved model, default steps, batch and learning rate.
 RECIPES = {
@@ -605,20 +495,31 @@ RECIPES = {
 }
 
 
+def save(model, folder):
+    """Save in Hugging Face layout and half precision: 14 MB for all five."""
+    model.half().save_pretrained(folder)
+    if isinstance(model, CLIP | Llama):
+        model.tokenizer.save(str(folder / "tokenizer.json"))
+    if isinstance(model, Llama):
+        config = read_config(folder) | {"template": "tiny"}
+        write_json(folder / "config.json", config)
+        tokens = language.SPECIAL | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        write_json(folder / "tokenizer_config.json", tokens)
+    print(f"wrote {folder}")
+
+
 def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
-    if config.model not in RECIPES:
-        raise InputError(f"model {config.model!r}: must be one of {', '.join(RECIPES)}")
-    pretrain, model_class, scores, steps, batch, lr = RECIPES[config.model]
+    recipe = cli.find_class(RECIPES, config.model, "model")
+    pretrain, model_class, scores, steps, batch, lr = recipe
     config.steps = config.steps or steps
     config.batch = config.batch or batch
     config.lr = config.lr or lr
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)
     folder = Path(config.out or f"weights/{config.model}")
     print(config)
-    pretrain(config, folder)
+    save(pretrain(config), folder)
     if config.evaluate:
         with torch.no_grad():
             print("held out:", scores(model_class.from_pretrained(folder)))

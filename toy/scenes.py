@@ -46,6 +46,13 @@ def scene_questions(objects, index):
     return [turn for turn in turns if turn]
 
 
+def scene_to_ask(index):
+    """Draw a test scene -> a PIL image, three questions about it."""
+    objects, image = test_scene(index)
+    questions = [question for question, _ in scene_questions(objects, index)]
+    return image, [questions[0], questions[1], questions[-1]]
+
+
 def named_objects(caption):
     """Count the objects of a caption: "a red circle, a ..." -> Counter of "red circle", ..."""
     parts = re.split(r",|\band\b|\.", caption.lower())

@@ -9,8 +9,8 @@ the tiny LLaMA knows:
     moving    one object moves, the others stay           "Is the red circle left or right of the
                                                           red circle?"
 
-A clip is eight lists of objects, `frames`, and depends only on (split, index), as scenes do. All
-objects of a clip are those of a held-out scene. A moving object takes steps of 0.05 of the image's
+A clip is eight lists of objects, `frames`, and depends only on its index. All its objects are those
+of a held-out scene. A moving object takes steps of 0.05 of the image's
 side, in which the world's boxes are written.
 
 `python -m toy.findings --table=video` trains the models and asks them.
@@ -19,10 +19,10 @@ side, in which the world's boxes are written.
 from dataclasses import replace
 from itertools import count
 
-import eval as world_eval
 from common.images import parse_box
 from connector import half_side, halve_grid
 from dialogue import MARK
+from eval import exchange, score
 from toy import world
 from toy.world import SIDE
 
@@ -40,20 +40,20 @@ WELL_READ = 256
 # --- clips --------------------------------------------------------------------------------
 
 
-def passing(split, index):
+def passing(index):
     """Show two to five objects of a scene one after the other, in random order -> frames."""
-    scenes = (world.scene(split, n) for n in count(SCENES * index))
+    scenes = (world.scene("test", n) for n in count(SCENES * index))
     objects = next(objects for objects in scenes if len(objects) > 1)
-    order = world.generator(split, index, 4).permutation(len(objects))
+    order = world.generator("test", index, 4).permutation(len(objects))
     return [[objects[order[frame * len(objects) // FRAMES]]] for frame in range(FRAMES)]
 
 
-def moving(split, index):
+def moving(index):
     """Move the first of one to three objects without touching another -> frames, direction."""
-    direction, rng = list(DIRECTIONS)[index % 4], world.generator(split, index, 5)
+    direction, rng = list(DIRECTIONS)[index % 4], world.generator("test", index, 5)
     dx, dy = (STEP * value for value in DIRECTIONS[direction])
     for n in count(SCENES * index):
-        first, *others = world.scene(split, n, most=3)
+        first, *others = world.scene("test", n, most=3)
         for x, y in rng.uniform(0, SIDE - first.side, size=(30, 2)):
             path = [replace(first, x=float(x + dx * i), y=float(y + dy * i)) for i in range(FRAMES)]
             inside = 0 <= min(path[-1].box) and max(path[-1].box) <= 1
@@ -61,23 +61,15 @@ def moving(split, index):
                 return [[o, *others] for o in path], direction
 
 
-def draw(frames, split, index):
-    """Draw a clip, uint8 (64, 64, 3) per frame, on one background."""
-    return [world.draw(objects, split, SCENES * index) for objects in frames]
+def draw(clips):
+    """Draw clips, uint8 (64, 64, 3) per frame, each on one background."""
+    drawn = []
+    for index, frames in enumerate(clips):
+        drawn.append([world.draw(objects, "test", SCENES * index) for objects in frames])
+    return drawn
 
 
 # --- questions ----------------------------------------------------------------------------
-
-
-def questions(task, number):
-    """Ask "presence" or "count" about passing clips -> frames, objects, texts, targets."""
-    clips = []
-    for index in range(number):
-        frames = passing("test", index)
-        objects = list({o.name: o for (o,) in frames}.values())
-        turn = world.any_question(task, objects, world.generator("test", index, 2))
-        clips.append((frames, objects, *turn))
-    return zip(*clips, strict=True)
 
 
 def direction_question(o, direction):
@@ -102,7 +94,7 @@ def moved(first, last, direction):
 # --- scores -------------------------------------------------------------------------------
 
 
-def ask(model, clips, texts, max_new_tokens, batch=25):
+def ask(model, clips, texts, max_new_tokens=4, batch=25):
     """Answer questions, each behind all images of its clip."""
     prompts = [f"{MARK * len(clip)}\n{text}" for clip, text in zip(clips, texts, strict=True)]
     answers = []
@@ -112,51 +104,60 @@ def ask(model, clips, texts, max_new_tokens, batch=25):
     return answers
 
 
-def draw_all(clips):
-    return [draw(frames, "test", index) for index, frames in enumerate(clips)]
-
-
 def score_passing(model, task, number):
     """Score a task on passing clips, shown in several ways -> {way: share of right answers}."""
-    frames, objects, texts, targets = questions(task, number)
-    clips, others = draw_all(frames), world_eval.exchange(number, seed=0)
+    frames = [passing(index) for index in range(number)]
+    objects = [list({o.name: o for (o,) in clip}.values()) for clip in frames]
+    turns = []
+    for index, shown in enumerate(objects):
+        turns.append(world.any_question(task, shown, world.generator("test", index, 2)))
+    texts, targets = zip(*turns, strict=True)
+    clips = draw(frames)
     # A clip's objects in one image, which is the first frame, and seven empty frames.
-    still = draw_all([[shown] + [[]] * (FRAMES - 1) for shown in objects])
+    still = draw([shown] + [[]] * (FRAMES - 1) for shown in objects)
     ways = {
         "one image": [clip[:1] for clip in still],
         "that eight times": [clip[:1] * FRAMES for clip in still],
         "eight frames": clips,
         "with seven empty": still,
         "one frame": [[clip[FRAMES // 2]] for clip in clips],
-        "another clip": [clips[i] for i in others],
+        "another clip": [clips[i] for i in exchange(number, seed=0)],
     }
     scores = {f"{task}, best guess": max(map(targets.count, targets)) / number}
     for way, images in ways.items():
-        answers = ask(model, images, texts, 4)
-        scores[f"{task}, {way}"], *_ = world_eval.score(task, answers, targets).values()
+        answers = ask(model, images, texts)
+        scores[f"{task}, {way}"], *_ = score(task, answers, targets).values()
     return scores
 
 
 def score_moving(model, number):
     """Score the direction of moving clips -> {way: share of right answers}."""
-    frames, directions = zip(*(moving("test", index) for index in range(number)), strict=True)
-    clips, objects = draw_all(frames), [clip[0][0] for clip in frames]
+    frames, directions = zip(*map(moving, range(number)), strict=True)
+    clips, objects = draw(frames), [clip[0][0] for clip in frames]
     texts = list(map(direction_question, objects, directions))
-    others = world_eval.exchange(number, seed=0)
-    forward = ask(model, clips, texts, 4)
-    backward = ask(model, [clip[::-1] for clip in clips], texts, 4)
-    other = ask(model, [clips[i] for i in others], texts, 4)
+    forward = ask(model, clips, texts)
+    backward = ask(model, [clip[::-1] for clip in clips], texts)
+    other = ask(model, [clips[i] for i in exchange(number, seed=0)], texts)
     where = [f"Where is the {o.name}?" for o in objects]
     first = map(parse_box, ask(model, [clip[:1] for clip in clips], where, 32))
     last = map(parse_box, ask(model, [clip[-1:] for clip in clips], where, 32))
-    return {
-        "direction, eight frames": world_eval.score("count", forward, directions)["accuracy"],
-        "direction, another clip": world_eval.score("count", other, directions)["accuracy"],
-        "direction, same answer backwards": world_eval.score("count", forward, backward)[
-            "accuracy"
-        ],
-        "direction, from two boxes": sum(map(moved, first, last, directions)) / number,
+    ways = {
+        "eight frames": (forward, directions),
+        "another clip": (other, directions),
+        "same answer backwards": (forward, backward),
     }
+    scores = {}
+    for way, pair in ways.items():
+        scores[f"direction, {way}"] = score("count", *pair)["accuracy"]
+    right = map(moved, first, last, directions)
+    return scores | {"direction, from two boxes": sum(right) / number}
+
+
+def score_all(model, number):
+    scores = score_moving(model, number)
+    for task in ("presence", "count"):
+        scores |= score_passing(model, task, number)
+    return scores
 
 
 def evaluate(model, number):
@@ -176,8 +177,3 @@ def evaluate(model, number):
     scores |= score_all(model, number)
     scores["direction, from two boxes"] = unpooled["direction, from two boxes"]
     return scores
-
-
-def score_all(model, number):
-    presence = score_passing(model, "presence", number)
-    return presence | score_passing(model, "count", number) | score_moving(model, number)

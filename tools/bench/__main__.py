@@ -22,12 +22,19 @@ from common.errors import InputError
 from tools.bench import decode, train
 
 BENCHES = {"train": train, "decode": decode}
+KNOWN = {
+    "what": BENCHES,
+    "vs": ("", "transformers"),
+    "dtype": ("bfloat16", "float32"),
+    "size": train.SIZES,
+    "stage": (0, 1, 2),
+}
 
 
 @dataclass
 class Config:
     what: str = option("train", "train or decode")
-    vs: list[str] = option([], "transformers: compare with it")
+    vs: str = option("", "transformers: compare with it")
     against: str = option("", "folder of another checkout: compare with it")
     repeats: int = option(5, "turns of every contender")
     batch: int = option(0, "dialogues of train (default 8), prompts of decode (default 1)")
@@ -42,17 +49,12 @@ class Config:
 
 
 def check(config):
-    for key, known in (
-        ("what", BENCHES),
-        ("dtype", ("bfloat16", "float32")),
-        ("size", train.SIZES),
-        ("stage", (0, 1, 2)),
-    ):
+    for key, known in KNOWN.items():
         value = getattr(config, key)
         if value not in known:
-            raise InputError(f"--{key}={value}: must be one of {', '.join(map(str, known))}")
-    if set(config.vs) - {"transformers"}:
-        raise InputError(f"--vs={','.join(config.vs)}: must be transformers")
+            raise InputError(
+                f"--{key}={value}: must be one of {', '.join(filter(None, map(str, known)))}"
+            )
     if config.vs and not importlib.util.find_spec("transformers"):
         raise InputError("--vs=transformers: pip install -r requirements-dev.txt")
     if config.against and not Path(config.against).is_dir():

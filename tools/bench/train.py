@@ -160,8 +160,7 @@ def planned(config, stage):
     _, labels, _ = dialogues(model.spec.size, model.tokens_per_image, config.batch)
     lengths = [len(row) for row in labels]
     supervised = sum(label != IGNORE for row in labels for label in row)
-    squared = sum(length**2 for length in lengths)
-    load = plan.Load(sum(lengths), squared, supervised, config.batch)
+    load = plan.Load.of(lengths, supervised, config.batch)
     one_gpu = SimpleNamespace(activation_checkpointing=False, gpus=1)
     return plan.Plan(one_gpu, model, stage == 2, load, 1, config.dtype == "bfloat16")
 
