@@ -29,7 +29,6 @@ import train
 from clip import CLIPVision
 from common import checkpoint, cli, lora
 from common.cli import option
-from common.distributed import Ranks
 from common.errors import InputError
 from common.hub import (
     locate,
@@ -40,6 +39,7 @@ from common.hub import (
     save_checkpoint,
     write_json,
 )
+from common.run import Ranks
 from common.tower import dtype_name, hugging_face
 from connector import Tower, make_connector
 from dialogue import MARK, named
