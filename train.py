@@ -129,12 +129,12 @@ def freeze(model, parts):
 
     With LoRA only the adapters of the LLM are trained, as the part "lora".
     """
-    adapters = lora.adapters(model.llm)
+    adapters = [p for name, p in model.llm.named_parameters() if ".lora_" in name]
     for part in PARTS:
-        getattr(model, part).requires_grad_(part in parts)
-    if adapters:
-        for name, parameter in model.llm.named_parameters():
-            parameter.requires_grad_(name in adapters and "llm" in parts)
+        is_trained = part in parts and not (part == "llm" and adapters)
+        getattr(model, part).requires_grad_(is_trained)
+    for parameter in adapters:
+        parameter.requires_grad_("llm" in parts)
     for tower, layers in zip(model.vision, model.connector.layers, strict=True):
         tower.freeze_above(max(max(x) if isinstance(x, range) else x for x in layers))
     trainable = {}
