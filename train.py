@@ -26,6 +26,7 @@ from common.distributed import data_parallel
 from common.draw import draw_losses
 from common.errors import InputError
 from common.faults import check_progress, print_bad_step
+from common.records import check_images
 from common.run import (
     PARTS,
     Config,
@@ -114,6 +115,7 @@ def build_dataset(config, stage):
             raise InputError(f"--image_mode={config.image_mode}: the boxes of {name} need pad")
         image_dir = config.image_dir or Path(path).parent
         datasets.append(DATASETS[kind](path, image_dir))
+        check_images(datasets[-1])
     if not datasets:
         raise InputError(f"--data{stage}: is empty")
     if "llm" not in options["train"] and not any(num_with_images(each) for each in datasets):

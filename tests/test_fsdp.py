@@ -38,8 +38,9 @@ if os.environ.get("APART"):                  # the folders of two nodes that sha
     os.makedirs(f"node{rank}", exist_ok=True)
     os.chdir(f"node{rank}")
 if os.environ.get("OTHER_DATA"):
+    from common.records import Packed
     from toy.world import World
-    World.buffer, World.ends, World.image_dir = rank.encode(), [0, 1], ""
+    World.samples, World.image_dir = Packed([rank]), "images"
 cli.run(train.main)
 """
 
