@@ -7,13 +7,12 @@
     python train.py --resume                                     continue the newest dense run
 
 Stage 1 trains the connector on captions. Stage 2 trains connector and LLM on dialogues. The vision
-towers stay frozen. A run writes to --out: log.jsonl, checkpoints/ (what is trained, the optimizer;
-for --resume and the next stage), model/ (for sample.py and eval.py) and with LoRA adapter/.
+towers stay frozen. A run writes to --out: log.jsonl, loss.png, checkpoints/ (what is trained, the
+optimizer; for --resume and the next stage), model/ (for sample.py and eval.py), LoRA's adapter/.
 """
 
 import gc
 import math
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -23,21 +22,25 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from common import checkpoint, cli, fsdp, lora
-from common.distributed import Ranks, data_parallel
+from common.distributed import data_parallel
+from common.draw import draw_losses
 from common.errors import InputError
+from common.faults import check_progress, print_bad_step
+from common.records import check_images
 from common.run import (
     PARTS,
     Config,
     Log,
+    Ranks,
     check,
-    check_progress,
+    fingerprint,
     llm_dtype,
     num_workers,
-    print_bad_step,
     print_stage,
     run_folder,
     stage_options,
     uses_bf16,
+    uses_compile,
 )
 from common.speed import speed_up
 from connector import CONNECTORS
@@ -71,35 +74,23 @@ def build_model(config, stage, device, mapped=False):
 def build_stage(config, stage, run, ranks):
     """Build the model, add LoRA adapters if asked, and load what stage 1 trained."""
     is_sharded = ranks.shards(config)
+    dtype = llm_dtype(config, stage, ranks.device)
     model = build_model(config, stage, ranks.device, is_sharded)
     trained = stage_options(config, stage)["train"]
     trained_before = config.train1 if stage == 2 else []
     if config.lora_rank and "llm" in trained + trained_before:
         lora.adapt(model.llm, config.lora_rank, config.lora_alpha)
-    source = None
-    if stage == 2 and config.init != "new":
-        source = Path(config.init) if config.init else checkpoint.newest(run, 1)
-        if source is None:
-            raise InputError(
-                f"{run}: has no checkpoint of stage 1, from which stage 2 starts: run stage 1, or "
-                "give --init=FOLDER or --init=new"
-            )
-        if not (source / "state.json").exists():
-            # A public connector or a whole model instead of a checkpoint of ours.
-            from interop.load import load_connector
+    start = checkpoint.start_of(config, run) if stage == 2 else None
+    if start and not checkpoint.is_checkpoint(start):
+        # A public connector or a whole model.
+        from interop.load import load_connector
 
-            load_connector(model, config.init)
-            source = None
+        load_connector(model, start)
     if is_sharded:
         freeze(model, trained)
-        bf16 = uses_bf16(config, ranks.device)
-        fsdp.shard(model, ranks.device, llm_dtype(config, stage, ranks.device), bf16)
-    if source:
-        state = checkpoint.load(source, model)
-        checkpoint.check_start(config, source, state)
-        model.changed.update(state["changed"])
-        if state["step"] < state["steps"]:
-            ranks.print(f"note: {source} is unfinished, step {state['step']} of {state['steps']}")
+        fsdp.shard(model, ranks.device, dtype, uses_bf16(config, ranks.device))
+    if start and checkpoint.is_checkpoint(start):
+        checkpoint.load_start(config, start, model, ranks)
     if config.lora_rank and "llm" not in trained and not is_sharded:
         # Adapters of stage 1 stay as they are in this stage.
         lora.merge(model.llm)
@@ -124,8 +115,11 @@ def build_dataset(config, stage):
             raise InputError(f"--image_mode={config.image_mode}: the boxes of {name} need pad")
         image_dir = config.image_dir or Path(path).parent
         datasets.append(DATASETS[kind](path, image_dir))
+        check_images(datasets[-1])
     if not datasets:
         raise InputError(f"--data{stage}: is empty")
+    if "llm" not in options["train"] and not any(num_with_images(each) for each in datasets):
+        raise InputError(f"--data{stage}: has no images, so --train{stage} must contain llm")
     if options["equal"]:
         largest = max(len(dataset) for dataset in datasets)
         datasets = [d for d in datasets for _ in range(round(largest / len(d)))]
@@ -177,37 +171,28 @@ def train_stage(config, stage, model, dataset, run, ranks):
     groups = []
     for part, parameters in trainable.items():
         groups.append({"params": parameters, "peak": options.get(f"{part}_lr") or options["lr"]})
-    betas = (0.9, config.beta2)
     optimizer = torch.optim.AdamW(
-        groups, lr=options["lr"], betas=betas, weight_decay=config.weight_decay, fused=True
+        groups, betas=(0.9, config.adam_beta), weight_decay=config.weight_decay, fused=True
     )
     parameters = [p for group in groups for p in group["params"]]
     model.changed.update(name for name, p in model.named_parameters() if p.requires_grad)
 
-    # resume
-    start = 0
-    saved = checkpoint.newest(run, stage) if config.resume else None
-    ranks.agree("the checkpoint to resume from", int(saved.name[-7:]) if saved else 0)
-    ranks.agree("the number of samples", len(dataset))
-    if saved:
-        state = checkpoint.load(saved, model, optimizer)
-        start = state["step"]
-        if state["samples"] != len(dataset):
-            raise InputError(
-                f"{saved}: was trained on {state['samples']:,} samples, the data now has "
-                f"{len(dataset):,}: start a new run with another --out"
-            )
-        ranks.print(f"resumed from {saved} at step {start}")
+    # resume: `state` goes into the checkpoints
+    state = {"stage": stage, "step": 0, "steps": steps, "config": asdict(config)}
+    state |= {"data": fingerprint(dataset), "interval": Log.new_interval()}
+    ranks.agree("the data", state["data"])
+    if config.resume:
+        checkpoint.resume(run, model, optimizer, state, ranks)
+    start = state["step"]
 
     # data: the order is a function of the seed, so the loader can start at any sample
-    max_length = min(config.max_length, model.llm.config.context)
     loader = Loader(
         dataset,
         model.tokenizer,
         options["template"] if stage == 1 else model.template,
         model.spec,
         model.tokens_per_image,
-        max_length,
+        min(config.max_length, model.llm.config.context),
         options["batch"],
         config.micro_batch,
         seed=config.seed + stage,
@@ -219,13 +204,14 @@ def train_stage(config, stage, model, dataset, run, ranks):
 
     model.llm.gradient_checkpointing = config.activation_checkpointing
     model.train()
-    network = data_parallel(model, ranks) if ranks.size > 1 and not is_sharded else model
-    log = Log(config, run, ranks.is_main, stage, start)
-    num_images = num_with_images(dataset)
-    print_stage(config, stage, model, trainable, len(dataset), num_images, steps, ranks)
+    network = model
+    if ranks.size > 1 and not is_sharded:
+        network = data_parallel(model, device)
+    log = Log(config, run, ranks, state)
+    num_samples = len(dataset), num_with_images(dataset)
+    print_stage(config, stage, model, trainable, num_samples, steps, ranks)
 
-    began = interval_began = time.time()
-    interval_tokens = bad_steps = empty_steps = num_skipped = 0
+    bad_steps = empty_steps = 0
     for step, micro_batches in zip(range(start, steps), loader, strict=False):
         ranks.doing = f"step {step} of stage {stage}"
 
@@ -237,9 +223,10 @@ def train_stage(config, stage, model, dataset, run, ranks):
         # The loss is a mean over the supervised tokens of the global batch: count them first.
         num_supervised = sum((batch.labels >= 0).sum().item() for batch in micro_batches)
         num_tokens = sum(batch.tokens.numel() for batch in micro_batches if batch.ids)
-        counts = [num_supervised, num_tokens, ranks.stop, len(loader.skipped)]
-        counts = ranks.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
-        num_supervised, num_tokens, stop, total_skipped = counts
+        num_skipped = sum(len(batch.skipped) for batch in micro_batches)
+        counts = [num_supervised, num_tokens, num_skipped, ranks.stop]
+        counts = ranks.sum(torch.tensor(counts)).tolist()
+        num_supervised, num_tokens, num_skipped, stop = counts
 
         # forward and backward
         losses = []
@@ -273,48 +260,32 @@ def train_stage(config, stage, model, dataset, run, ranks):
             print_bad_step(step, loss, norm, micro_batches, losses)
         optimizer.zero_grad()
         empty_steps = 0 if num_supervised else empty_steps + 1
-        check_progress(step, bad_steps, empty_steps, steps, run)
+        check_progress(stage, step, bad_steps, empty_steps, steps)
 
         # log
-        interval_tokens += num_tokens
-        for name, error in list(loader.skipped.values())[num_skipped:]:
-            print(f"skipped {name}: {error}", file=sys.stderr)
-        num_skipped = len(loader.skipped)
+        log.count(loss, num_tokens, num_skipped, loader.skipped)
         is_finished = step + 1 == steps
         if step % config.log_every == 0 or is_finished or stop:
-            now = time.time()
-            speed = interval_tokens / max(now - interval_began, 1e-9)
-            left = round((now - began) / (step + 1 - start) * (steps - step - 1))
-            lr = options["lr"] * factor
-            ranks.print(
-                f"stage {stage}  step {step:5d}/{steps}  loss {loss:.4f}  lr {lr:.2e}  "
-                f"{speed:,.0f} tokens/s  {left // 60}m{left % 60:02d}s left"
-            )
-            record = {"stage": stage, "step": step, "loss": loss, "lr": lr, "gradient_norm": norm}
-            record |= {"tokens": int(num_tokens), "supervised": int(num_supervised)}
-            record |= {"tokens_per_second": round(speed), "skipped": int(total_skipped)}
-            log.write(record | {"seconds": round(now - began, 1)})
-            interval_tokens, interval_began = 0, now
+            record = {"stage": stage, "step": step, "loss": loss, "lr": options["lr"] * factor}
+            record |= {"gradient_norm": norm, "tokens": num_tokens, "supervised": num_supervised}
+            log.write(record)
 
-        # save
-        if stop or is_finished or (step + 1) % config.save_every == 0:
-            state = {"stage": stage, "step": step + 1, "steps": steps, "samples": len(dataset)}
-            state |= {"config": asdict(config), "connector": model.connector.spec()}
-            state |= {"changed": sorted(model.changed)}
-            folder = run / "checkpoints" / f"stage{stage}-{step + 1:07d}"
-            checkpoint.save(folder, model, optimizer, state, ranks if is_sharded else None)
+        # save, but not after a skipped step: the weights may be why it was skipped
+        is_due = stop or (step + 1) % config.save_every == 0
+        if is_finished or (is_due and not bad_steps):
+            state["step"] = step + 1
+            checkpoint.save(run, model, optimizer, state, ranks if is_sharded else None)
         if stop:
-            ranks.print(f"stopped at step {step + 1} of stage {stage}, saved; --resume continues")
+            ranks.print(f"stopped at step {step + 1}; --resume continues from the last checkpoint")
             return False
     return True
 
 
 def save_model(config, model, run, ranks):
-    """Write run/model, and with LoRA run/adapter; then the adapters are merged.
+    """Write run/model, and with LoRA run/adapter. Rank 0 writes.
 
-    Rank 0 writes. With FSDP the other ranks send it their shards, one tensor at a time.
+    With FSDP the other ranks send it their shards, one tensor at a time.
     """
-    is_sharded = ranks.shards(config)
     adapters = {name: fsdp.full(p) for name, p in lora.adapters(model.llm).items()}
     is_llm_changed = any(name.startswith("llm.") and ".lora_" not in name for name in model.changed)
     if adapters and is_llm_changed:
@@ -322,17 +293,12 @@ def save_model(config, model, run, ranks):
     elif adapters and ranks.is_main:
         base = str(config.llm or WEIGHTS / "llama")
         lora.save(adapters, run / "adapter", config.lora_rank, config.lora_alpha, base)
-    tensors = None
-    if is_sharded:
-        tensors = fsdp.gathered(model)
-    else:
-        lora.merge(model.llm)
+    tensors = fsdp.gathered(model)
     if ranks.is_main:
         model.eval().save(run / "model", tensors=tensors)
-    elif is_sharded:
+    for _ in tensors:
         # Every rank takes part in gathering each tensor.
-        for _ in tensors:
-            pass
+        pass
 
 
 def print_scores(config, model, run, is_compiled, is_sharded):
@@ -344,6 +310,7 @@ def print_scores(config, model, run, is_compiled, is_sharded):
     if config.evaluate and not is_sharded:
         from eval import evaluate, table
 
+        lora.merge(model.llm)
         # Prompts of all lengths would compile the blocks again and again.
         with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
             print(f"\n{table(evaluate(model, count=200))}")
@@ -360,7 +327,7 @@ def main(arguments):
     )
     stages = [config.stage] if config.stage else [1, 2]
     ranks, began = Ranks(config.device), time.time()
-    is_compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
+    is_compiled = uses_compile(config, ranks.device)
     run = run_folder(config)
     with ranks.guard(run):
         ranks.barrier()
@@ -380,12 +347,11 @@ def main(arguments):
         if is_finished:
             ranks.doing = f"writing {run}/model"
             save_model(config, model, run, ranks)
-            ranks.restore_signals()
-    if is_finished and ranks.is_main:
-        print(f"\nwrote {run}/model after {time.time() - began:.0f} s")
-        print_scores(config, model, run, is_compiled, ranks.shards(config))
-    with ranks.guard(run):
         ranks.close()
+    if is_finished and ranks.is_main:
+        draw_losses(run)
+        print(f"\nwrote {run}/model and {run}/loss.png after {time.time() - began:.0f} s")
+        print_scores(config, model, run, is_compiled, ranks.shards(config))
 
 
 if __name__ == "__main__":

@@ -4,17 +4,18 @@ A checkpoint is a folder, for example run/checkpoints/stage2-0000500. It appears
 or not at all:
 
     shard-*.safetensors   the trained parameters, AdamW's moments and steps, the random state
-    state.json            stage, step, config and more; the place in the data is step x batch size
+    state.json            stage, step, config, checksums of the files and of the data, and more;
+                          the place in the data is step x batch size
 
 Frozen parameters are not saved. The tensors are written and read by torch.distributed.checkpoint.
 With --fsdp every rank writes the rows that it has, and any number of ranks can read them.
 Its safetensors format unpickles nothing, unlike its default format.
 """
 
-import json
 import re
 import shutil
 import warnings
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,26 +24,32 @@ import torch.distributed as dist
 
 from common.errors import InputError
 from common.pretrained import read_json
-from common.save import replace_folder
+from common.save import replace_folder, write_json
 
-# Options that may differ when a run is resumed: they do not change its result.
+# Options that may differ when a run is resumed: they do not change its result, or the learning
+# rates. The data has a fingerprint.
 FREE_OPTIONS = (
-    "resume out stage device log log_every save_every evaluate workers compile micro_batch fsdp"
+    "resume out stage device log log_every save_every evaluate workers compile micro_batch fsdp "
+    "activation_checkpointing data1 data2 image_dir lr1 lr2 connector_lr2 lora_lr2"
 ).split()
+# Of these only the last part of the path must be the same.
+PATHS = ("vision", "llm", "tokenizer", "init")
+STATE = {"stage": int, "step": int, "steps": int, "data": int, "interval": dict, "config": dict}
+STATE |= {"connector": dict, "changed": list, "files": dict}
 # no_dist=True is intended
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 FILE_BYTES = 2**30  # PyTorch composes a file in memory before it writes it
 
 
-def save(folder, model, optimizer, state, ranks=None):
+def save(run, model, optimizer, state, ranks=None):
     """Write a checkpoint, then delete the older ones of the stage. Raises InputError.
 
     All ranks call it. ranks: each has some rows (FSDP) and writes them. None: each has all rows,
-    and rank 0 writes. state: see train.py; "connector" is checked by `load`.
+    and rank 0 writes. state: {"stage", "step", ...}, see train.py.
     """
     import torch.distributed.checkpoint as dcp  # imported here: it takes a second
 
-    folder = Path(folder)
+    folder = Path(run) / "checkpoints" / f"stage{state['stage']}-{state['step']:07d}"
     partial = folder.with_name(folder.name + ".partial")
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     if not is_main and not ranks:
@@ -65,15 +72,24 @@ def save(folder, model, optimizer, state, ranks=None):
         reason, _ = next(iter(error.failures.values()))
         raise InputError(f"{folder}: could not be written ({reason})") from None
     if is_main:
-        files = sorted(path.name for path in partial.iterdir())
-        text = json.dumps(state | {"files": files}, indent=2)
-        (partial / "state.json").write_text(text + "\n")
+        sums = {path.name: checksum(path) for path in sorted(partial.iterdir())}
+        model_state = {"connector": model.connector.spec(), "changed": sorted(model.changed)}
+        write_json(partial / "state.json", state | model_state | {"files": sums})
         replace_folder(partial, folder)
         # a kill may also have left .partial and .old folders
         former = re.compile(rf"stage{state['stage']}-\d+(\.partial|\.old)?")
         for path in folder.parent.iterdir():
             if path != folder and former.fullmatch(path.name):
                 shutil.rmtree(path)
+
+
+def checksum(path):
+    """Return the CRC-32 of a file, at about 3 GB/s."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def named_tensors(trained, optimizer):
@@ -98,11 +114,8 @@ def load(folder, model, optimizer=None):
     import torch.distributed.checkpoint as dcp
 
     folder = Path(folder)
-    state = read_json(folder / "state.json")
-    # PyTorch would leave the rows of a missing file as they are, without an error
-    for file in state["files"]:
-        if not (folder / file).exists():
-            raise InputError(f"{folder / file}: missing; the checkpoint is not complete without it")
+    state = read_state(folder)
+    check_files(folder, state["files"])
     saved, names_saved = read_metadata(folder), names(folder)
     if state["connector"] != model.connector.spec():
         raise InputError(
@@ -140,15 +153,34 @@ def load(folder, model, optimizer=None):
     return state
 
 
-def read_metadata(folder):
-    """Return {tensor name: TensorStorageMetadata} of a checkpoint. Raises InputError."""
-    import torch.distributed.checkpoint as dcp
-    from safetensors import SafetensorError
+def read_state(folder):
+    """Read state.json and check its types. Raises InputError."""
+    state = read_json(folder / "state.json")
+    for key, kind in STATE.items():
+        if not isinstance(state.get(key), kind):
+            raise InputError(f"{folder}/state.json: is damaged, {key!r} is missing or wrong")
+    return state
 
-    try:
-        return dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except SafetensorError as error:
-        raise InputError(f"{folder}: a file is damaged ({error})") from None
+
+def check_files(folder, sums):
+    """Raise InputError if a file is missing or damaged. Several ranks share the work.
+
+    PyTorch would leave the rows of a missing file as they are, without an error.
+    """
+    rank, size = 0, 1
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+    for name in list(sums)[rank::size]:
+        path = folder / name
+        if not path.exists() or checksum(path) != sums[name]:
+            raise InputError(f"{path}: is missing or damaged: use another checkpoint")
+
+
+def read_metadata(folder):
+    """Return {tensor name: TensorStorageMetadata} of a checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
+    return dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
 
 
 def names(folder):
@@ -162,19 +194,79 @@ def names(folder):
 
 def newest(run, stage):
     """Return the newest checkpoint of a stage in a run folder, or None."""
-    found = (Path(run) / "checkpoints").glob(f"stage{stage}-*[0-9]")
-    return max((path for path in found if (path / "state.json").exists()), default=None)
+    found = []
+    for path in (Path(run) / "checkpoints").glob(f"stage{stage}-*"):
+        # copies have other names
+        if re.fullmatch(r"stage\d-\d{7}", path.name) and is_checkpoint(path):
+            found.append(path)
+    return max(found, default=None)
+
+
+def is_checkpoint(folder):
+    return (Path(folder) / "state.json").exists()
+
+
+def resume(run, model, optimizer, state, ranks):
+    """Load the newest checkpoint of the stage, if there is one, and continue `state` from it."""
+    stage = state["stage"]
+    folder = newest(run, stage)
+    ranks.agree("the checkpoint to resume from", int(folder.name[-7:]) if folder else 0)
+    if folder is None:
+        return
+    saved = load(folder, model, optimizer)
+    if saved["data"] != state["data"]:
+        raise InputError(
+            f"{folder}: was trained on other data than --data{stage} now has: restore the files, "
+            "or start a new run with another --out"
+        )
+    state["step"] = saved["step"]
+    state["interval"].update(saved["interval"])
+    ranks.print(f"resumed from {folder} at step {saved['step']}")
+    for key in (f"lr{stage}", f"connector_lr{stage}", f"lora_lr{stage}"):
+        rate, former = state["config"].get(key), saved["config"].get(key)
+        if rate != former:
+            ranks.print(f"note: from here on --{key}={rate} instead of {former}")
+
+
+def start_of(config, run):
+    """Return what stage 2 starts from: --init, else the checkpoint of stage 1."""
+    if config.init:
+        return None if config.init == "new" else config.init
+    folder = newest(run, 1)
+    if folder is None:
+        raise InputError(
+            f"{run}: has no checkpoint of stage 1, from which stage 2 starts: run stage 1, or "
+            "give --init=FOLDER or --init=new"
+        )
+    return folder
+
+
+def load_start(config, folder, model, ranks):
+    """Load the checkpoint from which stage 2 starts. Raises InputError."""
+    state = load(folder, model)
+    check_start(config, folder, state)
+    model.changed.update(state["changed"])
+    if state["step"] < state["steps"]:
+        ranks.print(f"note: {folder} is unfinished, step {state['step']} of {state['steps']}")
 
 
 def check_same(config, folder):
     """Raise InputError if a run would be resumed with options that change its result."""
-    saved = saved_options(config, read_json(folder / "state.json"))
+    saved = saved_options(config, read_state(folder))
     for key, value in asdict(config).items():
-        if key not in FREE_OPTIONS and saved[key] != value:
+        is_same = saved[key] == value
+        if key in PATHS:
+            is_same = names_of(saved[key]) == names_of(value)
+        if key not in FREE_OPTIONS and not is_same:
             raise InputError(
                 f"{folder}: was trained with --{key}={saved[key]}, not {value}: "
                 "resume with the same options, or choose another --out"
             )
+
+
+def names_of(paths):
+    """Return the last part of each path: it stays when a folder is moved."""
+    return [Path(path).name for path in (paths if isinstance(paths, list) else [paths])]
 
 
 def check_start(config, folder, state):

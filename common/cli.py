@@ -37,12 +37,11 @@ def parse(cls, arguments, about=""):
 
     A word without dashes is a TOML file or the value of the first field.
     """
-    if {"-h", "--help"} & set(arguments):
-        print(f"{about.strip()}\n{describe(cls)}")
-        sys.exit(0)
-    values, flags, words = {}, [], []
+    values, flags, words, is_help = {}, [], [], False
     for argument in arguments:
-        if argument.startswith("-"):
+        if argument in ("-h", "--help"):
+            is_help = True
+        elif argument.startswith("-"):
             flags.append(argument)
         elif argument.endswith(".toml"):
             set_options(cls, values, read_recipe(argument), f"{argument}: ")
@@ -53,6 +52,10 @@ def parse(cls, arguments, about=""):
         else:
             words.append(argument)
             flags.append(f"--{fields(cls)[0].name}={argument}")
+    if is_help:
+        # a recipe's values take the place of the defaults
+        print(f"{about.strip()}\n{describe(cls(**values))}")
+        sys.exit(0)
     set_options(cls, values, flags)
     return cls(**values)
 
@@ -121,11 +124,11 @@ def at_home(text):
     return prefix + colon + os.path.expanduser(path) if path.startswith("~/") else text
 
 
-def describe(cls):
-    """Return the lines of --help: each field, its default, its help text."""
-    lines, defaults = [], cls()
-    for each in fields(cls):
-        name, default = each.name, as_text(getattr(defaults, each.name))
+def describe(config):
+    """Return the lines of --help: each field, its value, its help text."""
+    lines = []
+    for each in fields(config):
+        name, default = each.name, as_text(getattr(config, each.name))
         if name.endswith("_options"):
             name, default = name.removesuffix("_options") + ".KEY", "VALUE"
         if each.metadata.get("section"):
@@ -186,7 +189,9 @@ def pick_device(name):
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.empty(0, device=name).device
+        tensor = torch.zeros(1, device=name)
+        tensor.item()  # fails on "meta"
+        return tensor.device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0]
         raise InputError(f"--device={name}: cannot be used ({reason})") from None

@@ -1,5 +1,6 @@
-"""Draw boxes and text on images, and save them."""
+"""Draw boxes and text on images, and save them. Draw the losses of a run."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from common.images import unpad_box
 
 COLORS = ("#ff4fd8", "#5dff5d", "#ffb000", "#4fc3ff", "#ff6a5d")  # of an image's predicted boxes
 TRUE_COLOR = "white"
+STAGE_COLORS = ("#c2185b", "#1565c0")
 MARGIN, LINE, DASH = 8, 21, 6  # pixels
 
 
@@ -66,6 +68,36 @@ def save_image(panels, path):
         sheet.save(path)
     except (OSError, ValueError) as error:
         raise InputError(f"--out={path}: cannot be written ({error})") from None
+
+
+def draw_losses(run):
+    """Draw the mean losses in a run's log.jsonl into its loss.png, one stage after the other."""
+    records = []
+    for line in (run / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["mean_loss"] is not None:
+            records.append(record)
+    highest = max((record["mean_loss"] for record in records), default=1) or 1
+    steps = {record["stage"]: record["step"] + 1 for record in records}
+    left, top, width, height = 60, 40, 620, 300
+    canvas = Image.new("RGB", (left + width + 20, top + height + 40), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=15)
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        y = top + height * (1 - share)
+        draw.line([(left, y), (left + width, y)], "#dddddd")
+        draw.text((left - 8, y), f"{share * highest:.2f}", "black", font, anchor="rm")
+    x, step_width = left, width / max(1, sum(steps.values()))
+    for color, stage in zip(STAGE_COLORS, steps, strict=False):
+        points = []
+        for record in records:
+            if record["stage"] == stage:
+                y = top + height * (1 - record["mean_loss"] / highest)
+                points.append((x + step_width * record["step"], y))
+        draw.line(points, color, 2)
+        draw.text((left + 200 * (stage - 1), MARGIN), f"loss, stage {stage}", color, font)
+        x += step_width * steps[stage]
+        draw.text((x, top + height + MARGIN), f"{steps[stage]} steps", color, font, anchor="rt")
+    save_image([canvas], run / "loss.png")
 
 
 def check_name(path):

@@ -55,8 +55,10 @@ def shard(model, device, llm_dtype, bf16):
     shards = {}
     for name, p in model.named_parameters():
         if name in source:
-            _, start, stop = local_rows(p)
-            rows = source.pop(name)[start:stop].to(device, p.dtype, copy=True)
+            rows_per_rank = -(-len(p) // dist.get_world_size())
+            start = dist.get_rank() * rows_per_rank
+            rows = source.pop(name)[start : start + rows_per_rank]
+            rows = rows.to(device, p.dtype, copy=True)
             shards[name] = DTensor.from_local(
                 rows, mesh, p.placements, shape=p.shape, stride=p.stride()
             )
@@ -78,23 +80,10 @@ def detach_tensors(model, parts, llm_dtype):
     return source
 
 
-def is_sharded(tensor):
-    return hasattr(tensor, "full_tensor")  # PyTorch's DTensor
-
-
 def full(tensor):
     """Gather all rows of a tensor on every rank. All ranks must call it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def local_rows(tensor):
-    """Return (rows, start, stop): this rank's rows, sharing memory, and their range."""
-    if not is_sharded(tensor):
-        return tensor, 0, len(tensor) if tensor.dim() else 1
-    n = len(tensor)
-    rows_per_rank = -(-n // dist.get_world_size())
-    start = min(n, dist.get_rank() * rows_per_rank)
-    return tensor.to_local(), start, min(n, start + rows_per_rank)
+    is_sharded = hasattr(tensor, "full_tensor")  # PyTorch's DTensor
+    return tensor.full_tensor() if is_sharded else tensor
 
 
 @torch.no_grad()

@@ -1,22 +1,33 @@
-"""A training run: its options, its folder, its log and what it prints.
+"""A training run: its options, its processes, its folder, its log and what it prints.
 
-out/dense/log.jsonl      one line of numbers every log_every steps
+out/dense/log.jsonl      one line of numbers every log_every steps; "loss" and "tokens" are the
+                         step's, "mean_loss" and "skipped" are of all steps since the last line
+out/dense/loss.png       the mean losses
 out/dense/checkpoints/   see checkpoint.py
 out/dense/model/         the finished model
 out/dense/adapter/       with LoRA, the adapters alone
 """
 
+import errno
 import json
 import math
+import multiprocessing
+import os
 import re
+import signal
 import sys
+import time
+import zlib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from common import checkpoint
-from common.cli import option
+from common import checkpoint, distributed, faults
+from common.cli import option, pick_device
 from common.errors import InputError
 from common.pretrained import LARGE, stored
 
@@ -70,7 +81,7 @@ class Config:
     lora_lr2: float = option(0.0, "the adapters' in stage 2; 0: lr2")
     warmup: float = option(0.03, "fraction of the steps; a cosine to zero follows")
     weight_decay: float = option(0.0, "of AdamW")
-    beta2: float = option(0.98, "of AdamW; the papers use 0.999")
+    adam_beta: float = option(0.98, "AdamW's second beta; the papers use 0.999")
     clip: float = option(1.0, "clip the gradient norm to this; 0: no clipping")
     seed: int = option(0, "of the connector's initial weights and the order of the data")
     out: str = option("", "folder of the run; default: out/CONNECTOR", section="run")
@@ -106,6 +117,11 @@ def uses_bf16(config, device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def uses_compile(config, device):
+    """Decide about torch.compile: by default on CUDA."""
+    return device.type == "cuda" if config.compile is None else config.compile
+
+
 def num_workers(config, device):
     """Return the number of loader processes per rank: on CUDA four, so that it need not wait."""
     if config.workers is not None:
@@ -132,6 +148,11 @@ def check(config):
     if config.image_mode not in ("pad", "crop", "stretch"):
         raise InputError(f"--image_mode={config.image_mode}: must be pad, crop or stretch")
     check_numbers(config)
+    for name in config.log:
+        if name not in ("tensorboard", "wandb"):
+            raise InputError(f"--log={name}: must be tensorboard or wandb")
+        if find_spec(name) is None:
+            raise InputError(f"--log={name}: not installed; pip install {name}")
     for key in ("train1", "train2"):
         parts = getattr(config, key)
         if not parts or set(parts) - set(PARTS):
@@ -156,14 +177,147 @@ def check_numbers(config):
         raise InputError(
             f"--warmup={config.warmup}: must be between 0 and 1 (fraction of the steps)"
         )
-    if not 0 <= config.beta2 < 1:
-        raise InputError(f"--beta2={config.beta2}: must be at least 0 and less than 1")
+    if not 0 <= config.adam_beta < 1:
+        raise InputError(f"--adam_beta={config.adam_beta}: must be at least 0 and less than 1")
     for stage in (1, 2):
         steps, epochs = getattr(config, f"steps{stage}"), getattr(config, f"epochs{stage}")
         if config.stage in (0, stage) and not steps and not 0 < epochs < math.inf:
             raise InputError(
                 f"--epochs{stage}={epochs}: must be more than 0 because --steps{stage}=0"
             )
+
+
+class Ranks:
+    """This process among all ranks: rank, size, device, and whether it was asked to stop.
+
+    torchrun starts a rank for each GPU. Without it there is one rank.
+    """
+
+    def __init__(self, device):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0
+        self.device = pick_device(device)
+        self.stop = False
+        self.doing = "the start"  # for the message of `guard`
+        self.lock = None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32: faster float32 matmuls
+        if self.size > 1:
+            distributed.connect(self.device)
+        signal.signal(signal.SIGINT, self.ask_to_stop)
+        signal.signal(signal.SIGTERM, self.ask_to_stop)
+
+    def ask_to_stop(self, number, frame):
+        """Handle a signal: stop after this step. A second signal stops at once."""
+        if self.stop:
+            sys.exit(128 + number)
+        self.stop = True
+        # workers of the data loader inherit this handler
+        if multiprocessing.parent_process() is None:
+            self.print("\nfinishing this step, then saving (once more: stop at once)")
+
+    def print(self, text):
+        """Print on rank 0 only. A closed pipe (head, tee) does not end the run."""
+        if self.is_main:
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:
+                sys.stdout = open(os.devnull, "w")
+
+    def sum(self, tensor):
+        """Return the sum over all ranks, on the device of `tensor`."""
+        return distributed.total(tensor, self.device) if self.size > 1 else tensor
+
+    def agree(self, what, number):
+        """Raise InputError unless the number is the same on all ranks."""
+        if self.size > 1:
+            distributed.agree(what, number, self.device)
+
+    def barrier(self):
+        if self.size > 1:
+            distributed.barrier()
+
+    def shards(self, config):
+        """Tell whether the model is sharded over the ranks (common/fsdp.py)."""
+        return config.fsdp and self.size > 1
+
+    def enter(self, run):
+        """Make and lock the run folder, which belongs to one run.
+
+        Raises InputError if it cannot be written, if another process trains in it, or if a rank
+        does not see it (rank 0 writes checkpoints, and all ranks read them).
+        """
+        if self.is_main:
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+                # closing a second handle on the file would release the lock of the first
+                self.lock = self.lock or lock(run / ".lock")
+            except OSError as error:
+                reason = f"cannot be written ({error.strerror})"
+                raise InputError(f"{run}: {reason}; --out= chooses another folder") from None
+        if self.size > 1:
+            distributed.wait_for(run / ".lock", self.rank)
+
+    @contextmanager
+    def guard(self, run):
+        """Convert the error of a lost rank or loader process into a one-line InputError."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = faults.lost_process(error)
+            if not lost:
+                raise
+            raise InputError(
+                f"rank {self.rank}: lost {lost} in {self.doing}; --resume continues from the last "
+                f"checkpoint in {run}, on any number of ranks"
+            ) from None
+
+    def close(self):
+        """Leave the other ranks. From here on a signal ends the process: all is saved."""
+        on_interrupt = signal.default_int_handler if self.is_main else signal.SIG_DFL
+        signal.signal(signal.SIGINT, on_interrupt)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.size > 1:
+            distributed.close()
+        if self.lock:
+            self.lock.close()
+
+
+def lock(path):
+    """Open and lock a file until it is closed. Raises InputError if another process holds it.
+
+    Forked workers of the data loader do not hold the lock.
+    """
+    file = open(path, "w")
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        pass
+    except OSError as error:
+        # other errors: the disk does not support locks
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise InputError(
+                f"{path.parent}: another process trains in this folder; "
+                "--out= chooses another folder"
+            ) from None
+    return file
+
+
+def fingerprint(dataset):
+    """Return a CRC-32 of all samples. The image folder does not count."""
+    value = 0
+    for part in getattr(dataset, "datasets", [dataset]):
+        if not hasattr(part, "samples"):
+            value = zlib.crc32(f"{type(part).__name__} {len(part)}".encode(), value)
+            continue
+        folder = json.dumps(part.image_dir)[1:-1].encode()
+        for start, end in pairwise(part.samples.ends):
+            value = zlib.crc32(part.samples.buffer[start:end].replace(folder, b""), value)
+    return value
 
 
 def run_folder(config):
@@ -204,7 +358,7 @@ def free_folder(connector):
 
 
 def newest_run(connector):
-    """Return the run of free_folder's names that wrote last. One without a log comes last."""
+    """Return the run of free_folder's names whose log is the newest."""
     pattern = re.compile(re.escape(connector) + r"(-\d+)?")
     runs = [run for run in Path("out").glob(f"{connector}*") if pattern.fullmatch(run.name)]
     if not runs:
@@ -212,13 +366,8 @@ def newest_run(connector):
             f"out/{connector}: no run to continue; name it with --out, or run stage 1 first"
         )
     # a run without a log failed before its first step
-    return max(runs, key=lambda run: ((run / "log.jsonl").exists(), last_written(run)))
-
-
-def last_written(run):
-    """Return the time of a run's last checkpoint or line of its log."""
-    paths = (run, run / "checkpoints", run / "log.jsonl")
-    return max(path.stat().st_mtime for path in paths if path.exists())
+    logs = [run / "log.jsonl" for run in runs if (run / "log.jsonl").exists()]
+    return max(logs, key=os.path.getmtime).parent if logs else runs[0]
 
 
 def is_kept(line, stage, start):
@@ -231,63 +380,81 @@ def is_kept(line, stage, start):
 
 
 class Log:
-    """log.jsonl, and TensorBoard or wandb with --log. Only rank 0 writes.
+    """Print the numbers of a stage, and write them to log.jsonl and what --log names. For rank 0.
 
-    start: the step at which the stage starts or continues. Lines of later steps are dropped: a
-    killed run trained them after its last checkpoint, and they are trained again.
+    state: has the stage, its number of steps, and the step at which it starts or continues. Lines
+    of later steps are dropped: a killed run trained them after its last checkpoint, and they are
+    trained again.
     """
 
-    def __init__(self, config, run, is_main, stage, start):
-        self.is_main = is_main
+    def __init__(self, config, run, ranks, state):
+        self.ranks = ranks
+        self.start, self.steps = state["step"], state["steps"]
         self.path = run / "log.jsonl"
-        self.board = self.wandb = None
-        if is_main and self.path.exists():
-            lines = self.path.read_text().splitlines(True)
-            kept = [line for line in lines if is_kept(line, stage, start)]
-            if not config.resume and len(kept) < len(lines):
-                # the lines may be all that is left of another run
-                self.path.with_name("log.jsonl.old").write_text("".join(lines))
-            partial = self.path.with_name("log.jsonl.partial")
-            partial.write_text("".join(kept))
-            partial.replace(self.path)
-        for name in config.log:
-            if name not in ("tensorboard", "wandb"):
-                raise InputError(f"--log={name}: must be tensorboard or wandb")
-            try:
-                self.open(name, config, run)
-            except ImportError:
-                raise InputError(f"--log={name}: not installed; pip install {name}") from None
+        self.boards = []
+        self.began = self.interval_began = time.time()
+        self.tokens = self.num_printed = 0
+        self.interval = state["interval"]
+        if not ranks.is_main:
+            return
+        if self.path.exists():
+            self.drop_lines(state["stage"])
+        if config.log:
+            from common import boards
 
-    def open(self, name, config, run):
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+            self.boards = [boards.BOARDS[name](config, run) for name in config.log]
 
-            self.board = SummaryWriter(run) if self.is_main else None
-        else:
-            import wandb
+    def drop_lines(self, stage):
+        """Drop the lines of steps that will be trained again."""
+        lines = self.path.read_text(errors="replace").splitlines(True)
+        partial = self.path.with_name("log.jsonl.partial")
+        partial.write_text("".join(line for line in lines if is_kept(line, stage, self.start)))
+        partial.replace(self.path)
 
-            if self.is_main:
-                self.wandb = wandb.run or wandb.init(project="nanoMLLM", config=asdict(config))
+    @staticmethod
+    def new_interval():
+        """Return sums over the steps since the last line. They are part of a checkpoint."""
+        return {"steps": 0, "loss": 0.0, "skipped": 0}
+
+    def count(self, loss, num_tokens, num_skipped, skipped):
+        """Add a step to the interval, and name the samples that were skipped for the first time."""
+        self.tokens += num_tokens
+        self.interval["skipped"] += num_skipped
+        if math.isfinite(loss):
+            self.interval["steps"] += 1
+            self.interval["loss"] += loss
+        for name, error in list(skipped.values())[self.num_printed :]:
+            print(f"skipped {name}: {error}", file=sys.stderr)
+        self.num_printed = len(skipped)
 
     def write(self, record):
-        """Write one line: record has stage, step, and numbers such as loss."""
-        if not self.is_main:
+        """Print and write a line: record has stage, step, and numbers such as loss."""
+        now, step = time.time(), record["step"]
+        speed = round(self.tokens / max(now - self.interval_began, 1e-9))
+        num_finite = self.interval["steps"]
+        mean_loss = self.interval["loss"] / num_finite if num_finite else math.nan
+        record |= {"mean_loss": mean_loss, "skipped": self.interval["skipped"]}
+        self.tokens, self.interval_began = 0, now
+        self.interval.update(self.new_interval())
+        seconds_a_step = (now - self.began) / (step + 1 - self.start)
+        minutes, seconds = divmod(round(seconds_a_step * (self.steps - step - 1)), 60)
+        record |= {"tokens_per_second": speed, "seconds": round(now - self.began, 1)}
+        self.ranks.print(
+            f"stage {record['stage']}  step {step:5d}/{self.steps}  loss {mean_loss:.4f}  "
+            f"lr {record['lr']:.2e}  {speed:,} tokens/s  {minutes}m{seconds:02d}s left"
+        )
+        if not self.ranks.is_main:
             return
         # JSON has no NaN
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps(finite) + "\n")
-        stage = f"stage{record['stage']}"
-        if self.board:
-            for key in ("loss", "lr", "gradient_norm", "tokens_per_second"):
-                self.board.add_scalar(f"{stage}/{key}", record[key], record["step"])
-            self.board.flush()  # a killed run keeps what it wrote
-        if self.wandb:
-            self.wandb.log({f"{stage}/{key}": value for key, value in record.items()})
+        for board in self.boards:
+            board.write(record)
 
 
-def print_stage(config, stage, model, trainable, num_samples, num_with_images, steps, ranks):
-    """Say what is trained on what: parameters, samples, steps, precision, device."""
+def print_stage(config, stage, model, trainable, num_samples, steps, ranks):
+    """Say what is trained on what. num_samples: of all samples, and of those with images."""
     options = stage_options(config, stage)
     parts = []
     for part in PARTS:
@@ -300,33 +467,8 @@ def print_stage(config, stage, model, trainable, num_samples, num_with_images, s
     sharding = ", FSDP" if ranks.shards(config) else ""
     ranks.print(
         f"\nstage {stage}: {', '.join(parts)}\n"
-        f"  {num_samples:,} samples ({', '.join(options['data'])}), {num_with_images:,} with "
+        f"  {num_samples[0]:,} samples ({', '.join(options['data'])}), {num_samples[1]:,} with "
         f"images, {model.tokens_per_image} visual tokens an image\n"
         f"  {steps} steps of {options['batch']}, peak learning rate {options['lr']:g}, "
         f"{precision} on {ranks.size} x {ranks.device.type}{sharding}"
     )
-
-
-def print_bad_step(step, loss, norm, micro_batches, losses):
-    """Name the samples of this rank whose loss is not finite."""
-    names = []
-    for batch, loss_sum in zip(micro_batches, losses, strict=True):
-        if not loss_sum.isfinite():
-            names += batch.ids
-    among = f" (among {', '.join(names)})" if names else ""
-    message = f"step {step}: loss {loss}, gradient norm {norm}: step skipped{among}"
-    print(message, file=sys.stderr, flush=True)
-
-
-def check_progress(step, bad_steps, empty_steps, steps, run):
-    """Raise InputError after ten bad steps in a row, or ten without a supervised token."""
-    if bad_steps == 10:
-        raise InputError(
-            f"step {step}: ten steps in a row without a finite loss; the checkpoints under {run} "
-            "are good: lower the learning rate and start stage by stage with another --out"
-        )
-    if empty_steps == min(10, steps):
-        raise InputError(
-            f"step {step}: {empty_steps} steps in a row without a supervised token: is "
-            "--max_length shorter than the visual tokens of an image?"
-        )

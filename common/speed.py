@@ -280,7 +280,7 @@ class Convolved(torch.autograd.Function):
 # --- torch.compile ----------------------------------------------------------------------------
 
 
-def compile_blocks(model, **options):
+def compile_blocks(model):
     """Compile every block, i.e. each module that contains an attention.
 
     Blocks are quick to compile, and their borders are no breaks in a graph.
@@ -291,7 +291,7 @@ def compile_blocks(model, **options):
     torch._dynamo.config.optimize_ddp = False
     for module in list(model.modules()):
         if any(hasattr(child, "sdpa") for child in module.children()):
-            module.compile(dynamic=True, **options)
+            module.compile(dynamic=True)
 
 
 def compile_step(model, **options):

@@ -29,9 +29,9 @@ import train
 from clip import CLIPVision
 from common import checkpoint, cli, lora
 from common.cli import option
-from common.distributed import Ranks
 from common.errors import InputError
 from common.pretrained import locate, on_meta, read_json
+from common.run import Ranks
 from common.save import (
     dtype_name,
     hugging_face,

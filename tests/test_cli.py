@@ -41,7 +41,7 @@ def test_flags_set_fields_of_every_type(monkeypatch, tmp_path):
     assert recipe.names == [f"{tmp_path}/b", f"rec:{tmp_path}/c", "d~/e"]
 
 
-def test_flags_override_a_recipe_in_any_order(tmp_path):
+def test_flags_override_a_recipe_in_any_order(tmp_path, capsys):
     file = tmp_path / "a.toml"
     file.write_text(
         'steps = 7\nlr = 1\nnames = ["a", "b"]\nresume = true\nbf16 = false\n'
@@ -50,6 +50,9 @@ def test_flags_override_a_recipe_in_any_order(tmp_path):
     options = {"depth": "2", "groups": "3", "layers": "0,2"}
     expected = Recipe("", 8, 1.0, ["a", "b"], True, False, options | {"groups": "4"})
     assert parse(Recipe, ["--steps=8", str(file), "--connector.groups=4"]) == expected
+    with pytest.raises(SystemExit):
+        parse(Recipe, [str(file), "--help"])
+    assert "--steps=7 " in capsys.readouterr().out
 
 
 def test_a_wrong_option_is_an_error_that_names_it(tmp_path):

@@ -4,13 +4,16 @@ Ranks sum the same float32 numbers in another order than one process, and Adam t
 of a gradient near zero into a step of up to the learning rate: hence the tolerances.
 """
 
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import records, saved_weights, torchrun
+from conftest import ROOT, records, saved_weights, torchrun
 
 import train
 from common.errors import InputError
@@ -34,6 +37,10 @@ if os.environ.get("APART"):                  # the folders of two nodes that sha
     time.sleep = lambda seconds: None
     os.makedirs(f"node{rank}", exist_ok=True)
     os.chdir(f"node{rank}")
+if os.environ.get("OTHER_DATA"):
+    from common.records import Packed
+    from toy.world import World
+    World.samples, World.image_dir = Packed([rank]), "images"
 cli.run(train.main)
 """
 
@@ -121,13 +128,22 @@ def test_a_killed_rank_ends_the_others_and_torchrun_restarts_the_run(sharded, on
     done = run_ranks(2, arguments, options=["--max-restarts=1"], KILL="1 2 3")
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "rank 0" in line and "run/checkpoints/stage2-0000002" in line and "--resume" in line
+    assert "rank 0" in line and "step 3 of stage 2" in line and "--resume" in line
     assert_near("run", one)
 
 
-def test_ranks_must_share_a_disk(sharded):
+def test_ranks_must_share_a_disk_and_meet(sharded):
     done = run_ranks(2, sharded(), APART="1")
     assert done.returncode and "error: rank 1" in done.stderr and "--out" in done.stderr
+    done = run_ranks(2, sharded(out="data"), OTHER_DATA="1")
+    assert done.returncode and "error: the ranks differ in the data" in done.stderr
+    with socket.create_server(("localhost", 0)) as server:
+        environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+        environment["MASTER_PORT"] = str(server.getsockname()[1])
+        command = [sys.executable, ROOT / "train.py", *sharded()]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("[")]
+    assert done.returncode == 2 and line.startswith("error: ")
 
 
 MEASURE = """
@@ -135,7 +151,7 @@ import sys, threading
 import torch, torch.distributed.fsdp, torch._dynamo
 import train
 from common import cli
-from common.distributed import Ranks
+from common.run import Ranks
 def anonymous_memory():
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])

@@ -1,13 +1,10 @@
 """common/lora.py: the start, the merge, a run of two ranks and its files in peft's format."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, losses, relative_error, saved_weights
+from conftest import ROOT, losses, relative_error, saved_weights, torchrun
 from safetensors.torch import load_file
 
 import train
@@ -46,9 +43,8 @@ def test_two_ranks_train_as_one_and_save_the_base_with_the_adapters_added(
     options |= dict(lora_lr2=3e-3, lr2=7)
     one, two = tmp_path / "one", tmp_path / "two"
     train.main(flags(**options, out=one))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc_per_node=2", ROOT / "train.py", *flags(**options, out=two)]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = torchrun(2, [ROOT / "train.py", *flags(**options, out=two)])
+    assert done.returncode == 0, done.stderr
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
 
     base = load_file(tiny_folders["llama"] / "model.safetensors")
