@@ -1,30 +1,30 @@
 """Answers as files: those of a run, which may stop and resume, and those for a benchmark's server.
 
-    read_answers(folder, items)      earlier answers: {id: {"id", "prompt", "answer", "target"}}
-    write_lines(path, lines)         after every batch, each process to its own file
-    merge(folder, items, known)      answers.jsonl, in the order of the questions
-    json_file, mmbench_sheet         the file for the server or the official script
-
-MMBench's server takes an Excel sheet (.xlsx), the others JSON.
+read_answers(folder, items)      earlier answers: {id: {"id", "prompt", "answer", "target"}}
+write_lines(path, lines)         after every batch, each process to its own file
+merge(folder, items, known)      answers.jsonl, in the order of the questions
+answer_file, texts_by_id, ...    the file for the server or the judge's script
 """
 
 import json
 import os
 
-from benchmarks.scores import mmbench_letter
+from benchmarks.prompts import SECOND
+from benchmarks.scores import mmbench_letter, mmmu_parse
 from common.errors import InputError
+from common.save import write_json
 
 # --- of a run -----------------------------------------------------------------------------
 
 
-def read_answers(folder, items, names="answers*.jsonl"):
+def read_answers(folder, items):
     """Read all earlier answers -> {id: line}, except to questions whose prompt has changed.
 
     A line that cannot be read is skipped, so its question is asked again: a run that is stopped may
     leave half a line.
     """
     prompts, known = {item.id: item.prompt for item in items}, {}
-    for path in sorted(folder.glob(names)):
+    for path in sorted(folder.glob("answers*.jsonl")):
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 line = json.loads(text)
@@ -53,19 +53,47 @@ def merge(folder, items, known):
         path.unlink()
 
 
-# --- for servers --------------------------------------------------------------------------
+# --- for servers and judges ---------------------------------------------------------------
 
 
-def json_file(id_key, key, normalize=str):
-    """Return a function that writes [{id_key: the question's id, key: its answer}, ...]."""
+def answer_file(key, name="", form="list", normalize=str):
+    """Return a function that writes a row for each question.
+
+    It has the answer under `key`, and the question's id under `name`, or all of its record. form:
+    list; object, {question's id: row}; lines, JSONL.
+    """
 
     def write(folder, items, answers):
-        rows = [{id_key: item.record, key: normalize(answers[item.id])} for item in items]
-        path = folder / "submission.json"
-        path.write_text(json.dumps(rows, ensure_ascii=False) + "\n", encoding="utf-8")
+        rows = {}
+        for item in items:
+            # "query" is MathVista's prompt.
+            row = {"id": item.id, "answer_id": item.id, "prompt": item.prompt, "query": item.prompt}
+            row |= {"model_id": "", "metadata": {}, **item.record}
+            row = {name: item.record.id} if name else row
+            # The two questions of a pair share a row.
+            row = rows.setdefault(item.id.removesuffix(SECOND), row)
+            row[item.key or key] = normalize(answers[item.id])
+        path = folder / ("submission.jsonl" if form == "lines" else "submission.json")
+        if form == "lines":
+            write_lines(path, rows.values(), "w")
+        else:
+            write_json(path, rows if form == "object" else list(rows.values()))
         return path
 
     return write
+
+
+def texts_by_id(folder, items, answers):
+    """Write {question's id: answer} for MM-Vet."""
+    path = folder / "submission.json"
+    write_json(path, answers)
+    return path
+
+
+def mmmu_file(folder, items, answers):
+    """Write {question's id: letter, or answer to an open question} for main_eval_only.py."""
+    parsed = mmmu_parse(answers.values(), [item.record for item in items])
+    return texts_by_id(folder, items, dict(zip(answers, parsed, strict=True)))
 
 
 def mmbench_sheet(folder, items, answers):

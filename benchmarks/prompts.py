@@ -1,10 +1,10 @@
 """A benchmark's question, and the parts that read it from a file.
 
-    Item                          one question: images, prompt, target
-    records(path, key)            the records of a JSON file
+    Item                          one question: image, prompt, target
+    records(path)                 the records of a JSON file
     ask(template, text)           the prompt, in the papers' wording
     find_images(items, folder)    the items whose images are there, and the missing ones
-    images_of(item)               the images of a question, PIL
+    open_question(item)           its image or frames, PIL, and its prompt
 
 Prompts: LLaVA-1.5 (arXiv 2310.03744, table of evaluation formats). For boxes and captions: Shikra
 (arXiv 2306.15195), whose formats COMM (arXiv 2310.08825) uses.
@@ -13,7 +13,6 @@ Prompts: LLaVA-1.5 (arXiv 2310.03744, table of evaluation formats). For boxes an
 import csv
 import io
 import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,27 +21,30 @@ from common.images import open_frames, open_image
 from common.records import read_records
 from dialogue import MARK
 
-SHORT = "<question>\nAnswer the question using a single word or phrase."
-LETTER = "<question>\nAnswer with the option's letter from the given choices directly."
+SHORTLY = "Answer the question using a single word or phrase."
+BY_LETTER = "Answer with the option's letter from the given choices directly."
+# Ends the id of the second question of a pair, which Video-ChatGPT judges together.
+SECOND = "/2"
 # What reading a file of another benchmark raises.
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, OSError, SyntaxError, csv.Error)
-NUMBERED = re.compile(r"<image (\d+)>")
 
 
 class Item(NamedTuple):
     # Names the answer.
     id: str
-    # Each the names that a file in --image_dir may have, or the bytes of an image file.
-    images: list
-    # A reader gives the text of <question>, <expr> or <boxes>; readers.read fills the template.
+    # Its image or video: the names that it may have in --image_dir, or bytes, or None.
+    image: object
+    # A reader gives the text of <question>; readers.read fills the template.
     prompt: str
     # What the score compares with. Empty: not published.
     target: object
     # Question types that are scored together. Empty: all questions of the file.
     groups: tuple = ()
-    # What the server wants next to the answer: the question's id, or its row of a table.
-    record: object = None
-    # Frames to show of a video (a folder of frames, or an animated image). None: images.
+    # The question in the file, of which the server or the judge wants parts.
+    record: dict | None = None
+    # The answer's column there, if it is not that of the benchmark.
+    key: str = ""
+    # Frames to show of a video (a folder of frames, or an animated image). None: an image.
     frames: int | None = None
 
 
@@ -65,12 +67,13 @@ class Record(dict):
 
     @property
     def id(self):
-        return self.first("question_id", "id")
+        """Return the question's id, or its image's name if it has none."""
+        return self.first("question_id", "cocoid", "id", "filename", "img_path", "image")
 
     @property
     def question(self):
         """Return the question, also of LLaVA's own question files, which call it "text"."""
-        return self.first("question", "text")
+        return self.first("question", "text").replace(MARK, "")
 
 
 def read_object(path):
@@ -82,63 +85,54 @@ def read_object(path):
     return content if isinstance(content, dict) else {}
 
 
-def records(path, key=None):
-    """Read a list, JSONL, or one object with a list under `key` -> [Record, ...]."""
-    content = read_object(path) if key else {}
-    if key in content:
-        return [Record(record, f"{path}, {key} {i}") for i, record in enumerate(content[key])]
+def records(path):
+    """Read a list, JSONL, {id: record}, or a list in an object -> [Record, ...]."""
+    content = read_object(path)
+    for key in ("questions", "data", "images", "annotations"):
+        if key in content:
+            return [Record(record, f"{path}, {key} {i}") for i, record in enumerate(content[key])]
+    if content and all(isinstance(record, dict) for record in content.values()):
+        return [Record({"id": name} | row, f"{path}, {name}") for name, row in content.items()]
     return [Record(record, where) for where, record in read_records(path)]
-
-
-def by_id(path, key=None):
-    """Read a file as {id of the question: Record}. Without a path it is empty."""
-    return {record.id: record for record in records(path, key)} if path else {}
 
 
 # --- asking -------------------------------------------------------------------------------
 
 
 def ask(template, text):
-    """Fill the template's <question>, <expr> or <boxes> with a text.
+    """Fill the template's <question> with a text.
 
     A question that already ends in the template's instruction, as in LLaVA's files, gets no second.
-    MMMU's questions say where each image belongs: <image 2>.
     """
-    text = text.replace(MARK, "")
     question = text.strip()
     instruction = template.partition("<question>")[2].strip()
     if instruction and question.endswith(instruction):
-        template = "<question>"
-    filled = template.replace("<expr>", text).replace("<boxes>", text)
-    return NUMBERED.sub(MARK, filled.replace("<question>", question))
+        return question
+    return template.replace("<question>", question)
 
 
 def find_images(items, folder):
     """Find the images in --image_dir -> items with paths, names of missing images."""
     found, missing = [], []
     for item in items:
-        paths = [find(folder, image) for image in item.images]
-        if None in paths:
-            missing.append(item.images[paths.index(None)][0])
+        image = item.image
+        if isinstance(image, list | tuple):
+            paths = [Path(folder, str(name)) for name in image]
+            image = next((path for path in paths if path.exists()), None)
+        if image or not item.image:
+            found.append(item._replace(image=image))
         else:
-            found.append(item._replace(images=paths))
+            missing.append(item.image[0])
     return found, missing
 
 
-def find(folder, image):
-    """Return the path of the first of an image's names that is in the folder, or None."""
-    if isinstance(image, bytes):
-        return image
-    paths = [Path(folder, str(name)) for name in image]
-    return next((path for path in paths if path.exists()), None)
+def open_question(item):
+    """Open the image or video of a question -> list of PIL images, prompt. Raises BadImage.
 
-
-def images_of(item):
-    """Open the images of a question, PIL. Raises BadImage."""
-    images = []
-    for image in item.images:
-        if item.frames:
-            images += open_frames(image, item.frames)
-        else:
-            images.append(open_image(io.BytesIO(image) if isinstance(image, bytes) else image))
-    return images
+    The frames of a video are in front of the question, without text between them.
+    """
+    if item.frames:
+        frames = open_frames(item.image, item.frames)
+        return frames, f"{MARK * len(frames)}\n{item.prompt}"
+    image = io.BytesIO(item.image) if isinstance(item.image, bytes) else item.image
+    return [open_image(image)] if image else [], item.prompt

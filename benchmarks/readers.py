@@ -11,36 +11,46 @@ that names it, and where possible the line or record.
 import ast
 import base64
 import csv
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import answers, scores
+from benchmarks import answers, judged, scores
 from benchmarks.captions import caption_scores
 from benchmarks.prompts import (
+    BY_LETTER,
     DAMAGE,
-    LETTER,
-    NUMBERED,
-    SHORT,
+    SECOND,
+    SHORTLY,
     Item,
     Record,
     ask,
-    by_id,
     read_object,
     records,
 )
 from benchmarks.scores import LETTERS
+from common.cli import find_class
 from common.errors import InputError
 from common.images import format_box, pad_box
 from common.shikra import shikra_fields
+from dialogue import MARK
+
+# What questions are grouped by.
+TYPES = """
+    answer_type question_type structural capability category l2-category subject type task skills
+""".split()
 
 
-def types_of(record, *keys):
-    """Return the groups "all" and, for each of these keys that the record has, "key: value"."""
-    return ("all", *(f"{key}: {record[key]}" for key in keys if key in record))
+def types_of(record):
+    """Return the groups "all" and "type: value", or none for a record without types."""
+    record, groups = {**record, **record.get("types", {}), **record.get("metadata", {})}, []
+    for key in TYPES:
+        values = record.get(key, [])
+        values = values if isinstance(values, list) else [values]
+        groups += [f"{key}: {value}" for value in values]
+    return ["all", *groups] if groups else []
 
 
 # --- boxes and captions -------------------------------------------------------------------
@@ -53,7 +63,7 @@ def read_rec(path, config):
     """
     for record in records(path):
         image, expression, *target = shikra_fields(record, record.where)
-        yield Item(image, [(image,)], expression, target)
+        yield Item(image, (image,), expression, target)
 
 
 def read_reg(path, config):
@@ -63,7 +73,7 @@ def read_reg(path, config):
         image, expression, box, width, height = shikra_fields(record, record.where)
         name = f"{image} {format_box(box, 2)}"
         text = format_box(pad_box(box, width, height))
-        item = items.setdefault(name, Item(name, [(image,)], text, []))
+        item = items.setdefault(name, Item(name, (image,), text, []))
         item.target.append(expression)
     return items.values()
 
@@ -77,29 +87,43 @@ def read_caption(path, config):
     items, captions = {}, defaultdict(list)
     for annotation in read_object(path).get("annotations", []):
         captions[annotation["image_id"]].append(annotation["caption"])
-    for record in records(path, "images"):
+    for record in records(path):
         if record.get("split", config.split) != config.split:
             continue
         image = record.first("filename", "file_name", "img_path", "image")
-        name = record.get("cocoid", record.get("id", image))
+        name = record.id
         captions[name] += [sentence["raw"] for sentence in record.get("sentences", [])]
         if "caption" in record:
             captions[name].append(record["caption"])
         names = (f"{record.get('filepath', '.')}/{image}", image)
-        items[name] = Item(str(name), [names], "", captions[name], record=name)
+        items[name] = Item(str(name), names, "", captions[name], record=record)
     return items.values()
 
 
-# --- questions with short answers ---------------------------------------------------------
+# --- questions ----------------------------------------------------------------------------
 
 
-def read_pope(path, config):
-    """Read POPE's coco_pope_random.json (popular, adversarial).
+def read_questions(path, config):
+    """Read a list, JSONL or {id: question}; --annotations may have the answers.
 
-    Each line has {"question_id", "image", "text", "label"}.
+    POPE: coco_pope_random.json. VQAv2, OK-VQA: *_questions.json and *_annotations.json. VizWiz:
+    val.json. TextVQA: TextVQA_0.5.1_val.json. GQA: testdev_balanced_questions.json. MM-Vet:
+    mm-vet.json. LLaVA-Bench (in the wild): questions.jsonl. MSVD, MSRVTT, ActivityNet: test_q.json
+    and test_a.json.
     """
+    annotations = {}
+    for annotation in records(config.annotations) if config.annotations else ():
+        annotations[annotation.id] = annotation
+        annotations[annotation.get("image_id"), annotation.get("question", "").lower()] = annotation
+    frames = config.frames if config.task == "video" else None
     for record in records(path):
-        yield Item(str(record.id), [(record["image"],)], record.question, record.get("label"))
+        text = record.question
+        # LLaVA's file for TextVQA: the id is the image's, and OCR tokens follow the question.
+        by_text = annotations.get((record.id, text.split("\n")[0].lower()))
+        record |= by_text or annotations.get(record.id, {})
+        target = people(record) or record.get("label") or record.get("answer")
+        names, groups = names_of(record), types_of(record)
+        yield Item(str(record.id), names, text, target, groups, record, frames=frames)
 
 
 def people(record):
@@ -108,61 +132,38 @@ def people(record):
     return [answer["answer"] if isinstance(answer, dict) else str(answer) for answer in answers]
 
 
-def read_vqa(path, config):
-    """Read VQAv2's or OK-VQA's *_questions.json, with *_annotations.json as --annotations.
+def names_of(record):
+    """Return the names that a record's image or video may have in --image_dir."""
+    image = record.get("image") or record.get("imagename")
+    if image:
+        return [image]
+    if "imageId" in record:
+        return [f"{record['imageId']}.jpg"]
+    if "image_id" in record:
+        # COCO's number, or 16 letters of TextVQA
+        image = f"{record['image_id']:0>12}.jpg"
+        return [image, *(f"COCO_{split}_{image}" for split in ("train2014", "val2014", "test2015"))]
+    # A folder of frames or an animated image.
+    video = record.first("video_name", "video_id", "video")
+    return [f"{video}", f"video{video}", f"vid{video}", f"v_{video}", f"{video}.gif"]
 
-    Without annotations (test-dev) there is no score, only the file for the server. The images are
-    COCO's.
+
+def read_video_chatgpt(path, config):
+    """Read Video-ChatGPT's generic_qa.json, temporal_qa.json or consistency_qa.json.
+
+    A list of {"video_name", "Q", "A"}, or of pairs, {"video_name", "Q1", "Q2", "A"}. The questions
+    of a video are called NAME_0, NAME_1, ..., as the judge's script calls them.
     """
-    subtype = read_object(path).get("data_subtype", "").replace("test-dev", "test")
-    annotations = by_id(config.annotations, "annotations")
-    for record in records(path, "questions"):
-        image = record.get("image") or f"{record['image_id']:012d}.jpg"
-        names = (f"COCO_{subtype}_{image}", image)
-        annotation = annotations.get(record.id, {})
-        groups = types_of(annotation, "answer_type", "question_type")
-        target = people(annotation)
-        yield Item(str(record.id), [names], record.question, target, groups, record.id)
-
-
-def read_vizwiz(path, config):
-    """Read VizWiz's val.json, or test.json, which has no answers.
-
-    A list of {"image", "question", "answers", "answer_type"}.
-    """
+    counts = Counter()
     for record in records(path):
-        name, groups = record["image"], types_of(record, "answer_type")
-        yield Item(name, [(name,)], record.question, people(record), groups, name)
-
-
-def read_textvqa(path, config):
-    """Read TextVQA_0.5.1_val.json, or LLaVA's llava_textvqa_val_v051_ocr.jsonl.
-
-    LLaVA's file adds the words that an OCR program found ("Reference OCR token: ..."). It has the
-    question's image and text but not its id, so its answers are in the former file, --annotations.
-    """
-    known = {}
-    for record in records(config.annotations or path, "data"):
-        if "answers" in record:
-            known[str(record["image_id"]), record.question.lower()] = record
-    for record in records(path, "data"):
-        image, text = str(record.first("image_id", "question_id")), record.question
-        annotation = known.get((image, text.split("\n")[0].lower()), record)
-        name, target = annotation.id, people(annotation)
-        yield Item(str(name), [(f"{image}.jpg",)], text, target, record=name)
-
-
-def read_questions(path, config):
-    """Read GQA's testdev_balanced_questions.json, MM-Vet's mm-vet.json or LLaVA-Bench's questions.
-
-    The first two are one object, {id: {"imageId", "question", "answer", "types"}} and {id:
-    {"imagename", "question", "answer"}}. LLaVA-Bench: {"question_id", "image", "text"} a line.
-    """
-    for name, question in (read_object(path) or by_id(path)).items():
-        record = Record(question, f"{path}, question {name}")
-        image = record.get("imagename") or record.get("image") or f"{record['imageId']}.jpg"
-        groups = types_of(record.get("types", {}), "structural")
-        yield Item(name, [(image,)], record.question, record.get("answer"), groups, name)
+        video = record["video_name"]
+        name = f"{video}_{counts[video]}"
+        counts[video] += 1
+        for key in ("Q", "Q1", "Q2"):
+            if key in record:
+                end, pred = SECOND if key == "Q2" else "", key.replace("Q", "pred")
+                names, text, target = names_of(record), record[key], record["A"]
+                yield Item(name + end, names, text, target, (), record, pred, config.frames)
 
 
 def read_mme(path, config):
@@ -178,7 +179,7 @@ def read_mme(path, config):
         target = {"answer": answer, "image": name, "category": category} if answer else None
         names = (image, f"{category}/images/{Path(image).name}")
         ability = "perception" if category in scores.MME_PERCEPTION else "cognition"
-        yield Item(name, [names], record.question, target, (category, ability))
+        yield Item(name, names, record.question, target, (category, ability))
 
 
 def mme_answers(folder):
@@ -200,13 +201,9 @@ def mme_question(text):
 # --- multiple choice ----------------------------------------------------------------------
 
 
-# An option within a question of LLaVA's: "A. red".
-OPTION = re.compile(r"(?m)^[A-Z]\. (.+)$")
-
-
-def lettered(options):
+def lettered(options, form="\n{}. {}"):
     """Write options as the lines "A. ...", "B. ..."."""
-    return "".join(map("\n{}. {}".format, LETTERS, options))
+    return "".join(map(form.format, LETTERS, options))
 
 
 def read_scienceqa(path, config):
@@ -217,9 +214,9 @@ def read_scienceqa(path, config):
     for record in records(path):
         question, *answers = [turn["value"] for turn in record["conversations"]]
         target = scores.scienceqa_letter(answers[0]) if answers else None
-        images = [(record["image"],)] if record.get("image") else []
-        groups = ("image", "all") if images else ("all",)
-        yield Item(str(record.id), images, question, target, groups)
+        image = (record["image"],) if record.get("image") else None
+        groups = ("image", "all") if image else ("all",)
+        yield Item(str(record.id), image, question.replace(MARK, ""), target, groups)
 
 
 EMPTY = (None, "", "nan", "NaN", "None", "none")
@@ -252,145 +249,150 @@ def read_mmbench(path, config):
         image = base64.b64decode(encoded.get(row["image"], row["image"]))
         hint = f"{row['hint']}\n" if "hint" in row else ""
         text = hint + row["question"] + lettered(options)
-        groups = types_of(row, "category", "l2-category")
-        yield Item(row["index"], [image], text, target, groups, {**row, "options": options})
+        row["options"] = options
+        yield Item(row["index"], image, text, target, types_of(row), row)
 
 
-def read_choice(path, config):
-    """Read multiple choice as in MMMU, or LLaVA's question files with options in the "text".
+def read_mmmu(path, config):
+    """Read MMMU's validation set as JSONL, to be asked as MMMU's own script does.
 
-    Each line has {"id" or "question_id", "question", "options": [...], "answer": a letter} and
-    "image", a name or a list of names, which "<image 1>" in the question refers to.
+    Each line has {"id", "question", "options": [...], "answer": a letter} and "image", a name or a
+    list of which only the first is shown. Open questions have no options. They are only in the
+    submission.
     """
     for record in records(path):
-        options, text, letter = choices_of(record), record.question, record.get("answer")
-        if letter and letter not in LETTERS[: len(options)]:
+        options, letter, image = record["options"], record.get("answer"), record["image"]
+        # The published list is text, as Python writes it.
+        options = ast.literal_eval(options) if isinstance(options, str) else options
+        if options and letter and letter not in LETTERS[: len(options)]:
             raise InputError(f"{record.where}: {letter!r} is not one of {len(options)} options")
-        if "options" in record:
-            text += lettered(options)
-        files = record.get("image") or []
-        files = [files] if isinstance(files, str) else files
-        # "<image 2>" is the second one.
-        files = [files[int(number) - 1] for number in NUMBERED.findall(text)] or files
-        images = [(file,) for file in files]
-        target = {"letter": letter, "options": options} if letter else None
-        groups = types_of(record, "category", "subject")
-        yield Item(str(record.id), images, text, target, groups)
+        end = lettered(options, "({}) {}\n") + f"\n\n{BY_LETTER}" if options else SHORTLY
+        question = {"letter": letter, "options": options}
+        target = question if options and letter else None
+        names = image if isinstance(image, list) else [image]
+        text = f"{record.question}\n\n{end}"
+        yield Item(str(record.id), names[:1], text, target, types_of(record), question)
 
 
-def choices_of(record):
-    """Return the options as texts. MMMU writes the list as Python does."""
-    options = record.get("options") or OPTION.findall(record.question)
-    options = ast.literal_eval(options) if isinstance(options, str) else options
-    if len(options) < 2:
-        raise InputError(f"{record.where}: needs two or more options; leave out open questions")
-    return [str(option) for option in options]
+# MathVista's hints, by the type of the answer and its decimals.
+HINTS = {
+    "text 0": "and provide the correct option letter, e.g., A, B, C, D,",
+    "integer 0": "requiring an integer answer and provide the final value, e.g., 1, 2, 3,",
+    "float 1": "requiring a floating-point number with one decimal place and provide the final "
+    "value, e.g., 1.2, 1.3, 1.4,",
+    "float 2": "requiring a floating-point number with two decimal places and provide the final "
+    "value, e.g., 1.23, 1.34, 1.45,",
+    "list 0": "requiring a Python list as an answer and provide the final list, e.g., [1, 2, 3], "
+    "[1.2, 1.3, 1.4],",
+}
 
 
-# --- video --------------------------------------------------------------------------------
-
-
-def read_video(path, config):
-    """Read MSVD's, MSRVTT's or ActivityNet's questions; --annotations may have the answers.
-
-    Each is {"video_name" or "video_id" or "video", "question", "question_id" or "id", "answer"}. A
-    video is a folder of frames in --image_dir, or an animated GIF.
-    """
-    annotations = by_id(config.annotations or path)
+def read_mathvista(path, config):
+    """Read MathVista's testmini.json, an object {id: problem}."""
     for record in records(path):
-        video = record.first("video_name", "video_id", "video")
-        names = [f"{prefix}{video}" for prefix in ("", "video", "vid", "v_")]
-        names.append(f"{video}.gif")
-        annotation = annotations.get(record.id, {})
-        target, groups = annotation.get("answer"), types_of(annotation, "type")
-        name = str(record.id)
-        yield Item(name, [names], record.question, target, groups, frames=config.frames)
+        hint = HINTS[f"{record['answer_type']} {record['precision'] or 0:.0f}"]
+        text = f"Hint: Please answer the question {hint} at the end.\nQuestion: {record.question}"
+        if record["unit"]:
+            text += f" (Unit: {record['unit']})"
+        if record["choices"]:
+            text += "\nChoices:" + lettered(record["choices"], "\n({}) {}")
+        target = record if record.get("answer") else None
+        yield Item(str(record.id), [record["image"]], text, target, types_of(record), record)
 
 
 # --- all of them --------------------------------------------------------------------------
 
 
 class Benchmark(NamedTuple):
-    # (path, config) -> items
-    read: Callable
-    # With <question>, <expr> or <boxes>. Without <image>, the image is in front of the text.
-    prompt: str
-    # (answers, targets) -> {metric: value}. None: benchmarks.judge scores.
+    # (answers, targets) -> {metric: value}; None: only a judge scores
     score: Callable | None
-    # (folder, items, {id: answer}) -> path of the file for the server or the official script
+    # (folder, items, {id: answer}) -> path of the file for the server or the judge's script
     submit: Callable | None = None
+    # (path, config) -> items
+    read: Callable = read_questions
+    # With <question>. Without <image>, the image is in front of the text.
+    prompt: str = f"<question>\n{SHORTLY}"
+    max_new_tokens: int = 128
+    # What of the judge's row is its verdict, and (verdicts, targets) -> {metric: value}.
+    verdict: str | int | None = None
+    judge: Callable | None = None
 
 
-REC = "Where is <expr> <image>? answer in [x0,y0,x1,y1] format."
-REG = "Please generate a distinguishing description for the region <boxes> in the image <image>."
+REC = "Where is <question> <image>? answer in [x0,y0,x1,y1] format."
+REG = "Please generate a distinguishing description for the region <question> in the image <image>."
 CAPTION = "Describe this image <image> as simply as possible."
-UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
-VIZWIZ = SHORT.replace("\n", f"\n{UNANSWERABLE}\n")
+BARE = "<question>"
+LETTER, LETTER_CN = f"{BARE}\n{BY_LETTER}", f"{BARE}\n请直接回答选项字母。"
+VIZWIZ = f"""{BARE}
+When the provided information is insufficient, respond with 'Unanswerable'.
+{SHORTLY}"""
 VQA = scores.accuracy(scores.submitted_vqa_accuracy)
+VIZWIZ_VQA = scores.accuracy(scores.vizwiz_accuracy)
+TEXT_VQA = scores.accuracy(scores.textvqa_accuracy)
+EVALAI, SHEET = scores.evalai_normalize, answers.mmbench_sheet
+RULE, EXTRACTED = map(scores.accuracy, (judged.mathvista_rule, judged.mathvista_match))
 # LLaVA normalizes the answers that it submits.
-TO_VQA = answers.json_file("question_id", "answer", scores.evalai_normalize)
-TO_VIZWIZ = answers.json_file("image", "answer", scores.evalai_normalize)
-TO_GQA = answers.json_file("questionId", "prediction", scores.gqa_normalize)
+TO_VQA = answers.answer_file("answer", "question_id", normalize=EVALAI)
+TO_VIZWIZ = answers.answer_file("answer", "image", normalize=EVALAI)
+TO_GQA = answers.answer_file("prediction", "questionId", normalize=scores.gqa_normalize)
+TO_COCO = answers.answer_file("caption", "image_id")
+TO_MATHVISTA = answers.answer_file("response", form="object")
+TO_LLAVA_BENCH = answers.answer_file("text", form="lines")
+TO_VIDEO = answers.answer_file("pred", form="lines")
 
 BENCHMARKS = {
-    "rec": Benchmark(read_rec, REC, scores.box_scores),
-    "reg": Benchmark(read_reg, REG, caption_scores),
-    "caption": Benchmark(
-        read_caption, CAPTION, caption_scores, answers.json_file("image_id", "caption")
+    "rec": Benchmark(scores.box_scores, None, read_rec, REC),
+    "reg": Benchmark(caption_scores, None, read_reg, REG),
+    "caption": Benchmark(caption_scores, TO_COCO, read_caption, CAPTION),
+    "pope": Benchmark(scores.pope_scores),
+    "vqav2": Benchmark(VQA, TO_VQA),
+    "okvqa": Benchmark(VQA, TO_VQA),
+    "vizwiz": Benchmark(VIZWIZ_VQA, TO_VIZWIZ, prompt=VIZWIZ),
+    "textvqa": Benchmark(TEXT_VQA, TO_VQA),
+    "gqa": Benchmark(scores.exact(scores.gqa_normalize), TO_GQA),
+    "scienceqa": Benchmark(scores.exact(scores.scienceqa_letter), None, read_scienceqa, LETTER),
+    "mmbench": Benchmark(scores.mmbench_scores, SHEET, read_mmbench, LETTER),
+    "mmbench_cn": Benchmark(scores.mmbench_scores, SHEET, read_mmbench, LETTER_CN),
+    "mme": Benchmark(scores.mme_scores, None, read_mme),
+    "mmmu": Benchmark(scores.mmmu_scores, answers.mmmu_file, read_mmmu, BARE),
+    "mathvista": Benchmark(RULE, TO_MATHVISTA, read_mathvista, BARE, 1024, "extraction", EXTRACTED),
+    "mm_vet": Benchmark(
+        None, answers.texts_by_id, read_questions, BARE, 1024, "score", judged.mm_vet_scores
     ),
-    "pope": Benchmark(read_pope, SHORT, scores.pope_scores),
-    "vqav2": Benchmark(read_vqa, SHORT, VQA, TO_VQA),
-    "okvqa": Benchmark(read_vqa, SHORT, VQA, TO_VQA),
-    "vizwiz": Benchmark(read_vizwiz, VIZWIZ, scores.accuracy(scores.vizwiz_accuracy), TO_VIZWIZ),
-    "textvqa": Benchmark(read_textvqa, SHORT, scores.accuracy(scores.textvqa_accuracy), TO_VQA),
-    "gqa": Benchmark(read_questions, SHORT, scores.exact(scores.gqa_normalize), TO_GQA),
-    "scienceqa": Benchmark(read_scienceqa, LETTER, scores.exact(scores.scienceqa_letter)),
-    "mmbench": Benchmark(read_mmbench, LETTER, scores.mmbench_scores, answers.mmbench_sheet),
-    "mme": Benchmark(read_mme, SHORT, scores.mme_scores),
-    "choice": Benchmark(read_choice, LETTER, scores.accuracy(scores.choice_match)),
-    "mm_vet": Benchmark(read_questions, "<question>", None),
-    "llava_bench": Benchmark(read_questions, "<question>", None),
+    "llava_bench": Benchmark(
+        None, TO_LLAVA_BENCH, read_questions, BARE, 1024, "tuple", judged.llava_bench_scores
+    ),
     "video": Benchmark(
-        read_video, SHORT, scores.exact(scores.evalai_normalize, scores.evalai_normalize)
+        scores.exact(EVALAI, EVALAI), TO_VIDEO, read_questions, BARE, 512, 0, judged.video_scores
+    ),
+    "video_chatgpt": Benchmark(
+        None, TO_VIDEO, read_video_chatgpt, BARE, 512, 0, judged.video_points
     ),
 }
 
 
 def read(config):
-    """Read the questions of config.task from all files of config.data, at most config.limit.
-
-    Several files share the limit.
-    """
-    if config.task not in BENCHMARKS:
-        raise InputError(f"{config.task!r} is no benchmark; there are {', '.join(BENCHMARKS)}")
-    benchmark = BENCHMARKS[config.task]
+    """Read the questions of config.task from all files of config.data."""
+    benchmark = find_class(BENCHMARKS, config.task, "benchmark")
     if not config.data:
-        help = " ".join(benchmark.read.__doc__.split())
-        raise InputError(f"{config.task} needs --data=FILE. {help}")
-    for part in ("<question>", "<expr>", "<boxes>"):
-        if config.prompt and part in benchmark.prompt and part not in config.prompt:
-            raise InputError(f"--prompt={config.prompt}: {config.task} needs {part} in it")
+        raise InputError(f"{config.task} needs --data=FILE. {benchmark.read.__doc__}")
+    if config.prompt and BARE in benchmark.prompt and BARE not in config.prompt:
+        raise InputError(f"--prompt={config.prompt}: {config.task} needs {BARE} in it")
     items, seen = [], Counter()
-    for i, path in enumerate(config.data):
-        for item in read_file(benchmark, path, config, i):
-            name = f"{Path(path).stem}/{item.id}" if len(config.data) > 1 else item.id
+    for path in config.data:
+        try:
+            found = list(benchmark.read(path, config))[: config.limit]
+        except DAMAGE as error:
+            raise InputError(f"{path}: is this {config.task}'s file? ({error!r})") from error
+        stem = Path(path).stem
+        for item in found:
+            name = f"{stem}/{item.id}" if len(config.data) > 1 else item.id
             # Files may ask one question twice.
             seen[name] += 1
             name = f"{name}#{seen[name]}" if seen[name] > 1 else name
-            groups = item.groups or (Path(path).stem,)
-            items.append(item._replace(id=name, groups=groups))
+            prompt = ask(config.prompt or benchmark.prompt, item.prompt)
+            groups = item.groups or [stem]
+            items.append(item._replace(id=name, prompt=prompt, groups=groups))
     if not items:
         raise InputError(f"{path}: no question; is it the right file, and --split={config.split}?")
     return items
-
-
-def read_file(benchmark, path, config, index):
-    """Read the questions of file `index` of config.data, at most its share of config.limit."""
-    share = config.limit and len(range(index, config.limit, len(config.data)))
-    try:
-        items = islice(benchmark.read(path, config), share)
-        prompt = config.prompt or benchmark.prompt
-        return [item._replace(prompt=ask(prompt, item.prompt)) for item in items]
-    except DAMAGE as error:
-        what = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: is this the file of {config.task}? ({what})") from error

@@ -1,14 +1,17 @@
 """Run a model on one of the papers' benchmarks, and score it as the official scorer does.
 
     python -m benchmarks pope --model=FOLDER --data=coco_pope_random.json --image_dir=val2014
+    python -m benchmarks mm_vet --data=mm-vet.json --judged=GRADES.json
     torchrun --nproc_per_node=8 -m benchmarks rec --model=FOLDER --data=REC_refcoco_unc_testA.jsonl
 
 The first word is the benchmark: rec, reg, caption, pope, vqav2, okvqa, vizwiz, textvqa, gqa,
-scienceqa, mmbench, mme, choice (MMMU), mm_vet, llava_bench or video. Its data are the files as they
-are published; leave out --data to see which. Several processes share the questions.
+scienceqa, mmbench, mmbench_cn, mme, mmmu, mathvista, mm_vet, llava_bench, video or
+video_chatgpt. Its data are the files as they are published; leave out --data to see which. Several
+processes share the questions.
 
---out gets answers.jsonl, scores.json and, where a server scores, the submission. A run that was
-stopped resumes: questions that have an answer are not asked again.
+--out gets answers.jsonl, scores.json and, where a server or a judge scores, the submission. A run
+that was stopped resumes: questions that have an answer are not asked again. --judged reads what the
+judge's own script wrote and prints the score, without a model.
 """
 
 import os
@@ -19,9 +22,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from benchmarks import readers
+from benchmarks import judged, readers
 from benchmarks.answers import merge, read_answers, write_lines
-from benchmarks.prompts import find_images, images_of
+from benchmarks.prompts import DAMAGE, find_images, open_question
 from benchmarks.scores import score
 from common import cli
 from common.cli import option
@@ -42,12 +45,11 @@ class Config:
     annotations: str = option("", "file with the answers, if it is another one (mme: a folder)")
     image_dir: str = option(".", "folder of the images or videos")
     out: str = option("", "folder for answers and scores; default: out/eval/MODEL/TASK")
-    limit: int | None = option(None, "number of questions; default: all")
+    judged: str = option("", "file of the judge's script: print its score instead of running")
+    limit: int | None = option(None, "number of questions per file; default: all")
     batch: int = option(50, "questions answered at once")
-    prompt: str = option(
-        "", "other prompt, with <question>, <expr> or <boxes>; default: the paper's"
-    )
-    max_new_tokens: int = option(128, "length of the longest answer")
+    prompt: str = option("", "other prompt, with <question> in it; default: the paper's")
+    max_new_tokens: int | None = option(None, "length of the longest answer; default: the paper's")
     split: str = option("test", "caption: Karpathy's split")
     frames: int = option(8, "video: number of frames to show")
     pool: int = option(0, "halve the side of every image's grid of tokens this many times")
@@ -79,7 +81,11 @@ def load(config, name, size):
 
 def benchmark(config, rank, size):
     """Read, answer, merge and score. Every process answers its share, the first one scores."""
-    items, missing = find_images(readers.read(config), config.image_dir)
+    items, task = readers.read(config), readers.BENCHMARKS[config.task]
+    if config.judged:
+        return report_judged(config, task, items)
+    config.max_new_tokens = config.max_new_tokens or task.max_new_tokens
+    items, missing = find_images(items, config.image_dir)
     total = len(items) + len(missing)
     if not items:
         raise InputError(f"--image_dir={config.image_dir}: has no image, not even {missing[0]}")
@@ -115,23 +121,24 @@ def answer_all(config, name, folder, items, rank, size):
     # A new file, since that of a killed run may end in half a line.
     path = folder / f"answers.rank{rank}-{start:.0f}.jsonl"
     for i in range(0, len(items), config.batch):
-        batch, images = [], []
+        batch, images, prompts = [], [], []
         for item in items[i : i + config.batch]:
             try:
-                images.append(images_of(item))
+                item_images, prompt = open_question(item)
+                images.append(item_images)
+                prompts.append(prompt)
                 batch.append(item)
             except BadImage as error:
                 print(f"skipped: question {item.id}: {error}")
-        prompts = [item.prompt for item in batch]
         try:
             answers = model.generate(images, prompts, config.max_new_tokens) if batch else []
         except InputError as error:
             hint = "--max_new_tokens, --frames and --pool=1 make it shorter"
             raise InputError(f"questions from {batch[0].id} on: {error} ({hint})") from None
-        lines = []
-        for item, answer in zip(batch, answers, strict=True):
-            line = {"id": item.id, "prompt": item.prompt, "answer": answer, "target": item.target}
-            lines.append(line)
+        lines = [
+            {"id": item.id, "prompt": item.prompt, "answer": answer, "target": item.target}
+            for item, answer in zip(batch, answers, strict=True)
+        ]
         write_lines(path, lines)
         if rank == 0:
             done = min(i + config.batch, len(items))
@@ -159,18 +166,39 @@ def check_same_run(config, name, folder, rank):
 
 def report(config, name, folder, items, answers, total):
     """Print the scores, and write them and the file for the server."""
-    benchmark = readers.BENCHMARKS[config.task]
-    results = score(benchmark, items, answers)
-    write_json(folder / "scores.json", {"task": config.task, "model": name, "results": results})
+    task = readers.BENCHMARKS[config.task]
+    known = {item.id: answers[item.id] for item in items if item.target}
+    results = score(task.score, items, known) if task.score else {}
+    summary = {"task": config.task, "model": name, "results": results}
+    write_json(folder / "scores.json", summary | {"lower bound": bool(task.judge)})
     print(f"{name}: {config.task}, {len(items):,} of {total:,} questions answered\n")
-    for group, result in results.items():
-        for metric, value in result["scores"].items():
-            print(f"{group[:40]:40} {result['samples']:7,}  {metric:20} {100 * value:8.2f}")
-    if not results:
+    print_scores(results)
+    if task.judge:
+        print("Without the judge's file (--judged=FILE) there is no score, or only a lower bound.")
+    elif not results:
         print("There are no answers to compare with, so there is no score here.")
     print(f"\n{folder}: answers.jsonl, scores.json")
-    if benchmark.submit:
-        print(f"{benchmark.submit(folder, items, answers)}: for the server")
+    if task.submit:
+        print(f"{task.submit(folder, items, answers)}: for the server or the judge")
+
+
+def report_judged(config, task, items):
+    """Print the scores by the judge's file. Raises InputError."""
+    try:
+        verdicts = judged.read_verdicts(config.judged, task.verdict)
+        results = score(task.judge, items, verdicts)
+    except DAMAGE as error:
+        raise InputError(f"{config.judged}: not from {config.task}'s judge ({error!r})") from error
+    if not results:
+        raise InputError(f"{config.judged}: judges none of the questions in --data")
+    print_scores(results)
+
+
+def print_scores(results):
+    for group, result in results.items():
+        for metric, value in result["scores"].items():
+            value = value if metric == judged.POINTS else 100 * value
+            print(f"{group[:40]:40} {result['samples']:7,}  {metric:20} {value:8.2f}")
 
 
 def barrier():

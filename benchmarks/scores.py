@@ -6,11 +6,12 @@
     multiple choice   a letter                 MMBench: right in every rotation of the options
 
 All are pure functions of answers and targets. Values are from 0 to 1; papers print them times 100.
-Scores of captions are in captions.py. The code is our own, and tests/test_scores.py compares it
-with recorded results of the official scorers.
+Captions are in captions.py, and what another model judges is in judged.py. The code is our own, and
+tests/test_scores.py compares it with recorded results of the official scorers.
 """
 
 import itertools
+import random
 import re
 
 import eval as world_eval
@@ -241,8 +242,7 @@ def mmmu_letter(answer, options):
     """Read an answer by MMMU's rule (arXiv 2311.16502): a letter or None.
 
     It looks for "(A)", then for the word A, then, in answers of more than five words, for an
-    option's text. Of several, the last one counts. Where nothing is found, the official scorer
-    guesses; here the answer is wrong.
+    option's text. Of several, the last one counts.
     """
     letters = LETTERS[: len(options)]
     for sign in ",.!?;:'":
@@ -256,8 +256,20 @@ def mmmu_letter(answer, options):
     return None if choice is None else letters[choice]
 
 
-def choice_match(answer, target):
-    return mmmu_letter(answer, target["options"]) == target["letter"]
+def mmmu_parse(answers, questions):
+    """Read the letters of multiple choice. Where there is none, guess as the official scorer."""
+    guess, parsed = random.Random(42), []
+    for answer, question in zip(answers, questions, strict=True):
+        options = question["options"]
+        if options:
+            answer = mmmu_letter(answer, options) or guess.choice(LETTERS[: len(options)])
+        parsed.append(answer)
+    return parsed
+
+
+def mmmu_scores(answers, targets):
+    letters = [target["letter"] for target in targets]
+    return exact(str)(mmmu_parse(answers, targets), letters)
 
 
 def mmbench_scores(answers, targets):
@@ -277,19 +289,17 @@ def mmbench_scores(answers, targets):
 # --- a whole benchmark --------------------------------------------------------------------
 
 
-def score(benchmark, items, answers):
+def score(scorer, items, answers):
     """Score {id: answer} -> {group: {"samples", "scores": {metric: value}}}.
 
-    Items without a target are left out. The first metric of a group is the main one.
+    Items without an answer are left out. The first metric of a group is the main one.
     """
     groups, results = {}, {}
-    if benchmark.score is None:
-        return results
     for item in items:
-        for group in item.groups if item.target else ():
+        for group in item.groups if item.id in answers else ():
             groups.setdefault(group, []).append(item)
     for group, members in groups.items():
         texts = [answers[item.id] for item in members]
-        scores = benchmark.score(texts, [item.target for item in members])
+        scores = scorer(texts, [item.target for item in members])
         results[group] = {"samples": len(members), "scores": scores}
     return results

@@ -115,9 +115,14 @@ def test_letters_are_read_by_the_rule_of_the_official_scorer():
             assert str(read(answer, options)) == letter, case
 
 
-def test_groups_are_scored_apart_and_items_without_a_target_left_out():
+def test_mmmu_guesses_as_officially_where_it_reads_no_letter():
+    options = [{"options": list("wxyz")}] * 4
+    assert scores.mmmu_parse(["?", "?", "(B)", "?"], options) == list("AABC")
+
+
+def test_groups_are_scored_apart_and_items_without_an_answer_left_out():
     items = [Item("a", [], "", "x", ("all", "odd")), Item("b", [], "", "x", ("all",))]
     items.append(Item("c", [], "", None, ("all",)))
-    found = scores.score(BENCHMARKS["gqa"], items, {"a": "x", "b": "y", "c": "x"})
+    found = scores.score(BENCHMARKS["gqa"].score, items, {"a": "x", "b": "y"})
     assert found["all"] == {"samples": 2, "scores": {"accuracy": 0.5}}
     assert found["odd"] == {"samples": 1, "scores": {"accuracy": 1}}
