@@ -10,7 +10,7 @@ The official script reads our submission, asks the judge and writes a row for ev
     video          [{"pred": "yes", "score": 4}, ...]    right or wrong, and 0 to 5
     Video-ChatGPT  [{"score": 4}, ...]
 
-MathVista can also be scored by a rule, without the judge. That is a lower bound.
+Without the judge, MathVista is scored by a rule, and video by exact match: lower bounds.
 """
 
 import re

@@ -174,7 +174,7 @@ def report(config, name, folder, items, answers, total):
     print(f"{name}: {config.task}, {len(items):,} of {total:,} questions answered\n")
     print_scores(results)
     if task.judge:
-        print("Without the judge's file (--judged=FILE) there is no score, or only a lower bound.")
+        print("A score without the judge's file (--judged=FILE) is only a lower bound.")
     elif not results:
         print("There are no answers to compare with, so there is no score here.")
     print(f"\n{folder}: answers.jsonl, scores.json")
