@@ -98,10 +98,8 @@ def rows(text):
             stage = int(line.split()[1].rstrip(","))
         match = re.match(r"  ((?:LoRA )?(?:DDP|FSDP)) +(.*)", line)
         if match:
-            found[stage, match[1]] = [
-                float(x) for x in match[2].removesuffix("does not fit").split()
-            ]
-            found[stage, match[1]].append("does not fit" not in line)
+            numbers = match[2].removesuffix("does not fit").split()
+            found[stage, match[1]] = [*map(float, numbers), "does not fit" not in line]
     return found
 
 
@@ -148,11 +146,10 @@ def test_heads_are_ranked_by_what_a_word_gives_to_the_target():
     maps = torch.full((2, 3, 5, 5), 0.1)
     maps[0, 0, 0, 2], maps[1, 2, 4, 1], maps[1, 1, 3, 4] = 0.9, 0.4, 0.9
     drawn, shares = look.draw_heads(maps, list("abcde"), target, Image.new("RGB", (8, 8)))
-    assert len(drawn) == 6 and shares.argmax() == 5
-    assert drawn[5][1] == "“e” · 40%"
+    assert shares.argmax() == 5 and drawn[5][1] == "“e” · 40%"
 
 
-def test_look_draws_models_and_towers(model_folder, tmp_path, capsys):
+def test_look_draws_models_and_towers(model_folder, tmp_path):
     weights = ROOT / "weights"
     comm = MLLM.assemble([weights / "clip", weights / "dinov2"], weights / "llama", "comm")
     comm.save(tmp_path / "comm")
@@ -160,13 +157,11 @@ def test_look_draws_models_and_towers(model_folder, tmp_path, capsys):
     heights = []
     for flags in (
         ["--image=photo.png", "--prompt=What?"],
-        ["--scene=3", "--model=comm", "--max_new_tokens=4", "--html=page.html"],
+        ["--scene=3", "--model=comm", "--html=page.html"],
         [f"--vision={weights / 'clip'},{weights / 'dinov2'}"],
     ):
         look.main([*flags, "--device=cpu", "--out=sheet.png"])
         heights.append(Image.open(tmp_path / "sheet.png").height)
-        assert "sheet.png shows" in capsys.readouterr().out
-    # Comm has two towers.
     assert heights[1] > heights[0]
     # A slider for each of three questions and for the colors and the attention of two towers.
     page = (tmp_path / "page.html").read_text()

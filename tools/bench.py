@@ -84,8 +84,7 @@ class Config:
 
 def load_ours(config):
     """Return generate(tokens, length, put), which calls put(token) for each new token."""
-    dtype = DTYPES[config.dtype]
-    model = Llama.from_pretrained(config.folder, dtype=dtype, device=config.device)
+    model = Llama.from_pretrained(config.folder, DTYPES[config.dtype], config.device)
     use = "batch" if config.contender == "ours_packed" else "chat"
     speed_up(model, use, compile=config.contender == "ours_fast")
 
@@ -100,10 +99,10 @@ def load_transformers(config):
     """Return the same. put gets the prompt first."""
     import transformers
 
-    dtype = DTYPES[config.dtype]
-    model = transformers.LlamaForCausalLM.from_pretrained(config.folder, dtype=dtype)
-    model.to(config.device).generation_config.eos_token_id = None
-    cache = "static" if config.contender == "transformers_static" else None
+    load = transformers.LlamaForCausalLM.from_pretrained
+    model = load(config.folder, dtype=DTYPES[config.dtype]).to(config.device)
+    model.generation_config.eos_token_id = None
+    is_static = config.contender == "transformers_static"
 
     def generate(tokens, length, put):
         model.generate(
@@ -112,21 +111,25 @@ def load_transformers(config):
             max_new_tokens=length,
             do_sample=False,
             streamer=SimpleNamespace(put=put, end=lambda: None),
-            cache_implementation=cache,
+            cache_implementation="static" if is_static else None,
         )
 
     return generate
 
 
 def measure_decoding(config):
-    """Load, generate three tokens to warm up, then measure the first token and the others."""
+    """Answer once to warm up, then measure the first token and the others."""
     load = load_ours if config.contender.startswith("ours") else load_transformers
     generate = load(config)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, 32000, (config.batch, PROMPT), generator=generator).to(config.device)
-    generate(tokens, 3, lambda _: None)
-    times = [wait(config.device)]
-    generate(tokens, ANSWER, lambda _: times.append(wait(config.device)))
+    tokens = torch.randint(3, 32000, (config.batch, PROMPT), device=config.device)
+
+    def answer():
+        times = [wait(config.device)]
+        generate(tokens, ANSWER, lambda _: times.append(wait(config.device)))
+        return times
+
+    answer()
+    times = answer()
     token = (times[-1] - times[-ANSWER]) / (ANSWER - 1)
     return {"first": times[-ANSWER] - times[0], "token": token}
 
@@ -227,8 +230,7 @@ def measure_training(config):
     build = train_ours if config.contender.startswith("ours") else train_transformers
     model, loss_of = build(config)
     device_type = torch.device(config.device).type
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     if device_type == "cuda":
         # The memory of the steps, not of loading.
         torch.cuda.reset_peak_memory_stats()
@@ -353,10 +355,10 @@ def main(arguments):
     if min(config.repeats, config.batch) < 1:
         raise InputError("--repeats and --batch must be 1 or more")
     config.device = str(cli.pick_device(config.device))
+    torch.manual_seed(0)
     if config.contender:
         print(json.dumps(measure(config) | {"memory": peak_memory(config.device)}))
         return
-    torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         compare_all(config, folder)
 

@@ -15,8 +15,8 @@
 The colors are DINOv2's (arXiv 2304.07193, figure 1): patches with similar features have similar
 colors. The paper computes the components on several images and without the background. Here they
 are those of one image, so compare colors within a panel only. The class token's attention is DINO's
-figure (arXiv 2104.14294). Registers are shown, too: without them there are bright spots (arXiv
-2309.16588). COMM's layer weights (arXiv 2310.08825) stand below the layers; they start equal.
+figure (arXiv 2104.14294). In a tower without registers it may have bright spots (arXiv 2309.16588).
+COMM's layer weights (arXiv 2310.08825) stand below the layers; they start equal.
 
 An LLM has many heads, and most of them point at nothing. The sheet shows the one that points most,
 and the one that the same rule picks in an LLM with random weights: without this control a picked
@@ -50,8 +50,8 @@ from toy.scenes import test_scene
 
 NEAREST = Image.Resampling.NEAREST
 # The sheet, in pixels.
-COLUMNS, SIDE, EDGE, GAP = 7, 181, 28, 12
-WIDTH = 1400
+WIDTH, EDGE, GAP = 1400, 28, 12
+COLUMNS, SIDE = 7, 181
 INK, FAINT, USED = "#1a1a1a", "#777777", "#0b62d6"
 LEGEND = (
     "Bright is strong attention, within one panel. Lines: edges of the image.",
@@ -74,7 +74,6 @@ class Config:
     vision: list[str] = option([], "towers to draw instead of a model: folders or hub ids")
     out: str = option("out/look.png", "the sheet")
     html: str = option("", "also write this page: a slider over layers, one over blocks and heads")
-    max_new_tokens: int = option(64, "longest answer")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
@@ -280,13 +279,13 @@ def untrained_like(llm):
         return type(llm)(llm.config).to(llm.embed_tokens.weight.dtype)
 
 
-def ask(model, image, question, truth, colors, max_new_tokens):
+def ask(model, image, question, truth, colors):
     """Ask a question about an image -> the answer, its ids, boxes [(color, box)], target.
 
     truth: the true box or None. target: bool (N,), the patches in the true box, else in the
     answer's, else all.
     """
-    ids = [token.item() for token in model.stream([image], [question], max_new_tokens)]
+    ids = [token.item() for token in model.stream([image], [question], 64)]
     answer = model.text(ids)
     print(f"{question}  {answer}")
     boxes = [(TRUE_COLOR, truth)] if truth else []
@@ -312,14 +311,14 @@ def draw_heads(maps, words, target, seen):
     return drawn, shares
 
 
-def answer_sections(model, image, questions, max_new_tokens):
+def answer_sections(model, image, questions):
     """Ask questions -> sections and all boxes. The sheet shows picked heads, the page all."""
     llms, seen, found, boxes = {"picked": model.llm}, show(to_pixels(image, model.spec)), [], []
     if sum(p.numel() for p in model.llm.parameters()) < LARGE:
         llms["untrained"] = untrained_like(model.llm)
     totals = dict.fromkeys(llms, 0)
     for i, (question, truth) in enumerate(questions):
-        answer, ids, own, target = ask(model, image, question, truth, COLORS[i:], max_new_tokens)
+        answer, ids, own, target = ask(model, image, question, truth, COLORS[i:])
         drawn = {}
         for name, llm in llms.items():
             maps, words = look_back(model, llm, image, question, ids)
@@ -411,7 +410,7 @@ def main(arguments):
         towers = model.vision
     sections, boxes, notes, legend = [], [], [{}] * len(towers), LEGEND[:3]
     if model:
-        sections, boxes = answer_sections(model, image, questions, config.max_new_tokens)
+        sections, boxes = answer_sections(model, image, questions)
         notes, legend = layer_notes(model.connector), LEGEND
     for tower, note in zip(towers, notes, strict=True):
         spec = model.spec if model else ImageSpec(tower.config.image_size)
