@@ -3,16 +3,15 @@
     python -m interop.export --model=out/mlp/model --to=FOLDER        linear, mlp: llava-hf
     python -m interop.export --model=out/dense/model --to=FOLDER      sti, sci, dense, ...: llava
     python -m interop.export --model=out/dense/model --to=FOLDER --format=llama
-    python -m interop.export --model=out/comm/model --to=FOLDER --format=tower --tower=1
     python -m interop.export --model=out/dense/checkpoints/stage2-0001500 --to=FOLDER
 
     llava-hf   LlavaForConditionalGeneration of transformers, as llava-hf/llava-1.5-*
     llava      liuhaotian/llava-v1.5-* and HuanjinYao/DenseConnector-v1.5-*, tower included
     llama      LlamaForCausalLM (or the class of that LLM), tokenizer and chat template
-    tower      CLIPVisionModel, Dinov2Model, ...
 
 --model is whatever sample.py reads, or a run's checkpoint: the parts that it lacks are read where
-that run read them, and LoRA adapters are merged. Our own commands read all four layouts.
+that run read them, and LoRA adapters are merged. Our own commands read all three layouts.
+common.save.save_tower(model.vision[0], FOLDER) writes a tower alone.
 """
 
 import json
@@ -38,6 +37,7 @@ from common.save import (
     llm_tensors,
     replace_folder,
     save_checkpoint,
+    statistics,
     write_json,
 )
 from connector import Tower, make_connector
@@ -52,10 +52,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Config:
     model: str = option("", "folder, hub id or checkpoint of a run; default: the newest under out/")
     to: str = option("", "the folder to write")
-    format: str = option(
-        "", "llava-hf, llava, llama or tower; default: llava-hf if it can, or llava"
-    )
-    tower: int = option(0, "which tower, for --format=tower")
+    format: str = option("", "llava-hf, llava or llama; default: llava-hf if it can, or llava")
     dtype: str = option("", "float32, bfloat16 or float16; default: as stored")
 
 
@@ -125,7 +122,7 @@ def llava_hf(model):
         "vision_feature_select_strategy": strategy,
     }
     files = {"processor_config.json": processor}
-    files |= tokenizer_files(model, tokenizer) | image_files(model, tower)
+    files |= tokenizer_files(model, tokenizer) | image_files(model)
     return files, tensors, config
 
 
@@ -161,7 +158,7 @@ def llava(model):
     for theirs, ours in DENSE.items():
         if name == ours:
             config["mm_dense_connector_type"] = theirs
-    return tokenizer_files(model) | image_files(model, tower), tensors, config
+    return tokenizer_files(model) | image_files(model), tensors, config
 
 
 def llama(model):
@@ -170,14 +167,7 @@ def llama(model):
     return tokenizer_files(model), llm_tensors(model.llm), config
 
 
-def tower(model, index):
-    """Write one vision tower alone, with its image processor."""
-    if not 0 <= index < len(model.vision):
-        raise InputError(f"--tower={index}: this model has {len(model.vision)} (0 is the first)")
-    return image_files(model, model.vision[index]), *hugging_face(model.vision[index])
-
-
-FORMATS = {"llava-hf": llava_hf, "llava": llava, "llama": llama, "tower": tower}
+FORMATS = {"llava-hf": llava_hf, "llava": llava, "llama": llama}
 
 
 # ---- shared --------------------------------------------------------------------------------------
@@ -199,9 +189,9 @@ def check_connector(model, layout, names):
         )
 
 
-def image_files(model, tower):
-    """Return preprocessor_config.json with this tower's mean and standard deviation."""
-    mean, std = tower.normalize.mean.flatten().tolist(), tower.normalize.std.flatten().tolist()
+def image_files(model):
+    """Return preprocessor_config.json with the tower's mean and standard deviation."""
+    mean, std = statistics(model.vision[0])
     return {"preprocessor_config.json": replace(model.spec, mean=mean, std=std).config()}
 
 
@@ -285,17 +275,15 @@ def read_checkpoint(folder):
     return model.eval()
 
 
-def export(model, folder, format="", index=0):
+def export(model, folder, format=""):
     """Write an MLLM and return the format. The folder appears whole or not at all.
 
-    format: one of FORMATS; index: which tower, for "tower". Raises InputError where the format
-    cannot represent the model.
+    format: one of FORMATS. Raises InputError if it cannot represent the model.
     """
     folder = Path(folder)
     if not format:
         format = "llava-hf" if model.connector.name in ("linear", "mlp") else "llava"
-    write = FORMATS[format]
-    files, tensors, config = write(model, index) if write is tower else write(model)
+    files, tensors, config = FORMATS[format](model)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     dtype = dtype_name(model.llm)
@@ -321,7 +309,7 @@ def main(arguments):
         model = read_checkpoint(source).to(dtype or torch.float32)
     else:
         model = load_model(source, dtype)
-    format = export(model, config.to, config.format, config.tower)
+    format = export(model, config.to, config.format)
     print(f"wrote {config.to} ({format})")
 
 

@@ -15,8 +15,8 @@
 The colors are DINOv2's (arXiv 2304.07193, figure 1): patches with similar features have similar
 colors. The paper computes the components on several images and without the background. Here they
 are those of one image, so compare colors within a panel only. The class token's attention is DINO's
-figure (arXiv 2104.14294). Registers are shown, too: without them there are bright spots (arXiv
-2309.16588). COMM's layer weights (arXiv 2310.08825) stand below the layers; they start equal.
+figure (arXiv 2104.14294). In a tower without registers it may have bright spots (arXiv 2309.16588).
+COMM's layer weights (arXiv 2310.08825) stand below the layers; they start equal.
 
 An LLM has many heads, and most of them point at nothing. The sheet shows the one that points most,
 and the one that the same rule picks in an LLM with random weights: without this control a picked
@@ -31,7 +31,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +51,7 @@ from toy.scenes import test_scene
 NEAREST = Image.Resampling.NEAREST
 # The sheet, in pixels.
 WIDTH, EDGE, GAP = 1400, 28, 12
+COLUMNS, SIDE = 7, 181
 INK, FAINT, USED = "#1a1a1a", "#777777", "#0b62d6"
 LEGEND = (
     "Bright is strong attention, within one panel. Lines: edges of the image.",
@@ -74,7 +74,6 @@ class Config:
     vision: list[str] = option([], "towers to draw instead of a model: folders or hub ids")
     out: str = option("out/look.png", "the sheet")
     html: str = option("", "also write this page: a slider over layers, one over blocks and heads")
-    max_new_tokens: int = option(64, "longest answer")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
@@ -191,14 +190,14 @@ def mosaic(values, side):
     return Image.fromarray(values.round().byte().numpy()).resize((side, side), NEAREST)
 
 
-def heatmap(image, weights, side):
+def heatmap(image, weights):
     """Draw attention to patches, (N,), and the edges of the image, but not the image itself.
 
     A bright object below the colors would look like attention.
     """
-    light = mosaic(weights / weights.max().clamp(min=1e-12), side)
+    light = mosaic(weights / weights.max().clamp(min=1e-12), SIDE)
     light = ImageOps.colorize(light, "#160b39", "#fdf3a5", mid="#e0463f")
-    smooth = image.resize((side, side), Image.Resampling.BICUBIC).filter(
+    smooth = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).filter(
         ImageFilter.GaussianBlur(1)
     )
     slopes = np.gradient(np.asarray(smooth, dtype=float), axis=(0, 1))
@@ -219,58 +218,58 @@ def with_boxes(image, boxes, side):
     return ImageOps.crop(drawn, MARGIN)
 
 
-def section(title, note, panels, side):
-    """Arrange panels [(image, caption, color)] of width `side` under a title."""
-    columns = (WIDTH - 2 * EDGE + GAP) // (side + GAP)
+def draw_section(title, note, panels):
+    """Arrange panels [(image, caption, color)] under a title."""
     height = max(image.height for image, _, _ in panels) + 30
-    rows = math.ceil(len(panels) / columns)
+    rows = math.ceil(len(panels) / COLUMNS)
     canvas = Image.new("RGB", (WIDTH, 50 + rows * height), "white")
     draw = ImageDraw.Draw(canvas)
     end = write(draw, (EDGE, 14), title, 19)
     write(draw, (end + 14, 18), note, 15, FAINT)
     for i, (image, caption, color) in enumerate(panels):
-        x, y = EDGE + i % columns * (side + GAP), 46 + i // columns * height
+        x, y = EDGE + i % COLUMNS * (SIDE + GAP), 46 + i // COLUMNS * height
         canvas.paste(image, (x, y))
         write(draw, (x, y + height - 26), caption, 13, color)
     return canvas
 
 
-def header(image, boxes, title, legend, side=280):
-    """Draw the image with all boxes, and the text at its right."""
-    canvas, left = Image.new("RGB", (WIDTH, side + 50), "white"), EDGE + side + 28
-    canvas.paste(with_boxes(image, boxes, side), (EDGE, EDGE))
-    draw = ImageDraw.Draw(canvas)
+def make_sheet(image, title, legend, sections):
+    """Draw the image, the text at its right, and the sections below each other."""
+    top = Image.new("RGB", (WIDTH, image.height + 50), "white")
+    left = EDGE + image.width + 28
+    top.paste(image, (EDGE, EDGE))
+    draw = ImageDraw.Draw(top)
     write(draw, (left, EDGE), title, 26)
     font = ImageFont.load_default(size=16)
     draw.multiline_text((left, EDGE + 70), "\n".join(legend), INK, font, spacing=12)
-    return canvas
+    parts = [draw_section(name, note, panels[:shown]) for name, note, panels, shown in sections]
+    return Image.fromarray(np.vstack([top, *parts]))
 
 
-# ---- the sections: (title, note, [(image, caption, color)]) --------------------------------------
+# ---- the sections: (title, note, [(image, caption, color)], how many of them the sheet shows) ----
 
 
-def tower_sections(tower, pixels, side, notes):
+def tower_sections(tower, pixels, notes):
     """Return a tower's hidden states and its class token; notes: {layer: what is added}."""
-    name, image = tower_name(tower), show(pixels)
+    name, image = type(tower).__name__.removesuffix("Vision"), show(pixels)
     hidden, attention = look_through(tower, pixels)
     panels, colors = [], None
     for i, features in enumerate(hidden):
         colors, share = principal_colors(features, colors)
         caption = f"hidden[{i}] · {share:.0%}{notes.get(i, '')}"
-        panels.append((mosaic(colors, side), caption, USED if i in notes else INK))
+        panels.append((mosaic(colors, SIDE), caption, USED if i in notes else INK))
     note = "red, green, blue: the first three principal components; %: their share of the variance"
-    sections = [(f"{name}: patches as colors", note, panels)]
+    sections = [(f"{name}: patches as colors", note, panels, len(panels))]
     if not len(attention):
         return sections
-    maps = [("class token, mean", attention[0].mean(dim=0))]
-    maps += [(f"prefix token {i}, mean", x.mean(dim=0)) for i, x in enumerate(attention) if i]
-    maps += [(f"head {i + 1}", x) for i, x in enumerate(attention[0])]
+    maps = {"class token, mean": attention[0].mean(dim=0)}
+    maps |= {f"head {i}": weights for i, weights in enumerate(attention[0], 1)}
     panels = []
-    for caption, weights in maps:
+    for caption, weights in maps.items():
         weights = weights[len(attention) :]
-        panels.append((heatmap(image, weights, side), f"{caption} · {weights.sum():.0%}", INK))
+        panels.append((heatmap(image, weights), f"{caption} · {weights.sum():.0%}", INK))
     note = f"block {len(tower.blocks)}, the last; %: the share that goes to the patches"
-    return [*sections, (f"{name}: attention of the class token", note, panels)]
+    return [*sections, (f"{name}: attention of the class token", note, panels, len(panels))]
 
 
 def untrained_like(llm):
@@ -280,84 +279,67 @@ def untrained_like(llm):
         return type(llm)(llm.config).to(llm.embed_tokens.weight.dtype)
 
 
-class Asked(NamedTuple):
-    """A question, the model's answer, and the attention of the heads of each LLM."""
+def ask(model, image, question, truth, colors):
+    """Ask a question about an image -> the answer, its ids, boxes [(color, box)], target.
 
-    question: str
-    answer: str
-    boxes: list  # [(color, box)], the true one first
-    target: torch.Tensor  # bool (N,): patches in the true box, else in the answer's, else all
-    words: list  # n, of the question and of the answer
-    maps: dict  # {"picked" or "untrained": (L, H, n, N)}
-
-    def panel(self, name, place, label, seen, side):
-        """Draw a head's attention from the word that attends most to the target."""
-        weights = self.maps[name][place]  # (n, N)
-        shares = weights[:, self.target].sum(dim=-1)
-        word = shares.argmax().item()
-        caption = f"{label}, “{self.words[word]}” · {shares[word]:.0%}"
-        return heatmap(seen, weights[word], side), caption, INK
-
-
-def ask(model, llms, image, question, truth, colors, max_new_tokens):
-    """Ask a question about an image -> Asked. truth: the true box or None."""
-    ids = [token.item() for token in model.stream([image], [question], max_new_tokens)]
+    truth: the true box or None. target: bool (N,), the patches in the true box, else in the
+    answer's, else all.
+    """
+    ids = [token.item() for token in model.stream([image], [question], 64)]
     answer = model.text(ids)
     print(f"{question}  {answer}")
-    predicted = parse_boxes(answer)
     boxes = [(TRUE_COLOR, truth)] if truth else []
-    boxes += zip(colors, predicted, strict=False)
+    boxes += zip(colors, parse_boxes(answer), strict=False)
     num_patches = (model.spec.size // model.vision[0].config.patch_size) ** 2
     # The further tokens of `sti` have no place in the grid, `efficient` has a smaller grid.
     grid = math.isqrt(min(num_patches, model.tokens_per_image))
-    target = patches_in(truth or [*predicted, (0, 0, 1, 1)][0], grid)
-    maps = {}
-    for name, llm in llms.items():
-        weights, words = look_back(model, llm, image, question, ids)
-        maps[name] = weights[..., : grid**2]
-    return Asked(question, answer, boxes, target, words, maps)
+    _, target = (boxes or [(INK, (0, 0, 1, 1))])[0]
+    return answer, ids, boxes, patches_in(target, grid)
 
 
-def pick_head(maps, targets):
-    """Return (block, head) of the most attention from one word to the target, mean over questions.
+def draw_heads(maps, words, target, seen):
+    """Draw each head's attention from the word that attends most to the target, bool (N,).
 
-    maps: (L, H, n, N) a question. targets: bool (N,) a question.
+    maps: (L, H, n, N or more). words: n. -> [(image, caption)] and shares, both of L·H heads.
     """
-    shares = [x[..., target].sum(dim=-1) for x, target in zip(maps, targets, strict=True)]
-    mean = torch.stack([x.amax(dim=-1) for x in shares]).mean(dim=0)  # (L, H)
-    return np.unravel_index(mean.argmax().item(), mean.shape)
+    maps = maps[..., : len(target)].flatten(0, 1)
+    shares, best = maps[..., target].sum(dim=-1).max(dim=-1)
+    drawn = []
+    for weights, share, word in zip(maps, shares, best, strict=True):
+        caption = f"“{words[word]}” · {share:.0%}"
+        drawn.append((heatmap(seen, weights[word]), caption))
+    return drawn, shares
 
 
-def answer_sections(model, image, questions, max_new_tokens, side):
-    """Ask questions -> sections of the sheet (picked heads) and of the page (all heads), boxes."""
-    llms = {"picked": model.llm}
+def answer_sections(model, image, questions):
+    """Ask questions -> sections and all boxes. The sheet shows picked heads, the page all."""
+    llms, seen, found, boxes = {"picked": model.llm}, show(to_pixels(image, model.spec)), [], []
     if sum(p.numel() for p in model.llm.parameters()) < LARGE:
         llms["untrained"] = untrained_like(model.llm)
-    found = []
+    totals = dict.fromkeys(llms, 0)
     for i, (question, truth) in enumerate(questions):
-        found.append(ask(model, llms, image, question, truth, COLORS[i:], max_new_tokens))
-    targets, picked = [asked.target for asked in found], {}
-    for name in llms:
-        picked[name] = pick_head([asked.maps[name] for asked in found], targets)
-    names = "; ".join(f"{name}: {head_name(place)}" for name, place in picked.items())
-    seen, sheet, page, boxes = show(to_pixels(image, model.spec)), [], [], []
-    for asked in found:
-        boxes += asked.boxes
-        panels = [(with_boxes(image, asked.boxes, side), "solid: answer, dashed: true", INK)]
-        panels += [asked.panel(name, place, name, seen, side) for name, place in picked.items()]
-        sheet.append((asked.question, f"{asked.answer} · {names}", panels))
-        heads = np.ndindex(*asked.maps["picked"].shape[:2])
-        panels = [asked.panel("picked", place, head_name(place), seen, side) for place in heads]
-        page.append((asked.question, asked.answer, panels))
-    return sheet, page, boxes
-
-
-def head_name(place):
-    return f"block {place[0] + 1}, head {place[1] + 1}"
-
-
-def tower_name(tower):
-    return type(tower).__name__.removesuffix("Vision")
+        answer, ids, own, target = ask(model, image, question, truth, COLORS[i:])
+        drawn = {}
+        for name, llm in llms.items():
+            maps, words = look_back(model, llm, image, question, ids)
+            drawn[name], shares = draw_heads(maps, words, target, seen)
+            totals[name] += shares
+        found.append((question, answer, with_boxes(image, own, SIDE), drawn))
+        boxes += own
+    heads = np.ndindex(*maps.shape[:2])
+    labels = [f"block {block + 1}, head {head + 1}" for block, head in heads]
+    picked = {name: total.argmax().item() for name, total in totals.items()}
+    note = "; ".join(f"{name}: {labels[i]}" for name, i in picked.items())
+    sections = []
+    for question, answer, boxed, drawn in found:
+        panels = [(boxed, "solid: answer, dashed: true")]
+        for name, i in picked.items():
+            panels.append((drawn[name][i][0], f"{name}, {drawn[name][i][1]}"))
+        for label, (heat, caption) in zip(labels, drawn["picked"], strict=True):
+            panels.append((heat, f"{label}, {caption}"))
+        panels = [(*panel, INK) for panel in panels]
+        sections.append((question, f"{answer} · {note}", panels, 1 + len(llms)))
+    return sections, boxes
 
 
 def layer_notes(connector):
@@ -373,50 +355,37 @@ def layer_notes(connector):
     return notes
 
 
-# ---- the sheet and the page ----------------------------------------------------------------------
+# ---- the page -----------------------------------------------------------------------------------
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
+PAGE = """<!doctype html><meta charset="utf-8"><title>{0}</title>
 <style>body {{ font: 16px sans-serif; margin: 2em }} figure {{ display: inline-block }}
 img {{ width: 320px; image-rendering: pixelated }} input {{ width: 320px }}</style>
-<h1>{title}</h1>{figures}<script>
+<h1>{0}</h1>{1}<script>
 for (const figure of document.querySelectorAll("figure")) {{
   const slider = figure.querySelector("input"), images = figure.querySelectorAll("img")
+  slider.max = images.length - 1
   slider.oninput = () => images.forEach((image, i) => {{
     image.hidden = i != slider.value
     if (!image.hidden) figure.querySelector("b").textContent = image.alt
   }})
   slider.oninput()
 }}</script>"""
-FIGURE = """<figure><figcaption>{title}<br>{note}<br><b></b></figcaption>
-<input type="range" value="0" max="{last}"><br>{images}</figure>"""
+FIGURE = """<figure><figcaption>{}<br>{}<br><b></b></figcaption>
+<input type="range" value="0"><br>{}</figure>"""
 
 
 def make_page(title, sections):
     """Write sections as HTML, a slider each; the images are within the file."""
-    figures = []
-    for name, note, panels in sections:
+    figures = ""
+    for name, note, panels, _ in sections:
         images = ""
         for image, caption, _ in panels:
             file = io.BytesIO()
             image.save(file, "png")
             data = base64.b64encode(file.getvalue()).decode()
             images += f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-        texts = {"title": escape(name), "note": escape(note)}
-        figures.append(FIGURE.format(last=len(panels) - 1, images=images, **texts))
-    return PAGE.format(title=escape(title), figures="".join(figures))
-
-
-def make_sheet(image, boxes, title, legend, sections):
-    """Draw the sections below each other."""
-    drawn = [header(image, boxes, title, legend)]
-    for name, note, panels in sections:
-        drawn.append(section(name, note, panels, panels[0][0].width))
-    sheet = Image.new("RGB", (WIDTH, sum(x.height for x in drawn)), "white")
-    y = 0
-    for part in drawn:
-        sheet.paste(part, (0, y))
-        y += part.height
-    return sheet
+        figures += FIGURE.format(escape(name), escape(note), images)
+    return PAGE.format(escape(title), figures)
 
 
 def main(arguments):
@@ -438,24 +407,20 @@ def main(arguments):
         towers.append(load_part(TOWERS, folder, dtype_to_answer(folder, device), device))
     if not towers:
         name, model = load_to_answer(config.model, config.device)
-    title = f"{name or ', '.join(config.vision)}: {title}"
-    towers = model.vision if model else towers
-    columns = max(5, min(9, max(len(tower.blocks) for tower in towers) + 1))
-    side = (WIDTH - 2 * EDGE + GAP) // columns - GAP
-    sheet, page, boxes, notes = [], [], [], [{}] * len(towers)
+        towers = model.vision
+    sections, boxes, notes, legend = [], [], [{}] * len(towers), LEGEND[:3]
     if model:
-        sheet, page, boxes = answer_sections(model, image, questions, config.max_new_tokens, side)
-        notes = layer_notes(model.connector)
+        sections, boxes = answer_sections(model, image, questions)
+        notes, legend = layer_notes(model.connector), LEGEND
     for tower, note in zip(towers, notes, strict=True):
         spec = model.spec if model else ImageSpec(tower.config.image_size)
-        sections = tower_sections(tower, to_pixels(image, spec), side, note)
-        sheet += sections
-        page += sections
-    legend = LEGEND if model else LEGEND[:3]
-    save_image([make_sheet(image, boxes, title, legend, sheet)], config.out)
+        sections += tower_sections(tower, to_pixels(image, spec), note)
+    title = f"{name or ', '.join(config.vision)}: {title}"
+    sheet = make_sheet(with_boxes(image, boxes, 280), title, legend, sections)
+    save_image([sheet], config.out)
     print(f"{config.out} shows {title}")
     if config.html:
-        Path(config.html).write_text(make_page(title, page), encoding="utf-8")
+        Path(config.html).write_text(make_page(title, sections), encoding="utf-8")
 
 
 if __name__ == "__main__":

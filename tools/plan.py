@@ -38,7 +38,6 @@ allocator and FLOP counter on a CPU.
 """
 
 import math
-import statistics
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -60,8 +59,8 @@ from train import WEIGHTS, build_dataset
 
 # The share of a GPU's memory that may be planned for.
 ROOM = 0.9
-# "checkpoints": what the plan reads in a config.json. "data": the papers' files, their number of
-# samples (null: unknown) and the assumed text tokens and supervised tokens of a dialogue.
+# "checkpoints": what the plan reads in a config.json. "data": the papers' files and mixtures, their
+# number of samples (0: unknown) and the assumed text tokens and supervised tokens of a dialogue.
 KNOWN = read_json(Path(__file__).with_name("shapes.json"))
 
 
@@ -157,43 +156,24 @@ def build(config):
         return MLLM(towers, llm, connector, None, "", spec)
 
 
-def longest(config, model):
-    return min(config.max_length, model.llm.config.context)
-
-
 def read_data(config, stage, model):
-    """Return the number of samples (None: unknown), the mean dialogue, its source."""
+    """Return the number of samples (0: unknown), the mean dialogue, its source."""
     options, folder = stage_options(config, stage), Path(config.llm or WEIGHTS / "llama")
     files = [Path(name.partition(":")[2] or name) for name in options["data"]]
+    max_length = min(config.max_length, model.llm.config.context)
     if not folder.is_dir() or not all(file.exists() or str(file) == "world" for file in files):
-        return *assume(config, options, files, model), "assumed"
+        names = " ".join(file.name for file in files)
+        known = KNOWN["data"].get(names, KNOWN["data"]["other"])
+        tokens = min(known["text_tokens"] + model.tokens_per_image, max_length)
+        return known["samples"], Load.of([tokens], known["supervised"], 1), "assumed"
     dataset = build_dataset(config, stage)
-    template = options.get("template") or config.template or find_template(folder)
-    batches = Batches(
-        dataset,
-        load_tokenizer(folder),
-        template or "vicuna_v1",
-        model.spec,
-        model.tokens_per_image,
-        longest(config, model),
-    )
+    tokenizer, form = load_tokenizer(folder), (model.spec, model.tokens_per_image, max_length)
+    template = options.get("template") or config.template or find_template(folder) or "vicuna_v1"
+    batches = Batches(dataset, tokenizer, template, *form)
     batch = batches[range(0, len(dataset), max(1, len(dataset) // 256))]
     supervised, images = (batch.labels != IGNORE).sum().item(), len(batch.image_index)
     total = Load.of(batch.lengths, supervised, images)
     return len(dataset), total.times(1 / len(batch.lengths)), "measured"
-
-
-def assume(config, options, files, model):
-    """Return the number of samples (None: unknown) and the mean dialogue of files."""
-    known = [KNOWN["data"].get(file.name, KNOWN["data"]["other"]) for file in files]
-    counts, samples = [data["samples"] for data in known], None
-    if None not in counts:
-        repeats = [round(max(counts) / count) if options["equal"] else 1 for count in counts]
-        samples = sum(count * times for count, times in zip(counts, repeats, strict=True))
-    text = statistics.mean(data["text_tokens"] for data in known)
-    supervised = statistics.mean(data["supervised"] for data in known)
-    tokens = min(text + model.tokens_per_image, longest(config, model))
-    return samples, Load(tokens, tokens**2, supervised, 1)
 
 
 # ---- memory, FLOPs, communication ----------------------------------------------------------------
@@ -301,7 +281,6 @@ def memory(plan):
         "gradients": gradients + copies,
         "optimizer": 2 * gradients,
         "activations": stored + max(casts_at_end, again),
-        "logits": 12 * logits,
         "peak": weights + 2 * gradients + copies + peak,
     }
 
@@ -401,8 +380,7 @@ def print_table(plan, steps, load):
     # Bytes/s in each direction: NVLink in a node of 8 GPUs; between nodes 400 Gbit/s for each GPU.
     link = 450e9 if config.gpus <= 8 else 8 * 50e9
     print(
-        "  GB a GPU     weights gradients optimizer activations  logits      peak      sent"
-        " sending s  math s   hours"
+        "  GB a GPU     weights gradients optimizer activations    peak      sent  math s   hours"
     )
     ranks = [0, config.lora_rank or 128] if plan.trains_llm else [0]
     for rank, shards in product(ranks, sorted({1, config.gpus})):
@@ -417,7 +395,7 @@ def print_table(plan, steps, load):
         if found["peak"] > ROOM * config.gpu_memory * 1e9:
             hours += "  does not fit"
         numbers = [f"{value / 1e9:9.4f}" for value in found.values()]
-        print(f"  {name:10}", *numbers, f"{sending:9.3f}{math_time:8.3f}{hours}")
+        print(f"  {name:10}", *numbers, f"{math_time:7.3f}{hours}")
 
 
 def main(arguments):

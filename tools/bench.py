@@ -1,0 +1,367 @@
+"""Measure how fast training and decoding are, and how much memory they take.
+
+    python -m tools.bench train --vs=transformers       a training step of each stage
+    python -m tools.bench decode --vs=transformers      the first token of an answer, and the others
+    python -m tools.bench train --vs=FOLDER             compare with another checkout of this code
+    python -m tools.bench train --size=1b --batch=16    a GPU's size
+
+Every contender runs in its own process, in turns, so a slow moment of the machine meets all of
+them. Median seconds are printed, with the smallest and the largest, and the rate: FLOPs or bytes
+that the work needs, by the median. Weights are random and nothing is downloaded.
+
+train: a training step (forward, backward, AdamW) of frozen CLIP, MLP connector and LLaMA. The
+dialogues have different lengths and one image each. Ours packs the dialogues into one row, as
+train.py does. transformers' LlavaForConditionalGeneration gets them padded on the right. The FLOPs
+are the same for all (tools/plan.py): those of the blocks that are read, causal attention within a
+dialogue, logits of supervised tokens, trained parameters.
+
+decode: answers of a LLaMA, greedy, PROMPT tokens in, ANSWER tokens out. "ours" is what sample.py
+runs, "ours_packed" what eval.py runs on a CPU, "ours_fast" what --fast runs on CUDA. transformers
+runs generate with its dynamic cache and with its static cache. The FLOPs and bytes are those of the
+weights that are read.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tokenizers import Tokenizer
+from torch.nn.utils.rnn import pad_sequence
+
+import train
+from clip import CLIPVision, CLIPVisionConfig
+from common import cli
+from common.cli import option
+from common.errors import InputError
+from common.images import ImageSpec
+from common.pretrained import on_meta
+from common.speed import speed_up
+from dialogue import IGNORE, IMAGE
+from interop.load import load_model
+from llama import Llama, LlamaConfig
+from mllm import MLLM
+from tools import plan
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PROMPT, ANSWER = 700, 64
+# Text tokens of eight of LLaVA's dialogues, and the share of them that are answers.
+TEXTS = (212, 472, 154, 271, 310, 71, 211, 105)
+SUPERVISED = 0.6
+KNOWN = plan.KNOWN["checkpoints"]
+CLIP_B = {"image_size": 224, "patch_size": 16}
+CLIP_L = KNOWN["openai/clip-vit-large-patch14-336"]
+SIZES = {
+    "160m": (CLIP_B, KNOWN["JackFram/llama-160m"]),
+    "1b": (CLIP_L, KNOWN["TinyLlama/TinyLlama-1.1B-Chat-v1.0"]),
+    "7b": (CLIP_L, KNOWN["lmsys/vicuna-7b-v1.5"]),
+}
+
+
+@dataclass
+class Config:
+    what: str = option("train", "train or decode")
+    vs: list[str] = option([], "compare with: transformers, folders of other checkouts")
+    repeats: int = option(5, "turns of every contender")
+    batch: int = option(0, "dialogues of train (default 8), prompts of decode (default 1)")
+    dtype: str = option("bfloat16", "or float32; in training: autocast")
+    size: str = option("", "160m (default of train; CLIP-B/16), 1b (of decode) or 7b (CLIP-L/14)")
+    stage: int = option(0, "train: 1, 2, or 0 for both")
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    contender: str = option("", "internal: run one turn of this contender")
+    folder: str = option("", "internal: the checkpoint")
+
+
+# ---- decode --------------------------------------------------------------------------------------
+
+
+def load_ours(config):
+    """Return generate(tokens, length, put), which calls put(token) for each new token."""
+    model = Llama.from_pretrained(config.folder, DTYPES[config.dtype], config.device)
+    use = "batch" if config.contender == "ours_packed" else "chat"
+    speed_up(model, use, compile=config.contender == "ours_fast")
+
+    def generate(tokens, length, put):
+        for token in model.stream(tokens, max_new_tokens=length, eos=[]):
+            put(token)
+
+    return generate
+
+
+def load_transformers(config):
+    """Return the same. put gets the prompt first."""
+    import transformers
+
+    load = transformers.LlamaForCausalLM.from_pretrained
+    model = load(config.folder, dtype=DTYPES[config.dtype]).to(config.device)
+    model.generation_config.eos_token_id = None
+    is_static = config.contender == "transformers_static"
+
+    def generate(tokens, length, put):
+        model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=length,
+            do_sample=False,
+            streamer=SimpleNamespace(put=put, end=lambda: None),
+            cache_implementation="static" if is_static else None,
+        )
+
+    return generate
+
+
+def measure_decoding(config):
+    """Answer once to warm up, then measure the first token and the others."""
+    load = load_ours if config.contender.startswith("ours") else load_transformers
+    generate = load(config)
+    tokens = torch.randint(3, 32000, (config.batch, PROMPT), device=config.device)
+
+    def answer():
+        times = [wait(config.device)]
+        generate(tokens, ANSWER, lambda _: times.append(wait(config.device)))
+        return times
+
+    answer()
+    times = answer()
+    token = (times[-1] - times[-ANSWER]) / (ANSWER - 1)
+    return {"first": times[-ANSWER] - times[0], "token": token}
+
+
+def compare_decoding(config, folder):
+    model = Llama(LlamaConfig.from_dict(SIZES[config.size][1], config.size)).bfloat16()
+    model.save_pretrained(folder)
+    # Products with weights. Attention needs a few percent more.
+    blocks, all_weights = (plan.numel(plan.linear_weights(part)) for part in (model.layers, model))
+    del model
+    work = {
+        "first": (2 * blocks * PROMPT * config.batch, "FLOP/s"),
+        "token": (DTYPES[config.dtype].itemsize * all_weights, "B/s"),
+    }
+    ours = ["ours", "ours_packed" if config.device == "cpu" else "ours_fast"]
+    compare(config, ours, ["transformers", "transformers_static"], work, folder=folder)
+
+
+# ---- train ---------------------------------------------------------------------------------------
+
+
+def make_model(size):
+    """Build an MLLM with random weights, where torch puts new tensors."""
+    tower, llm = SIZES[size]
+    tower = CLIPVision(CLIPVisionConfig(**tower))
+    llm = Llama(LlamaConfig.from_dict(llm, size))
+    tokenizer = Tokenizer.from_file(str(train.WEIGHTS / "llama" / "tokenizer.json"))
+    spec = ImageSpec(tower.config.image_size)
+    return MLLM([tower], llm, "mlp", tokenizer, "vicuna_v1", spec)
+
+
+def dialogues(side, tokens_per_image, batch):
+    """Make random dialogues -> lists of tokens and labels, pixels (batch, 3, R, R)."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, labels, pixels = [], [], []
+    for i in range(batch):
+        length = TEXTS[i % len(TEXTS)]
+        text = torch.randint(3, 600, (length,), generator=generator).tolist()
+        question = length - int(SUPERVISED * length)
+        tokens.append(text[:1] + [IMAGE] * tokens_per_image + text[1:])
+        labels.append([IGNORE] * (tokens_per_image + question) + text[question:])
+        image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8, generator=generator)
+        pixels.append(image)
+    return tokens, labels, torch.stack(pixels)
+
+
+def train_ours(config):
+    """Return the model and a function that computes the loss."""
+    device = config.device
+    model = load_model(config.folder, device=device).train()
+    if config.dtype == "bfloat16" and config.stage == 1:
+        # As train.py does with a frozen LLM.
+        model.llm.bfloat16()
+    speed_up(model, "train", compile=config.contender == "ours_compiled")
+    train.freeze(model, ["connector"] if config.stage == 1 else ["connector", "llm"])
+    tokens, labels, pixels = dialogues(model.spec.size, model.tokens_per_image, config.batch)
+    lengths = [len(row) for row in tokens]
+    # No token predicts the first one of a dialogue.
+    labels = torch.tensor([x for row in labels for x in [IGNORE, *row[1:]]], device=device)[None]
+    tokens = torch.tensor([x for row in tokens for x in row], device=device)[None]
+    pixels = pixels.to(device)
+
+    def loss():
+        total, number = model(pixels, tokens, labels, lengths)
+        return total / number
+
+    return model, loss
+
+
+def train_transformers(config):
+    import transformers
+
+    device, stage = config.device, config.stage
+    load = transformers.LlavaForConditionalGeneration.from_pretrained
+    model = load(config.folder, dtype=torch.float32).to(device).train()
+    model.requires_grad_(stage == 2)
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    if stage == 1 and config.dtype == "bfloat16":
+        model.model.language_model.bfloat16()
+        model.lm_head.bfloat16()
+    vision = model.config.vision_config
+    side, num_patches = vision.image_size, (vision.image_size // vision.patch_size) ** 2
+    tokens, labels, pixels = dialogues(side, num_patches, config.batch)
+    tokens = pad_sequence([torch.tensor(row) for row in tokens], True, 0).to(device)  # (B, T)
+    labels = pad_sequence([torch.tensor(row) for row in labels], True, IGNORE).to(device)
+    # No text token has the id 0.
+    mask = (tokens != 0).long()
+    tokens = tokens.masked_fill(tokens == IMAGE, model.config.image_token_index)
+    mean, std = torch.tensor(ImageSpec.mean), torch.tensor(ImageSpec.std)
+    pixels = ((pixels / 255 - mean[:, None, None]) / std[:, None, None]).to(device)
+    inputs = {"input_ids": tokens, "attention_mask": mask, "labels": labels, "use_cache": False}
+    return model, lambda: model(**inputs, pixel_values=pixels).loss
+
+
+def measure_training(config):
+    """Build, warm up with three steps, then return the median seconds of three steps."""
+    build = train_ours if config.contender.startswith("ours") else train_transformers
+    model, loss_of = build(config)
+    device_type = torch.device(config.device).type
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    if device_type == "cuda":
+        # The memory of the steps, not of loading.
+        torch.cuda.reset_peak_memory_stats()
+    times, losses = [], []
+    for _ in range(6):
+        start = wait(config.device)
+        with torch.autocast(device_type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        times.append(wait(config.device) - start)
+    return {"seconds": statistics.median(times[3:]), "loss": losses[0]}
+
+
+def plan_step(config, stage):
+    """Return the plan of a step, for plan.flops and plan.memory."""
+    with on_meta():
+        model = make_model(config.size)
+    _, labels, _ = dialogues(model.spec.size, model.tokens_per_image, config.batch)
+    supervised = sum(label != IGNORE for row in labels for label in row)
+    load = plan.Load.of([len(row) for row in labels], supervised, config.batch)
+    bf16 = config.dtype == "bfloat16"
+    return plan.Plan(plan.PlanConfig(gpus=1), model, stage == 2, load, 1, bf16)
+
+
+def compare_training(config, folder):
+    with torch.device(config.device):
+        make_model(config.size).save(f"{folder}/ours")
+    # transformers and other checkouts read this layout.
+    run(ROOT, "interop.export", f"--model={folder}/ours", f"--to={folder}/llava")
+    for stage in [config.stage] if config.stage else [1, 2]:
+        step = plan_step(config, stage)
+        parts = plan.flops(step)
+        # Recomputed logits are not necessary work.
+        work = {"seconds": (sum(parts.values()) - parts["again"], "FLOP/s")}
+        print(f"stage {stage}: {config.batch} dialogues, {step.load.tokens:,} tokens", flush=True)
+        ours = ["ours", "ours_compiled"]
+        compare(config, ours, ["transformers"], work, folder=f"{folder}/llava", stage=stage)
+
+
+# ---- turns ---------------------------------------------------------------------------------------
+
+
+def run(tree, *arguments):
+    """Run a command of a checkout and return what it prints."""
+    command = [sys.executable, "-m", *arguments]
+    child = subprocess.run(command, capture_output=True, text=True, cwd=tree)
+    if child.returncode:
+        raise InputError(f"{' '.join(arguments)} failed: {child.stderr.strip()[-300:]}")
+    return child.stdout
+
+
+def compare(config, ours, theirs, work, **options):
+    """Run all contenders in turns and print the result.
+
+    ours and theirs: the names of contenders, theirs for transformers. work: {what is timed: (its
+    FLOPs or bytes, the unit of the rate)}.
+    """
+    turns = {("", name): [] for name in ours}
+    for peer in config.vs:
+        for name in theirs if peer == "transformers" else ours:
+            turns[peer, name] = []
+    options |= {"batch": config.batch, "device": config.device, "dtype": config.dtype}
+    flags = [f"--{key}={value}" for key, value in options.items()]
+    for _ in range(config.repeats):
+        for (peer, name), found in turns.items():
+            tree = ROOT if peer in ("", "transformers") else peer
+            printed = run(tree, "tools.bench", config.what, f"--contender={name}", *flags)
+            found.append(json.loads(printed.splitlines()[-1]))
+    best = {}
+    for (peer, name), found in turns.items():
+        texts = [name if peer in ("", "transformers") else f"{name} of {peer}"]
+        for key, (amount, unit) in work.items():
+            times = [one[key] for one in found]
+            median = statistics.median(times)
+            best[peer, key] = min(median, best.get((peer, key), median))
+            texts.append(f"{key} {median:.4g} ({min(times):.4g} to {max(times):.4g})")
+            texts.append(f"{amount / median / 1e9:.4g} G{unit}")
+        texts.append(f"{statistics.median(one['memory'] for one in found) / 2**30:.1f} GiB")
+        if "loss" in found[0]:
+            texts.append(f"loss {found[0]['loss']:.4f}")
+        print(", ".join(texts))
+    for peer in config.vs:
+        for key in work:
+            print(f"{key}: {best[peer, key] / best['', key]:.2f} times as fast as {peer}")
+
+
+def wait(device):
+    """Return the time when the device has finished its work."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(device):
+    """Return the peak bytes of the GPU, or of this process (0 without /proc)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+# what: (a contender's turn, all turns, the default batch and size)
+BENCHES = {
+    "train": (measure_training, compare_training, 8, "160m"),
+    "decode": (measure_decoding, compare_decoding, 1, "1b"),
+}
+
+
+def main(arguments):
+    config = cli.parse(Config, arguments, __doc__)
+    measure, compare_all, batch, size = cli.find_class(BENCHES, config.what, "--what")
+    config.batch, config.size = config.batch or batch, config.size or size
+    cli.find_class(SIZES, config.size, "--size")
+    cli.find_class(DTYPES, config.dtype, "--dtype")
+    for peer in config.vs:
+        if peer != "transformers" and not Path(peer).is_dir():
+            raise InputError(f"--vs={peer}: not transformers, and no such folder")
+    if min(config.repeats, config.batch) < 1:
+        raise InputError("--repeats and --batch must be 1 or more")
+    config.device = str(cli.pick_device(config.device))
+    torch.manual_seed(0)
+    if config.contender:
+        print(json.dumps(measure(config) | {"memory": peak_memory(config.device)}))
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        compare_all(config, folder)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,1 +1,0 @@
-"""Measure training and decoding against transformers or another checkout."""
