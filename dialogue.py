@@ -164,7 +164,7 @@ def load_tokenizer(folder):
     dropped = dict.fromkeys(["truncation", "padding", "post_processor"])
     try:
         tokenizer = Tokenizer.from_str(json.dumps(read_json(file) | dropped))
-    except Exception as error:  # the tokenizers library raises nothing narrower
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
         raise InputError(f"{file}: not a tokenizer ({error})") from None
     # a byte-level tokenizer has none
     if tokenizer.normalizer:

@@ -28,7 +28,7 @@ from benchmarks.prompts import DAMAGE, find_images, open_question
 from benchmarks.scores import score
 from common import cli
 from common.cli import option
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.images import BadImage
 from common.pretrained import locate, read_json
 from common.save import write_json
@@ -91,7 +91,7 @@ def benchmark(config, rank, size):
         raise InputError(f"--image_dir={config.image_dir}: has no image, not even {missing[0]}")
     if missing and rank == 0:
         print(f"{len(missing):,} of {total:,} questions are left out: their images are missing")
-        print(f"in {config.image_dir}, {missing[0]} first", flush=True)
+        print(f"in {config.image_dir}, {printable(missing[0])} first", flush=True)
     name = config.model or str(newest_model())
     folder = Path(config.out or f"out/eval/{name.strip('/').replace('/', '-')}/{config.task}")
     check_same_run(config, name, folder, rank)
@@ -129,7 +129,7 @@ def answer_all(config, name, folder, items, rank, size):
                 prompts.append(prompt)
                 batch.append(item)
             except BadImage as error:
-                print(f"skipped: question {item.id}: {error}")
+                print(f"skipped: question {printable(item.id)}: {error}")
         try:
             answers = model.generate(images, prompts, config.max_new_tokens) if batch else []
         except InputError as error:

@@ -230,7 +230,7 @@ CHAT = """
     {{- message.content -}}
   {%- else -%}
     {%- for part in message.content if part.type == "image" -%}
-      {{- "<image>\\n" -}}
+      {{- $image -}}
     {%- endfor -%}
     {%- for part in message.content if part.type == "text" -%}
       {{- part.text -}}
