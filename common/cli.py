@@ -214,9 +214,6 @@ def leave(status):
 
 def run(main):
     """Call main(arguments) and end the process. An InputError is one line and exit status 2."""
-    from common.speed import keep_freed_memory
-
-    keep_freed_memory()
     try:
         main(sys.argv[1:])
         status = 0
