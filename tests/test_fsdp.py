@@ -5,7 +5,6 @@ of a gradient near zero into a step of up to the learning rate: hence the tolera
 """
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -122,36 +121,26 @@ def test_ranks_must_share_a_disk(sharded):
 
 
 MEASURE = """
-import sys, threading
+import resource, sys
 import torch, torch.distributed.fsdp, torch._dynamo
 import train
 from common import cli
 from common.run import Ranks
-def anonymous_memory():
-    lines = open("/proc/self/status").read().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
-def watch():
-    while not ended.wait(0.002):
-        highest.append(anonymous_memory())
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 config = cli.parse(train.Config, sys.argv[1:])
 ranks = Ranks("cpu", config.fsdp)
 ranks.barrier()
-highest, ended = [anonymous_memory()], threading.Event()
-watcher = threading.Thread(target=watch)
-watcher.start()
+before = peak()
 model = train.build_stage(config, 2, None, ranks)
-ended.set()
-watcher.join()
-whole = 4 * sum(p.numel() for p in model.parameters())
-print("MEASURED", (max(highest + [anonymous_memory()]) - highest[0]) / whole)
+print("MEASURED", (peak() - before) / (4 * sum(p.numel() for p in model.parameters())))
 ranks.close()
 cli.leave(0)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_rank_ever_holds_the_whole_model(sharded, tiny_folders, world_tokenizer, tmp_path):
-    """Anonymous memory while an LLM of 35 MB in bfloat16 is sharded into 74 MB of float32."""
+    """A mapped LLM of 35 MB in bfloat16 becomes 74 MB of float32: together 1.5 times the latter."""
     from llama import Llama, LlamaConfig
 
     shutil.copytree(tiny_folders["llama"], tmp_path / "large")
@@ -162,4 +151,4 @@ def test_no_rank_ever_holds_the_whole_model(sharded, tiny_folders, world_tokeniz
     options = {"llm": tmp_path / "large", "template": "tiny", "init": "new", "stage": 2}
     done = run_ranks(2, sharded(**options), MEASURE)
     shares = [float(x.split()[1]) for x in done.stdout.splitlines() if "MEASURED" in x]
-    assert len(shares) == 2 and all(0.4 < share < 0.7 for share in shares), done
+    assert len(shares) == 2 and all(0.5 < share < 1.4 for share in shares), done
