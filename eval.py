@@ -149,7 +149,7 @@ def main(arguments):
 
     config = cli.parse(Config, arguments, __doc__)
     name, model = load_to_answer(config.model, config.device, config.bf16)
-    speed_up(model, "batch")
+    speed_up(model, "chat")
     results = evaluate(model, config.count, config.batch, config.blind, config.seed)
     print(f"{name}: {config.count} questions per task on held-out scenes\n")
     print(table(results))

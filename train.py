@@ -4,7 +4,7 @@
     python train.py --connector=comm                             COMM's merge of CLIP and DINOv2
     python train.py config/dense_7b.toml --data1=... --image_dir=...    a recipe on your data
     torchrun --nproc_per_node=8 train.py config/dense_7b.toml    the same on 8 GPUs
-    python train.py --resume                                     continue the newest dense run
+    python train.py --resume                                     continue that run, out/dense
 
 Stage 1 trains the connector on captions. Stage 2 trains connector and LLM on dialogues. The vision
 towers stay frozen. A run writes to --out: log.jsonl, loss.png, checkpoints/ (what is trained, the
@@ -25,22 +25,17 @@ from common import checkpoint, cli, fsdp, lora
 from common.distributed import data_parallel
 from common.draw import draw_losses
 from common.errors import InputError
-from common.faults import check_progress, print_bad_step
 from common.records import check_images
 from common.run import (
     PARTS,
     Config,
     Log,
     Ranks,
-    check,
+    check_progress,
     fingerprint,
-    llm_dtype,
-    num_workers,
+    print_bad_step,
     print_stage,
     run_folder,
-    stage_options,
-    uses_bf16,
-    uses_compile,
 )
 from common.speed import speed_up
 from connector import CONNECTORS
@@ -66,19 +61,17 @@ def build_model(config, stage, device, mapped=False):
         image_mode=config.image_mode,
         tokenizer=config.tokenizer or None,
         device=device,
-        llm_dtype=llm_dtype(config, stage, device),
+        llm_dtype=config.llm_dtype(stage, device),
         llm_mapped=mapped,
     )
 
 
 def build_stage(config, stage, run, ranks):
     """Build the model, add LoRA adapters if asked, and load what stage 1 trained."""
-    is_sharded = ranks.shards(config)
-    dtype = llm_dtype(config, stage, ranks.device)
-    model = build_model(config, stage, ranks.device, is_sharded)
-    trained = stage_options(config, stage)["train"]
-    trained_before = config.train1 if stage == 2 else []
-    if config.lora_rank and "llm" in trained + trained_before:
+    device = ranks.device
+    model = build_model(config, stage, device, ranks.is_sharded)
+    trained = config.stage_options(stage)["train"]
+    if config.lora_rank and "llm" in trained:
         lora.adapt(model.llm, config.lora_rank, config.lora_alpha)
     start = checkpoint.start_of(config, run) if stage == 2 else None
     if start and not checkpoint.is_checkpoint(start):
@@ -86,20 +79,17 @@ def build_stage(config, stage, run, ranks):
         from interop.load import load_connector
 
         load_connector(model, start)
-    if is_sharded:
+    if ranks.is_sharded:
         freeze(model, trained)
-        fsdp.shard(model, ranks.device, dtype, uses_bf16(config, ranks.device))
+        fsdp.shard(model, device, config.llm_dtype(stage, device), config.uses_bf16(device))
     if start and checkpoint.is_checkpoint(start):
-        checkpoint.load_start(config, start, model, ranks)
-    if config.lora_rank and "llm" not in trained and not is_sharded:
-        # Adapters of stage 1 stay as they are in this stage.
-        lora.merge(model.llm)
+        checkpoint.load_start(config, start, model)
     return model
 
 
 def build_dataset(config, stage):
     """Read the data of a stage. Errors name file and line before anything is trained."""
-    options = stage_options(config, stage)
+    options = config.stage_options(stage)
     datasets = []
     for name in options["data"]:
         kind, _, path = name.partition(":")
@@ -116,8 +106,6 @@ def build_dataset(config, stage):
         image_dir = config.image_dir or Path(path).parent
         datasets.append(DATASETS[kind](path, image_dir))
         check_images(datasets[-1])
-    if not datasets:
-        raise InputError(f"--data{stage}: is empty")
     if "llm" not in options["train"] and not any(num_with_images(each) for each in datasets):
         raise InputError(f"--data{stage}: has no images, so --train{stage} must contain llm")
     if options["equal"]:
@@ -161,9 +149,9 @@ def learning_rate(step, steps, warmup):
 
 def train_stage(config, stage, model, dataset, run, ranks):
     """Train one stage. Return False if the run was asked to stop before the end."""
-    options = stage_options(config, stage)
-    device, is_sharded = ranks.device, ranks.shards(config)
-    use_bf16 = uses_bf16(config, device)
+    options = config.stage_options(stage)
+    device = ranks.device
+    use_bf16 = config.uses_bf16(device)
     steps = options["steps"] or math.ceil(options["epochs"] * len(dataset) / options["batch"])
 
     # optimizer: one group for each part, with its own peak learning rate
@@ -180,7 +168,6 @@ def train_stage(config, stage, model, dataset, run, ranks):
     # resume: `state` goes into the checkpoints
     state = {"stage": stage, "step": 0, "steps": steps, "config": asdict(config)}
     state |= {"data": fingerprint(dataset), "interval": Log.new_interval()}
-    ranks.agree("the data", state["data"])
     if config.resume:
         checkpoint.resume(run, model, optimizer, state, ranks)
     start = state["step"]
@@ -198,14 +185,14 @@ def train_stage(config, stage, model, dataset, run, ranks):
         seed=config.seed + stage,
         rank=ranks.rank,
         world_size=ranks.size,
-        workers=num_workers(config, device),
+        workers=config.num_workers(device),
         start=start * options["batch"],
     )
 
     model.llm.gradient_checkpointing = config.activation_checkpointing
     model.train()
     network = model
-    if ranks.size > 1 and not is_sharded:
+    if ranks.size > 1 and not ranks.is_sharded:
         network = data_parallel(model, device)
     log = Log(config, run, ranks, state)
     num_samples = len(dataset), num_with_images(dataset)
@@ -213,8 +200,6 @@ def train_stage(config, stage, model, dataset, run, ranks):
 
     bad_steps = empty_steps = 0
     for step, micro_batches in zip(range(start, steps), loader, strict=False):
-        ranks.doing = f"step {step} of stage {stage}"
-
         # learning rate
         factor = learning_rate(step, steps, config.warmup)
         for group in optimizer.param_groups:
@@ -249,7 +234,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
 
         # clip
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
-        norm = (fsdp.full(norm) if is_sharded else norm).item()
+        norm = (fsdp.full(norm) if ranks.is_sharded else norm).item()
 
         # step, unless something is not finite; loss and norm are equal on all ranks
         if math.isfinite(loss) and math.isfinite(norm):
@@ -274,7 +259,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
         is_due = stop or (step + 1) % config.save_every == 0
         if is_finished or (is_due and not bad_steps):
             state["step"] = step + 1
-            checkpoint.save(run, model, optimizer, state, ranks if is_sharded else None)
+            checkpoint.save(run, model, optimizer, state, ranks)
         if stop:
             ranks.print(f"stopped at step {step + 1}; --resume continues from the last checkpoint")
             return False
@@ -287,10 +272,7 @@ def save_model(config, model, run, ranks):
     With FSDP the other ranks send it their shards, one tensor at a time.
     """
     adapters = {name: fsdp.full(p) for name, p in lora.adapters(model.llm).items()}
-    is_llm_changed = any(name.startswith("llm.") and ".lora_" not in name for name in model.changed)
-    if adapters and is_llm_changed:
-        ranks.print(f"note: no {run}/adapter, since stage 1 trained the LLM itself")
-    elif adapters and ranks.is_main:
+    if adapters and ranks.is_main:
         base = str(config.llm or WEIGHTS / "llama")
         lora.save(adapters, run / "adapter", config.lora_rank, config.lora_alpha, base)
     tensors = fsdp.gathered(model)
@@ -301,17 +283,18 @@ def save_model(config, model, run, ranks):
         pass
 
 
-def print_scores(config, model, run, is_compiled, is_sharded):
+def print_scores(config, model, run, ranks):
     """Print the scores on the toy world, and what to do next."""
     data = config.data1 if config.stage == 1 else config.data2
     if "world" not in data:
         print(f"\nnext: python sample.py --model={run}/model --image=photo.jpg --prompt='...'")
         return
-    if config.evaluate and not is_sharded:
+    if config.evaluate and not ranks.is_sharded:
         from eval import evaluate, table
 
         lora.merge(model.llm)
         # Prompts of all lengths would compile the blocks again and again.
+        is_compiled = config.uses_compile(ranks.device)
         with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
             print(f"\n{table(evaluate(model, count=200))}")
     print(f"\nnext: python sample.py --model={run}/model")
@@ -321,37 +304,31 @@ def print_scores(config, model, run, is_compiled, is_sharded):
 def main(arguments):
     about = f"{__doc__}\nOptions of the connectors:\n{cli.class_help(CONNECTORS, '--connector')}\n"
     config = cli.parse(Config, arguments, about)
-    check(config)
     config.connector_options = cli.parse_options(
         CONNECTORS, config.connector, config.connector_options, "--connector"
     )
     stages = [config.stage] if config.stage else [1, 2]
-    ranks, began = Ranks(config.device), time.time()
-    is_compiled = uses_compile(config, ranks.device)
-    run = run_folder(config)
-    with ranks.guard(run):
+    ranks, began = Ranks(config.device, config.fsdp), time.time()
+    run = run_folder(config, ranks)
+    ranks.print(f"{config.connector} connector, run folder {run}")
+    datasets = {stage: build_dataset(config, stage) for stage in stages}
+    for stage in stages:
+        # Free the model of stage 1 before the next one is built.
+        model = None
+        gc.collect()
+        model = build_stage(config, stage, run, ranks)
+        speed_up(model, "train", compile=config.uses_compile(ranks.device))
+        is_finished = train_stage(config, stage, model, datasets[stage], run, ranks)
         ranks.barrier()
-        ranks.print(f"{config.connector} connector, run folder {run}")
-        datasets = {stage: build_dataset(config, stage) for stage in stages}
-        for stage in stages:
-            # Free the model of stage 1 before the next one is built.
-            model = None
-            gc.collect()
-            model = build_stage(config, stage, run, ranks)
-            speed_up(model, "train", compile=is_compiled)
-            ranks.enter(run)
-            is_finished = train_stage(config, stage, model, datasets[stage], run, ranks)
-            ranks.barrier()
-            if not is_finished:
-                break
-        if is_finished:
-            ranks.doing = f"writing {run}/model"
-            save_model(config, model, run, ranks)
-        ranks.close()
+        if not is_finished:
+            break
+    if is_finished:
+        save_model(config, model, run, ranks)
+    ranks.close()
     if is_finished and ranks.is_main:
         draw_losses(run)
         print(f"\nwrote {run}/model and {run}/loss.png after {time.time() - began:.0f} s")
-        print_scores(config, model, run, is_compiled, ranks.shards(config))
+        print_scores(config, model, run, ranks)
 
 
 if __name__ == "__main__":

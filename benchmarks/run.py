@@ -60,16 +60,14 @@ class Config:
 # --- the model ----------------------------------------------------------------------------
 
 
-def load(config, name, size):
+def load(config, name):
     """Load the model. --pool halves the side of its grid of tokens, which must be even.
 
     Video needs this: eight frames of 576 tokens are more than most LLMs were trained to read. It is
     the Dense Connector's "efficient" without training.
     """
     _, model = load_to_answer(name, config.device, config.bf16)
-    # speed_up copies weights. Several processes share the mapped file instead.
-    if size == 1:
-        speed_up(model, "batch")
+    speed_up(model, "chat")
     for _ in range(config.pool):
         model.tokens_per_image = half_side(model.tokens_per_image) ** 2
         model.connector.register_forward_hook(lambda connector, hidden, tokens: halve_grid(tokens))
@@ -116,7 +114,7 @@ def answer_all(config, name, folder, items, rank, size):
 
     A question with an image that cannot be read is named and skipped.
     """
-    model = load(config, name, size)
+    model = load(config, name)
     start = time.time()
     # A new file, since that of a killed run may end in half a line.
     path = folder / f"answers.rank{rank}-{start:.0f}.jsonl"

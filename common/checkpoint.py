@@ -29,35 +29,33 @@ from common.save import replace_folder, write_json
 # Options that may differ when a run is resumed: they do not change its result, or the learning
 # rates. The data has a fingerprint.
 FREE_OPTIONS = (
-    "resume out stage device log log_every save_every evaluate workers compile micro_batch fsdp "
+    "resume out stage device wandb log_every save_every evaluate workers compile micro_batch fsdp "
     "activation_checkpointing data1 data2 image_dir lr1 lr2 connector_lr2 lora_lr2"
 ).split()
-# Of these only the last part of the path must be the same.
-PATHS = ("vision", "llm", "tokenizer", "init")
-STATE = {"stage": int, "step": int, "steps": int, "data": int, "interval": dict, "config": dict}
-STATE |= {"connector": dict, "changed": list, "files": dict}
+KEYS = set("stage step steps data interval config connector changed files".split())
 # no_dist=True is intended
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 FILE_BYTES = 2**30  # PyTorch composes a file in memory before it writes it
 
 
-def save(run, model, optimizer, state, ranks=None):
+# ---- write and read ------------------------------------------------------------------------------
+
+
+def save(run, model, optimizer, state, ranks):
     """Write a checkpoint, then delete the older ones of the stage. Raises InputError.
 
-    All ranks call it. ranks: each has some rows (FSDP) and writes them. None: each has all rows,
-    and rank 0 writes. state: {"stage", "step", ...}, see train.py.
+    All ranks call it. With FSDP each writes its rows, else rank 0 writes. state: see train.py.
     """
     import torch.distributed.checkpoint as dcp  # imported here: it takes a second
 
-    folder = Path(run) / "checkpoints" / f"stage{state['stage']}-{state['step']:07d}"
-    partial = folder.with_name(folder.name + ".partial")
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
-    if not is_main and not ranks:
+    if not (ranks.is_main or ranks.is_sharded):
         return
-    if is_main:
+    folder = folder_of(run, state["stage"], state["step"])
+    partial = folder.with_name(folder.name + ".partial")
+    if ranks.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    if ranks:
+    if ranks.is_sharded:
         ranks.barrier()  # the folder exists
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     tensors = named_tensors(trained, optimizer)
@@ -67,11 +65,10 @@ def save(run, model, optimizer, state, ranks=None):
         file_index[name] = 1 + size // FILE_BYTES
     writer = dcp.HuggingFaceStorageWriter(str(partial), file_index, save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=writer, no_dist=ranks is None)
+        dcp.save(tensors, storage_writer=writer, no_dist=not ranks.is_sharded)
     except dcp.CheckpointException as error:
-        reason, _ = next(iter(error.failures.values()))
-        raise InputError(f"{folder}: could not be written ({reason})") from None
-    if is_main:
+        raise InputError(f"{folder}: could not be written ({reason(error)})") from None
+    if ranks.is_main:
         sums = {path.name: checksum(path) for path in sorted(partial.iterdir())}
         model_state = {"connector": model.connector.spec(), "changed": sorted(model.changed)}
         write_json(partial / "state.json", state | model_state | {"files": sums})
@@ -81,6 +78,15 @@ def save(run, model, optimizer, state, ranks=None):
         for path in folder.parent.iterdir():
             if path != folder and former.fullmatch(path.name):
                 shutil.rmtree(path)
+
+
+def folder_of(run, stage, step):
+    return Path(run) / "checkpoints" / f"stage{stage}-{step:07d}"
+
+
+def reason(error):
+    """Return the first rank's error of a CheckpointException."""
+    return next(iter(error.failures.values()))[0]
 
 
 def checksum(path):
@@ -94,13 +100,11 @@ def checksum(path):
 
 def named_tensors(trained, optimizer):
     """Name all tensors of a checkpoint: trained parameters {name: p} and AdamW's state of them."""
-    tensors = {}
-    for name, parameter in trained.items():
-        tensors[f"model.{name}"] = parameter.detach()
-        if optimizer:
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in trained.items()}
+    if optimizer:
+        for name, parameter in trained.items():
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
-    if optimizer:
         tensors["random_state"] = torch.get_rng_state()
     return tensors
 
@@ -116,49 +120,48 @@ def load(folder, model, optimizer=None):
     folder = Path(folder)
     state = read_state(folder)
     check_files(folder, state["files"])
-    saved, names_saved = read_metadata(folder), names(folder)
     if state["connector"] != model.connector.spec():
         raise InputError(
             f"{folder}: was trained with the connector {state['connector']}, "
             f"the model has {model.connector.spec()}"
         )
+    saved = names(folder)
     parameters = dict(model.named_parameters())
-    mismatched = names_saved - set(parameters)
+    expected = saved
     if optimizer:
-        mismatched |= names_saved ^ {name for name, p in parameters.items() if p.requires_grad}
+        expected = {name for name, p in parameters.items() if p.requires_grad}
+    mismatched = (saved - parameters.keys()) | (saved ^ expected)
     if mismatched:
         raise InputError(
             f"{folder}: tensor {min(mismatched)} does not fit: "
             "this is the checkpoint of another model or another stage"
         )
-    trained = {name: parameters[name] for name in sorted(names_saved)}
+    trained = {name: parameters[name] for name in sorted(saved)}
     if optimizer:
+        # AdamW has no state of a parameter that has had no gradient yet.
+        stepped = names(folder, "optimizer.")
         for name, parameter in trained.items():
-            if f"optimizer.{name}.step" in saved:
+            if f"{name}.step" in stepped:
                 optimizer.state[parameter] = {
                     "step": torch.zeros((), device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter.detach()),
                     "exp_avg_sq": torch.zeros_like(parameter.detach()),
                 }
     tensors = named_tensors(trained, optimizer)
-    for name, tensor in tensors.items():
-        if saved[name].size != tensor.shape:
-            raise InputError(
-                f"{folder}: {name} has shape {tuple(saved[name].size)}, the model's has "
-                f"{tuple(tensor.shape)}: this is the checkpoint of another model"
-            )
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    try:
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except dcp.CheckpointException as error:
+        raise InputError(f"{folder}: does not fit the model ({reason(error)})") from None
     if optimizer:
         torch.set_rng_state(tensors["random_state"])
     return state
 
 
 def read_state(folder):
-    """Read state.json and check its types. Raises InputError."""
+    """Read state.json. Raises InputError."""
     state = read_json(folder / "state.json")
-    for key, kind in STATE.items():
-        if not isinstance(state.get(key), kind):
-            raise InputError(f"{folder}/state.json: is damaged, {key!r} is missing or wrong")
+    if not KEYS <= state.keys():
+        raise InputError(f"{folder}/state.json: lacks {', '.join(sorted(KEYS - state.keys()))}")
     return state
 
 
@@ -176,20 +179,15 @@ def check_files(folder, sums):
             raise InputError(f"{path}: is missing or damaged: use another checkpoint")
 
 
-def read_metadata(folder):
-    """Return {tensor name: TensorStorageMetadata} of a checkpoint."""
+def names(folder, kind="model."):
+    """Return the names of the trained parameters in a checkpoint, or of "optimizer." states."""
     import torch.distributed.checkpoint as dcp
 
-    return dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name.removeprefix(kind) for name in found if name.startswith(kind)}
 
 
-def names(folder):
-    """Return the names of the trained parameters in a checkpoint."""
-    found = set()
-    for name in read_metadata(folder):
-        if name.startswith("model."):
-            found.add(name.removeprefix("model."))
-    return found
+# ---- resume, and start stage 2 -------------------------------------------------------------------
 
 
 def newest(run, stage):
@@ -210,22 +208,21 @@ def resume(run, model, optimizer, state, ranks):
     """Load the newest checkpoint of the stage, if there is one, and continue `state` from it."""
     stage = state["stage"]
     folder = newest(run, stage)
-    ranks.agree("the checkpoint to resume from", int(folder.name[-7:]) if folder else 0)
-    if folder is None:
+    # Rank 0 decides: a network disk may show the newest one late to others.
+    step = int(folder.name[-7:]) if folder and ranks.is_main else 0
+    step = ranks.sum(torch.tensor(step)).item()
+    if not step:
         return
+    folder = folder_of(run, stage, step)
     saved = load(folder, model, optimizer)
     if saved["data"] != state["data"]:
         raise InputError(
             f"{folder}: was trained on other data than --data{stage} now has: restore the files, "
             "or start a new run with another --out"
         )
-    state["step"] = saved["step"]
+    state["step"] = step
     state["interval"].update(saved["interval"])
-    ranks.print(f"resumed from {folder} at step {saved['step']}")
-    for key in (f"lr{stage}", f"connector_lr{stage}", f"lora_lr{stage}"):
-        rate, former = state["config"].get(key), saved["config"].get(key)
-        if rate != former:
-            ranks.print(f"note: from here on --{key}={rate} instead of {former}")
+    ranks.print(f"resumed from {folder} at step {step}")
 
 
 def start_of(config, run):
@@ -241,56 +238,51 @@ def start_of(config, run):
     return folder
 
 
-def load_start(config, folder, model, ranks):
-    """Load the checkpoint from which stage 2 starts. Raises InputError."""
-    state = load(folder, model)
-    check_start(config, folder, state)
-    model.changed.update(state["changed"])
-    if state["step"] < state["steps"]:
-        ranks.print(f"note: {folder} is unfinished, step {state['step']} of {state['steps']}")
+def load_start(config, folder, model):
+    """Load the checkpoint from which stage 2 starts. Raises InputError.
+
+    All that its run trained must be in it: an earlier stage may have trained more.
+    """
+    changed = load(folder, model)["changed"]
+    missing = set(changed) - names(folder)
+    if config.init and missing:
+        raise InputError(
+            f"{folder}: lacks {min(missing)}, which an earlier stage trained: use the checkpoint "
+            "of that stage, or --init=RUN/model, which gives the connector alone"
+        )
+    model.changed.update(changed)
+
+
+def check_run(config, run):
+    """Raise InputError if a run would overwrite another one, or be resumed as another one."""
+    first = config.stage or 1
+    saved = {stage: newest(run, stage) for stage in (1, 2)}
+    is_taken = saved[first] or saved[2] or (first == 1 and (run / "model").exists())
+    if config.resume:
+        # It may be trained again only if nothing was built on it.
+        is_taken = config.stage == 1 and saved[2]
+    if is_taken:
+        raise InputError(
+            f"{run}: this stage was trained here: --resume continues the run, "
+            "--out=FOLDER starts another one"
+        )
+    for stage, folder in saved.items():
+        if config.resume and folder and config.stage in (0, stage):
+            check_same(config, folder)
 
 
 def check_same(config, folder):
     """Raise InputError if a run would be resumed with options that change its result."""
-    saved = saved_options(config, read_state(folder))
+    # An option that is newer than the run has its default.
+    saved = asdict(type(config)()) | read_state(folder)["config"]
     for key, value in asdict(config).items():
-        is_same = saved[key] == value
-        if key in PATHS:
-            is_same = names_of(saved[key]) == names_of(value)
-        if key not in FREE_OPTIONS and not is_same:
+        if key not in FREE_OPTIONS and last_parts(saved[key]) != last_parts(value):
             raise InputError(
                 f"{folder}: was trained with --{key}={saved[key]}, not {value}: "
                 "resume with the same options, or choose another --out"
             )
 
 
-def names_of(paths):
-    """Return the last part of each path: it stays when a folder is moved."""
-    return [Path(path).name for path in (paths if isinstance(paths, list) else [paths])]
-
-
-def check_start(config, folder, state):
-    """Raise InputError if stage 2 cannot start from a checkpoint.
-
-    All that its run trained must be in it: an earlier stage may have trained more.
-    """
-    saved = saved_options(config, state)
-    missing = {"connector", *saved["train1"]} - set(saved[f"train{state['stage']}"])
-    for name in set(state["changed"]) - names(folder):
-        missing.add(name.partition(".")[0])
-    if config.init and missing:
-        raise InputError(
-            f"{folder}: contains what stage {state['stage']} trained, but not "
-            f"{', '.join(sorted(missing))}: use the checkpoint of the stage that trained it, "
-            "or --init=RUN/model, which gives the connector alone"
-        )
-    alpha, alpha_saved = config.lora_alpha, saved["lora_alpha"]
-    if alpha and alpha_saved not in (0, alpha) and "llm" in saved[f"train{state['stage']}"]:
-        raise InputError(
-            f"{folder}: its adapters were trained with --lora_alpha={alpha_saved}, not {alpha}"
-        )
-
-
-def saved_options(config, state):
-    """Return the options of a saved run. An option that is newer than the run has its default."""
-    return asdict(type(config)()) | state["config"]
+def last_parts(value):
+    """Drop the folders of all paths in an option: a moved checkpoint is the same one."""
+    return re.sub(r"[^,/]*/", "", str(value))

@@ -45,10 +45,8 @@ def parse(cls, arguments, about=""):
             flags.append(argument)
         elif argument.endswith(".toml"):
             set_options(cls, values, read_recipe(argument), f"{argument}: ")
-        elif argument.partition("=")[0] in typing.get_type_hints(cls):
-            raise InputError(f"{argument}: options begin with two dashes: --{argument}")
-        elif words:
-            raise InputError(f"{argument!r}: options are --key=value")
+        elif words or argument.partition("=")[0] in typing.get_type_hints(cls):
+            raise InputError(f"{argument}: options are --key=value")
         else:
             words.append(argument)
             flags.append(f"--{fields(cls)[0].name}={argument}")
@@ -189,9 +187,7 @@ def pick_device(name):
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        tensor = torch.zeros(1, device=name)
-        tensor.item()  # fails on "meta"
-        return tensor.device
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0]
         raise InputError(f"--device={name}: cannot be used ({reason})") from None
@@ -214,9 +210,6 @@ def leave(status):
 
 def run(main):
     """Call main(arguments) and end the process. An InputError is one line and exit status 2."""
-    from common.speed import keep_freed_memory
-
-    keep_freed_memory()
     try:
         main(sys.argv[1:])
         status = 0

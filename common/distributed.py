@@ -6,7 +6,6 @@ common.run.Ranks calls these functions. A run of one process never does.
 import time
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -14,18 +13,12 @@ from common.errors import InputError
 
 
 def connect(device):
-    """Meet the other ranks. Raises InputError if they cannot be reached."""
+    """Meet the other ranks."""
     on_gpu = device.type == "cuda"
-    try:
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            # NCCL's ten minutes are too short while rank 0 writes a large model
-            timeout=timedelta(minutes=30),
-            device_id=device if on_gpu else None,
-        )
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"the ranks cannot meet: {reason}; check torchrun's options") from None
+    # NCCL's ten minutes are too short while rank 0 writes a large model
+    timeout = timedelta(minutes=30)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, timeout=timeout, device_id=device if on_gpu else None)
 
 
 def total(tensor, device):
@@ -35,30 +28,17 @@ def total(tensor, device):
     return summed.to(tensor.device)
 
 
-def agree(what, number, device):
-    """Raise InputError unless the number is the same on all ranks."""
-    numbers = torch.zeros(dist.get_world_size(), dtype=torch.float64)
-    numbers[dist.get_rank()] = number
-    numbers = sorted({int(each) for each in total(numbers, device)})
-    if len(numbers) > 1:
-        raise InputError(
-            f"the ranks differ in {what}, {numbers}: "
-            "all nodes must see the same files, on a shared disk"
-        )
-
-
-def wait_for(file, rank):
-    """Wait until this rank sees a file that rank 0 made. Raises InputError."""
+def wait_for(folder, rank):
+    """Wait until this rank sees a folder that rank 0 made. Raises InputError."""
     dist.barrier()
-    waited = 0
-    while not file.exists():  # a network disk may show it late
-        if waited == 60:
-            raise InputError(
-                f"rank {rank}: does not see {file.parent}, which rank 0 made: "
-                "--out must be on a disk that all nodes share"
-            )
+    for _ in range(60):  # a network disk may show it late
+        if folder.exists():
+            return
         time.sleep(1)
-        waited += 1
+    raise InputError(
+        f"rank {rank}: does not see {folder}, which rank 0 made: "
+        "--out must be on a disk that all nodes share"
+    )
 
 
 def barrier():

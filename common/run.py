@@ -8,35 +8,37 @@ out/dense/model/         the finished model
 out/dense/adapter/       with LoRA, the adapters alone
 """
 
-import errno
 import json
 import math
 import multiprocessing
 import os
-import re
+import secrets
 import signal
 import sys
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from common import checkpoint, distributed, faults
+from common import checkpoint, distributed
 from common.cli import option, pick_device
 from common.errors import InputError
 from common.pretrained import LARGE, stored
 
 PARTS = ("vision", "connector", "llm")  # the parts of a model that can be trained
-AT_LEAST_1 = "batch1 batch2 micro_batch log_every save_every max_length".split()
+IMAGE_MODES = ("pad", "crop", "stretch")
+AT_LEAST_1 = "batch1 batch2 micro_batch log_every save_every max_length"
 AT_LEAST_0 = (
-    "steps1 steps2 seed workers image_size lr1 lr2 connector_lr2 "
-    "lora_rank lora_alpha lora_lr2 clip weight_decay warmup"
-).split()
+    "steps1 steps2 epochs1 epochs2 workers image_size seed lr1 lr2 connector_lr2 lora_lr2 clip "
+    "weight_decay lora_rank lora_alpha"
+)
+# The least and the greatest value of an option.
+LIMITS = dict.fromkeys(AT_LEAST_1.split(), (1, 1e9)) | dict.fromkeys(AT_LEAST_0.split(), (0, 1e9))
+LIMITS |= {"stage": (0, 2), "warmup": (0, 1), "adam_beta": (0, 0.999999)}
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Config:
     resume: bool = option(False, "continue from the newest checkpoint")
     save_every: int = option(500, "steps between checkpoints; Ctrl-C saves too")
     log_every: int = option(50, "steps between log lines")
-    log: list[str] = option([], "tensorboard, wandb: in addition to log.jsonl")
+    wandb: bool = option(False, "log to Weights & Biases as well as to log.jsonl")
     evaluate: bool = option(True, "print the scores at the end, on the toy world")
     device: str = option("auto", "auto, cuda, mps or cpu")
     bf16: bool | None = option(None, "autocast; default: on CUDA, and for a large 16-bit LLM")
@@ -99,92 +101,54 @@ class Config:
 
     def __post_init__(self):
         self.lora_alpha = self.lora_alpha or 2 * self.lora_rank
-
-
-def stage_options(config, stage):
-    """Return the options of one stage without their suffix: {"train", "data", "lr", ...}."""
-    return {key[:-1]: value for key, value in asdict(config).items() if key.endswith(str(stage))}
-
-
-def uses_bf16(config, device):
-    """Decide about autocast: on CUDA, and on a CPU for a large LLM whose files have 16 bits."""
-    if config.bf16 is not None:
-        return config.bf16
-    if device.type == "cpu" and config.llm:
-        num_parameters, is_half = stored(config.llm)
-        return is_half and num_parameters >= LARGE
-    # A GPU before Ampere has no bfloat16.
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def uses_compile(config, device):
-    """Decide about torch.compile: by default on CUDA."""
-    return device.type == "cuda" if config.compile is None else config.compile
-
-
-def num_workers(config, device):
-    """Return the number of loader processes per rank: on CUDA four, so that it need not wait."""
-    if config.workers is not None:
-        return config.workers
-    return 4 if device.type == "cuda" else 0
-
-
-def llm_dtype(config, stage, device):
-    """Trained parameters are float32. Under autocast a frozen LLM is bfloat16."""
-    is_trained = "llm" in stage_options(config, stage)["train"] and not config.lora_rank
-    return torch.bfloat16 if uses_bf16(config, device) and not is_trained else torch.float32
-
-
-def check(config):
-    """Raise InputError for options of train.py that would fail later, perhaps after hours."""
-    if "/" in config.connector or "." in config.connector:
-        raise InputError(
-            f"{config.connector}: no such recipe; recipes are files in config/ that end in .toml"
-        )
-    if config.stage not in (0, 1, 2):
-        raise InputError(f"--stage={config.stage}: must be 1, 2, or 0 for both")
-    if config.init and config.stage != 2:
-        raise InputError(f"--init={config.init}: names the start of stage 2, so add --stage=2")
-    if config.image_mode not in ("pad", "crop", "stretch"):
-        raise InputError(f"--image_mode={config.image_mode}: must be pad, crop or stretch")
-    check_numbers(config)
-    for name in config.log:
-        if name not in ("tensorboard", "wandb"):
-            raise InputError(f"--log={name}: must be tensorboard or wandb")
-        if find_spec(name) is None:
-            raise InputError(f"--log={name}: not installed; pip install {name}")
-    for key in ("train1", "train2"):
-        parts = getattr(config, key)
-        if not parts or set(parts) - set(PARTS):
+        for key, (least, greatest) in LIMITS.items():
+            value = getattr(self, key)
+            if value is not None and not least <= value <= greatest:  # false for NaN too
+                raise InputError(f"--{key}={value}: must be from {least:g} to {greatest:g}")
+        for stage in (1, 2):
+            options = self.stage_options(stage)
+            parts = options["train"]
+            if not parts or set(parts) - set(PARTS):
+                raise InputError(
+                    f"--train{stage}={','.join(parts)}: must be one or more of {', '.join(PARTS)}"
+                )
+            if not options["steps"] and not options["epochs"]:
+                raise InputError(f"--epochs{stage}=0: must be more than 0 because --steps{stage}=0")
+        if self.image_mode not in IMAGE_MODES:
             raise InputError(
-                f"--{key}={','.join(parts)}: must be one or more of {', '.join(PARTS)}"
+                f"--image_mode={self.image_mode}: must be one of {', '.join(IMAGE_MODES)}"
             )
-    if config.lora_rank and "llm" not in config.train1 + config.train2:
-        raise InputError(
-            f"--lora_rank={config.lora_rank}: adapters train the LLM, "
-            "so --train1 or --train2 must contain llm"
-        )
-    if not config.lora_rank and (config.lora_alpha or config.lora_lr2):
-        raise InputError("--lora_alpha and --lora_lr2: add --lora_rank, without it LoRA is off")
+        if self.init and self.stage != 2:
+            raise InputError(f"--init={self.init}: names the start of stage 2, so add --stage=2")
 
+    def stage_options(self, stage):
+        """Return the options of one stage without their suffix: {"train", "data", "lr", ...}."""
+        return {key[:-1]: value for key, value in asdict(self).items() if key.endswith(str(stage))}
 
-def check_numbers(config):
-    for key in AT_LEAST_1 + AT_LEAST_0:
-        value, least = getattr(config, key), int(key in AT_LEAST_1)
-        if value is not None and not least <= value < 2**63:  # false for NaN too
-            raise InputError(f"--{key}={value}: must be at least {least}")
-    if config.warmup > 1:
-        raise InputError(
-            f"--warmup={config.warmup}: must be between 0 and 1 (fraction of the steps)"
-        )
-    if not 0 <= config.adam_beta < 1:
-        raise InputError(f"--adam_beta={config.adam_beta}: must be at least 0 and less than 1")
-    for stage in (1, 2):
-        steps, epochs = getattr(config, f"steps{stage}"), getattr(config, f"epochs{stage}")
-        if config.stage in (0, stage) and not steps and not 0 < epochs < math.inf:
-            raise InputError(
-                f"--epochs{stage}={epochs}: must be more than 0 because --steps{stage}=0"
-            )
+    def uses_bf16(self, device):
+        """Decide about autocast: on CUDA, and on a CPU for a large LLM whose files have 16 bits."""
+        if self.bf16 is not None:
+            return self.bf16
+        if device.type == "cpu" and self.llm:
+            num_parameters, is_half = stored(self.llm)
+            return is_half and num_parameters >= LARGE
+        # A GPU before Ampere has no bfloat16.
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def uses_compile(self, device):
+        """Decide about torch.compile: by default on CUDA."""
+        return device.type == "cuda" if self.compile is None else self.compile
+
+    def num_workers(self, device):
+        """Return the number of loader processes per rank: on CUDA the GPU should not wait."""
+        if self.workers is not None:
+            return self.workers
+        return 4 if device.type == "cuda" else 0
+
+    def llm_dtype(self, stage, device):
+        """Trained parameters are float32. Under autocast a frozen LLM is bfloat16."""
+        is_trained = "llm" in self.stage_options(stage)["train"] and not self.lora_rank
+        return torch.bfloat16 if self.uses_bf16(device) and not is_trained else torch.float32
 
 
 class Ranks:
@@ -193,14 +157,13 @@ class Ranks:
     torchrun starts a rank for each GPU. Without it there is one rank.
     """
 
-    def __init__(self, device):
+    def __init__(self, device, fsdp=False):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
+        self.is_sharded = fsdp and self.size > 1  # the model, over the ranks (fsdp.py)
         self.device = pick_device(device)
         self.stop = False
-        self.doing = "the start"  # for the message of `guard`
-        self.lock = None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32: faster float32 matmuls
@@ -219,92 +182,36 @@ class Ranks:
             self.print("\nfinishing this step, then saving (once more: stop at once)")
 
     def print(self, text):
-        """Print on rank 0 only. A closed pipe (head, tee) does not end the run."""
+        """Print on rank 0 only."""
         if self.is_main:
-            try:
-                print(text, flush=True)
-            except BrokenPipeError:
-                sys.stdout = open(os.devnull, "w")
+            print(text, flush=True)
 
     def sum(self, tensor):
         """Return the sum over all ranks, on the device of `tensor`."""
         return distributed.total(tensor, self.device) if self.size > 1 else tensor
 
-    def agree(self, what, number):
-        """Raise InputError unless the number is the same on all ranks."""
-        if self.size > 1:
-            distributed.agree(what, number, self.device)
-
     def barrier(self):
         if self.size > 1:
             distributed.barrier()
 
-    def shards(self, config):
-        """Tell whether the model is sharded over the ranks (common/fsdp.py)."""
-        return config.fsdp and self.size > 1
-
-    def enter(self, run):
-        """Make and lock the run folder, which belongs to one run.
-
-        Raises InputError if it cannot be written, if another process trains in it, or if a rank
-        does not see it (rank 0 writes checkpoints, and all ranks read them).
-        """
-        if self.is_main:
-            try:
-                run.mkdir(parents=True, exist_ok=True)
-                # closing a second handle on the file would release the lock of the first
-                self.lock = self.lock or lock(run / ".lock")
-            except OSError as error:
-                reason = f"cannot be written ({error.strerror})"
-                raise InputError(f"{run}: {reason}; --out= chooses another folder") from None
-        if self.size > 1:
-            distributed.wait_for(run / ".lock", self.rank)
-
-    @contextmanager
-    def guard(self, run):
-        """Convert the error of a lost rank or loader process into a one-line InputError."""
-        try:
-            yield
-        except RuntimeError as error:
-            lost = faults.lost_process(error)
-            if not lost:
-                raise
-            raise InputError(
-                f"rank {self.rank}: lost {lost} in {self.doing}; --resume continues from the last "
-                f"checkpoint in {run}, on any number of ranks"
-            ) from None
-
     def close(self):
         """Leave the other ranks. From here on a signal ends the process: all is saved."""
-        on_interrupt = signal.default_int_handler if self.is_main else signal.SIG_DFL
-        signal.signal(signal.SIGINT, on_interrupt)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.size > 1:
             distributed.close()
-        if self.lock:
-            self.lock.close()
 
 
-def lock(path):
-    """Open and lock a file until it is closed. Raises InputError if another process holds it.
-
-    Forked workers of the data loader do not hold the lock.
-    """
-    file = open(path, "w")
-    try:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        pass
-    except OSError as error:
-        # other errors: the disk does not support locks
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise InputError(
-                f"{path.parent}: another process trains in this folder; "
-                "--out= chooses another folder"
-            ) from None
-    return file
+def run_folder(config, ranks):
+    """Make the folder of this run. An earlier run is never overwritten. Raises InputError."""
+    run = Path(config.out or f"out/{config.connector}")
+    if run.exists():
+        checkpoint.check_run(config, run)
+    if ranks.is_main:
+        run.mkdir(parents=True, exist_ok=True)
+    if ranks.size > 1:
+        distributed.wait_for(run, ranks.rank)
+    return run
 
 
 def fingerprint(dataset):
@@ -320,67 +227,8 @@ def fingerprint(dataset):
     return value
 
 
-def run_folder(config):
-    """Choose the folder of this run. An earlier run is never overwritten. Raises InputError."""
-    continues = config.resume or (config.stage == 2 and not config.init)
-    if config.out:
-        run = Path(config.out)
-    elif continues:
-        run = newest_run(config.connector)
-    else:
-        run = free_folder(config.connector)
-    if run.exists() and not run.is_dir():
-        raise InputError(f"--out={run}: is a file; choose a folder")
-    stages = (1, 2) if run.exists() else ()
-    saved_stages = [stage for stage in stages if checkpoint.newest(run, stage)]
-    last_saved = max(saved_stages, default=0)
-    if config.resume and config.stage == 1 and last_saved == 2:
-        raise InputError(f"{run}: stage 2 was trained already; resume it without --stage=1")
-    if not config.resume and (
-        last_saved >= (config.stage or 1) or not continues and (run / "model").exists()
-    ):
-        raise InputError(
-            f"{run}: contains a run already; continue it with --resume, or choose another --out"
-        )
-    for stage in saved_stages:
-        if config.resume and config.stage in (0, stage):
-            checkpoint.check_same(config, checkpoint.newest(run, stage))
-    return run
-
-
-def free_folder(connector):
-    """Return the first of out/dense, out/dense-2, out/dense-3, ... that does not exist."""
-    run, number = Path("out") / connector, 1
-    while run.exists():
-        number += 1
-        run = Path("out") / f"{connector}-{number}"
-    return run
-
-
-def newest_run(connector):
-    """Return the run of free_folder's names whose log is the newest."""
-    pattern = re.compile(re.escape(connector) + r"(-\d+)?")
-    runs = [run for run in Path("out").glob(f"{connector}*") if pattern.fullmatch(run.name)]
-    if not runs:
-        raise InputError(
-            f"out/{connector}: no run to continue; name it with --out, or run stage 1 first"
-        )
-    # a run without a log failed before its first step
-    logs = [run / "log.jsonl" for run in runs if (run / "log.jsonl").exists()]
-    return max(logs, key=os.path.getmtime).parent if logs else runs[0]
-
-
-def is_kept(line, stage, start):
-    """Tell whether a line of log.jsonl is from another stage or from a step before `start`."""
-    try:
-        record = json.loads(line)
-        return record["stage"] != stage or record["step"] < start
-    except (ValueError, TypeError, KeyError):  # a killed run may leave half a line
-        return False
-
-
 class Log:
-    """Print the numbers of a stage, and write them to log.jsonl and what --log names. For rank 0.
+    """Print the numbers of a stage, and write them to log.jsonl and, with --wandb, to W&B.
 
     state: has the stage, its number of steps, and the step at which it starts or continues. Lines
     of later steps are dropped: a killed run trained them after its last checkpoint, and they are
@@ -391,25 +239,24 @@ class Log:
         self.ranks = ranks
         self.start, self.steps = state["step"], state["steps"]
         self.path = run / "log.jsonl"
-        self.boards = []
         self.began = self.interval_began = time.time()
         self.tokens = self.num_printed = 0
         self.interval = state["interval"]
-        if not ranks.is_main:
-            return
-        if self.path.exists():
+        self.wandb = None
+        if ranks.is_main:
             self.drop_lines(state["stage"])
-        if config.log:
-            from common import boards
-
-            self.boards = [boards.BOARDS[name](config, run) for name in config.log]
+            self.wandb = start_wandb(config, run) if config.wandb else None
 
     def drop_lines(self, stage):
-        """Drop the lines of steps that will be trained again."""
-        lines = self.path.read_text(errors="replace").splitlines(True)
-        partial = self.path.with_name("log.jsonl.partial")
-        partial.write_text("".join(line for line in lines if is_kept(line, stage, self.start)))
-        partial.replace(self.path)
+        """Drop the lines of steps that will be trained again, and a line that a kill has cut."""
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        kept = []
+        for line in lines:
+            with suppress(ValueError):
+                record = json.loads(line)
+                if record["stage"] != stage or record["step"] < self.start:
+                    kept.append(line + "\n")
+        self.path.write_text("".join(kept))
 
     @staticmethod
     def new_interval():
@@ -449,13 +296,27 @@ class Log:
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps(finite) + "\n")
-        for board in self.boards:
-            board.write(record)
+        if self.wandb:
+            self.wandb.log({f"stage{record['stage']}/{key}": record[key] for key in record})
+
+
+def start_wandb(config, run):
+    """Start the curves of a run in Weights & Biases, or continue those of a resumed run."""
+    import wandb
+
+    name = run / "wandb.id"
+    if not name.exists():
+        name.write_text(secrets.token_hex(4))
+    options = {"project": "nanoMLLM", "id": name.read_text(), "resume": "allow", "dir": run}
+    board = wandb.init(config=asdict(config), **options)
+    for stage in ("stage1", "stage2"):
+        board.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+    return board
 
 
 def print_stage(config, stage, model, trainable, num_samples, steps, ranks):
     """Say what is trained on what. num_samples: of all samples, and of those with images."""
-    options = stage_options(config, stage)
+    options = config.stage_options(stage)
     parts = []
     for part in PARTS:
         numbers = sum(p.numel() for p in getattr(model, part).parameters()) / 1e6
@@ -463,8 +324,8 @@ def print_stage(config, stage, model, trainable, num_samples, steps, ranks):
     if "lora" in trainable:
         numbers = sum(p.numel() for p in trainable["lora"]) / 1e6
         parts.append(f"of these lora {numbers:.2f}M trained")
-    precision = "bfloat16" if uses_bf16(config, ranks.device) else "float32"
-    sharding = ", FSDP" if ranks.shards(config) else ""
+    precision = "bfloat16" if config.uses_bf16(ranks.device) else "float32"
+    sharding = ", FSDP" if ranks.is_sharded else ""
     ranks.print(
         f"\nstage {stage}: {', '.join(parts)}\n"
         f"  {num_samples[0]:,} samples ({', '.join(options['data'])}), {num_samples[1]:,} with "
@@ -472,3 +333,28 @@ def print_stage(config, stage, model, trainable, num_samples, steps, ranks):
         f"  {steps} steps of {options['batch']}, peak learning rate {options['lr']:g}, "
         f"{precision} on {ranks.size} x {ranks.device.type}{sharding}"
     )
+
+
+def print_bad_step(step, loss, norm, micro_batches, losses):
+    """Name the samples of this rank whose loss is not finite."""
+    names = []
+    for batch, loss_sum in zip(micro_batches, losses, strict=True):
+        if not loss_sum.isfinite():
+            names += batch.ids
+    among = f" (among {', '.join(names)})" if names else ""
+    message = f"step {step}: loss {loss}, gradient norm {norm}: step skipped{among}"
+    print(message, file=sys.stderr, flush=True)
+
+
+def check_progress(stage, step, bad_steps, empty_steps, steps):
+    """Raise InputError after ten bad steps in a row, or ten without a supervised token."""
+    if bad_steps == 10:
+        raise InputError(
+            f"step {step}: ten steps in a row without a finite loss: continue from the last "
+            f"checkpoint with --resume and a lower --lr{stage}"
+        )
+    if empty_steps == min(10, steps):
+        raise InputError(
+            f"step {step}: {empty_steps} steps in a row without a supervised token: is "
+            "--max_length shorter than the visual tokens of an image?"
+        )

@@ -76,8 +76,6 @@ def save_safetensors(tensors, path):
         save_file(tensors, partial, metadata={"format": "pt"})
         # safetensors lets only the owner read its files
         partial.chmod(0o644)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise InputError(f"{path}: could not be written ({error})") from None

@@ -112,20 +112,16 @@ def load_tokenizer_model(folder):
         pieces, trainer, normalizer = read_pieces(path.read_bytes())
     except (OSError, IndexError, KeyError, ValueError, struct.error) as error:
         raise InputError(f"{path}: not a sentencepiece model, or damaged ({error!r})") from None
-    if not pieces or trainer.get(3, 1) != BPE or normalizer.get(2):
+    if trainer.get(3) != BPE or normalizer.get(2) or not normalizer.get(3, 1):
         raise InputError(f"{path}: not a sentencepiece BPE model: take one with a tokenizer.json")
     unknown = next((piece for piece, _, type_ in pieces if type_ == UNKNOWN), None)
     vocabulary = {piece: i for i, (piece, _, _) in enumerate(pieces)}
     options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges_of(pieces), **options))
-    steps = [normalizers.Replace(" ", "▁")]
-    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    has_prefix = normalizer.get(3, 1)
-    if has_prefix:
-        steps.insert(0, normalizers.Prepend("▁"))
-        back.append(decoders.Strip(" ", 1, 0))
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.decoder = decoders.Sequence(back)
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)])
     for piece, _, type_ in pieces:
         token = AddedToken(piece, normalized=False)
         if type_ in (UNKNOWN, CONTROL):

@@ -15,7 +15,7 @@ import torch
 
 from common.cli import pick_device
 from common.errors import InputError
-from common.pretrained import PICKLED, load_weights, locate, open_safetensors, read_config, stored
+from common.pretrained import load_weights, locate, open_safetensors, read_config, stored
 from mllm import MLLM
 
 
@@ -73,7 +73,7 @@ def load_connector(model, path):
     another connector.
     """
     path = Path(path)
-    if path.suffix in PICKLED:
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise InputError(
             f"{path}: pickled weights can run any code: convert them with "
             "torch.load(..., weights_only=True) and safetensors.torch.save_file"

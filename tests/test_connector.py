@@ -134,20 +134,6 @@ def test_every_connector_equals_its_slow_derivation_at_every_depth(spec):
 
 
 @pytest.mark.parametrize("spec", EVERY, ids=str)
-def test_gradients_reach_every_parameter_and_every_layer_that_is_read(spec):
-    module, hidden = random_connector(spec)
-    hidden = [states.requires_grad_() for states in hidden]
-    run(module, hidden).square().sum().backward()
-    assert all(parameter.grad.abs().max() > 0 for parameter in module.parameters())
-    for states, layers in zip(hidden, module.layers, strict=True):
-        read = set()
-        for layer in layers:
-            read.update(layer if isinstance(layer, range) else [layer])
-        for layer in range(len(states)):
-            assert (states.grad[layer].abs().max() > 0) == (layer in read)
-
-
-@pytest.mark.parametrize("spec", EVERY, ids=str)
 def test_a_spec_rebuilds_the_connector_which_bfloat16_hardly_changes(spec):
     module, hidden = random_connector(spec)
     expected = run(module, hidden)
@@ -184,12 +170,8 @@ def test_what_does_not_fit_is_one_line():
         ("comm", [Tower(6, D, N), Tower(6, D, 25)]),
         ("comm", [Tower(6, D, N, "dinov2"), Tower(6, D, N, "clip")]),
         ("efficient", [Tower(6, D, 25)]),
-        ("sci", [Tower(3, D, N)]),
         ({"name": "comm", "merge": "sum"}, two),
-        ({"name": "comm", "dino_depth": -1}, two),
         ({"name": "dense", "groups": 7}, one),
-        ({"name": "mlp", "layer": 7}, one),
-        ({"name": "sci", "layers": [[5, 0, 1, 2]]}, one),
     ):
         with pytest.raises(InputError) as error:
             make_connector(spec, towers, C)

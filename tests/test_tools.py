@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from common import cli
 from common.errors import InputError
-from common.run import stage_options
 from data import Batches
 from mllm import MLLM
 from tools import look, plan
@@ -26,7 +25,7 @@ def planned_step(stage, connector, recompute, samples=8):
     """Return the plan of a step on the toy world, the model, the optimizer and the step itself."""
     flags = [f"--connector={connector}", f"--activation_checkpointing={recompute}", "--gpus=1"]
     config = cli.parse(plan.PlanConfig, [*flags, "--device=cpu"])
-    options = stage_options(config, stage)
+    options = config.stage_options(stage)
     model = train.build_model(config, stage, torch.device("cpu")).train()
     model.llm.gradient_checkpointing = recompute
     trainable = train.freeze(model, options["train"])

@@ -50,7 +50,7 @@ from common.cli import option, parse_options
 from common.errors import InputError
 from common.images import ImageSpec
 from common.pretrained import build_part, on_meta, read_config, read_json
-from common.run import PARTS, Config, check, stage_options
+from common.run import PARTS, Config
 from connector import CONNECTORS
 from data import Batches
 from dialogue import IGNORE, find_template, load_tokenizer
@@ -158,7 +158,7 @@ def build(config):
 
 def read_data(config, stage, model):
     """Return the number of samples (0: unknown), the mean dialogue, its source."""
-    options, folder = stage_options(config, stage), Path(config.llm or WEIGHTS / "llama")
+    options, folder = config.stage_options(stage), Path(config.llm or WEIGHTS / "llama")
     files = [Path(name.partition(":")[2] or name) for name in options["data"]]
     max_length = min(config.max_length, model.llm.config.context)
     if not folder.is_dir() or not all(file.exists() or str(file) == "world" for file in files):
@@ -347,7 +347,7 @@ def sent(plan):
 
 def plan_stage(config, stage):
     """Print the plan of one stage."""
-    options, model = stage_options(config, stage), build(config)
+    options, model = config.stage_options(stage), build(config)
     if {*options["train"]} not in ({"connector"}, {"connector", "llm"}):
         raise InputError(f"--train{stage}: the plan knows connector, or connector,llm")
     samples, mean, source = read_data(config, stage, model)
@@ -400,7 +400,6 @@ def print_table(plan, steps, load):
 
 def main(arguments):
     config = cli.parse(PlanConfig, arguments, __doc__)
-    check(config)
     config.connector_options = parse_options(
         CONNECTORS, config.connector, config.connector_options, "--connector"
     )
