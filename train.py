@@ -168,6 +168,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
     # resume: `state` goes into the checkpoints
     state = {"stage": stage, "step": 0, "steps": steps, "config": asdict(config)}
     state |= {"data": fingerprint(dataset), "interval": Log.new_interval()}
+    ranks.agree(state["data"], "their data")
     if config.resume:
         checkpoint.resume(run, model, optimizer, state, ranks)
     start = state["step"]

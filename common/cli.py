@@ -21,6 +21,15 @@ from pathlib import Path
 
 from common.errors import InputError
 
+# Errors of PyTorch that a user can do something about: words in their text, and what to do.
+REMEDIES = {
+    "out of memory": "lower --micro_batch or --batch, or give --activation_checkpointing",
+    "DataLoader worker (pid": "a loader process was killed, mostly for memory: lower --workers",
+    "address already in use": "give torchrun another --master_port",
+    "gloo": "contact with another rank was lost: its own message says why",
+    "NCCL": "contact with another rank was lost: its own message says why",
+    "Connection ": "contact with another rank was lost: its own message says why",
+}
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -209,7 +218,10 @@ def leave(status):
 
 
 def run(main):
-    """Call main(arguments) and end the process. An InputError is one line and exit status 2."""
+    """Call main(arguments) and end the process. An InputError is one line and exit status 2.
+
+    So are the errors of REMEDIES: a GPU's memory, or a rank that was killed.
+    """
     try:
         main(sys.argv[1:])
         status = 0
@@ -223,5 +235,11 @@ def run(main):
         if isinstance(error, OSError) and error.errno is None:  # a bug, not the system's answer
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        status = 2
+    except RuntimeError as error:
+        advice = [REMEDIES[words] for words in REMEDIES if words in str(error)]
+        if not advice:
+            raise
+        print(f"error: {str(error).splitlines()[0]}: {advice[0]}", file=sys.stderr)
         status = 2
     leave(status)

@@ -6,6 +6,7 @@ common.run.Ranks calls these functions. A run of one process never does.
 import time
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -26,6 +27,15 @@ def total(tensor, device):
     summed = tensor.to(device, copy=True)
     dist.all_reduce(summed)
     return summed.to(tensor.device)
+
+
+def agree(number, what, device):
+    """Raise InputError unless a number is the same on all ranks."""
+    largest, smallest = torch.tensor([number, -number], device=device)[:, None]
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    dist.all_reduce(smallest, dist.ReduceOp.MAX)
+    if largest != -smallest:
+        raise InputError(f"the ranks differ in {what}: all nodes must see the same files")
 
 
 def wait_for(folder, rank):

@@ -190,6 +190,11 @@ class Ranks:
         """Return the sum over all ranks, on the device of `tensor`."""
         return distributed.total(tensor, self.device) if self.size > 1 else tensor
 
+    def agree(self, number, what):
+        """Raise InputError unless a number is the same on all ranks."""
+        if self.size > 1:
+            distributed.agree(number, what, self.device)
+
     def barrier(self):
         if self.size > 1:
             distributed.barrier()
@@ -209,9 +214,26 @@ def run_folder(config, ranks):
         checkpoint.check_run(config, run)
     if ranks.is_main:
         run.mkdir(parents=True, exist_ok=True)
+        ranks.lock = lock(run)
     if ranks.size > 1:
         distributed.wait_for(run, ranks.rank)
     return run
+
+
+def lock(run):
+    """Lock a run's folder until this process ends. Raises InputError if another has the lock."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(run / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{run}: another process trains here; choose another --out") from None
+    except OSError:  # a disk without locks
+        pass
+    return file
 
 
 def fingerprint(dataset):

@@ -87,6 +87,9 @@ def test_a_command_ends_with_a_status_and_at_most_one_line(capsys):
     def close_pipe():
         raise BrokenPipeError
 
+    def run_out_of_memory():
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
+
     endings = [
         (lambda: None, 0, 0),
         (lambda: parse(Recipe, ["--lr=\n\n"]), 2, 1),
@@ -94,6 +97,7 @@ def test_a_command_ends_with_a_status_and_at_most_one_line(capsys):
         (lambda: sys.exit(143), 143, 0),
         (interrupt, 130, 0),
         (close_pipe, 0, 0),
+        (run_out_of_memory, 2, 1),
     ]
     for end, status, lines in endings:
         with pytest.raises(SystemExit) as stopped:

@@ -29,6 +29,8 @@ def act(self, record):
     if os.environ.get("STOP") == now:
         os.kill(os.getpid(), signal.SIGTERM)
 Log.write = act
+if os.environ.get("OTHER"):                  # the ranks see other data
+    train.fingerprint = lambda dataset: 2**32 - 1 - int(rank)
 if os.environ.get("APART"):                  # the folders of two nodes that share no disk
     time.sleep = lambda seconds: None
     os.makedirs(f"node{rank}", exist_ok=True)
@@ -115,9 +117,11 @@ def test_a_killed_rank_ends_the_others_and_torchrun_restarts_the_run(sharded, on
     assert_near("run", one)
 
 
-def test_ranks_must_share_a_disk(sharded):
+def test_ranks_must_share_a_disk_and_the_data(sharded):
     done = run_ranks(2, sharded(), APART="1")
     assert done.returncode and "error: rank 1" in done.stderr and "--out" in done.stderr
+    done = run_ranks(2, sharded(), OTHER="1")
+    assert done.returncode and "error: the ranks differ in their data" in done.stderr
 
 
 MEASURE = """

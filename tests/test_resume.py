@@ -177,6 +177,17 @@ def test_a_finished_run_is_never_overwritten(flags, whole):
     assert_equal_runs("run", whole)
 
 
+def test_two_processes_never_train_in_one_folder(flags):
+    Path("run").mkdir()
+    code = "import fcntl as f; a = open('run/.lock', 'w'); f.lockf(a, f.LOCK_EX); print(); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match="another process"):
+            train.main(flags())
+        other.kill()
+
+
 def test_a_run_is_not_resumed_with_other_options_data_or_layers(flags, whole, tiny_folders):
     shutil.copytree(whole, "run")
     for option in ("clip=2", "connector=mlp", "batch2=2", "train2=llm"):
