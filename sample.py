@@ -22,7 +22,7 @@ from common.draw import COLORS, TRUE_COLOR, check_name, panel, save_image
 from common.errors import InputError
 from common.images import parse_boxes, read_image
 from common.speed import speed_up
-from common.video import open_frames
+from common.video import ENDINGS, open_frames
 from connector import pool_tokens
 from dialogue import MARK
 
@@ -49,6 +49,17 @@ class Config:
 
 # What --chat proposes for an image that it does not know.
 QUESTIONS = ("Describe the picture.", "What is in the middle?", "How many people are there?")
+
+
+def open_images(names, frames):
+    """Open images, or `frames` frames of each video -> PIL images. Raises InputError."""
+    images = []
+    for name in names:
+        if name.lower().endswith(ENDINGS) and not frames:
+            raise InputError(f"--image={name}: a video needs --frames=8, or another number")
+        if name != "none":
+            images += open_frames(name, frames) if frames else [read_image(name)]
+    return images
 
 
 def stream_answer(model, images, turns, **sampling):
@@ -114,13 +125,7 @@ def main(arguments):
         raise InputError("--count must be at least 1, --seed and --frames at least 0")
     config.out = config.out or ("out/chat.png" if config.chat else "out/sample.png")
     check_name(config.out)
-    images = []
-    for name in config.image:
-        if name != "none":
-            images += open_frames(name, config.frames) if config.frames else [read_image(name)]
-    # Frames touch; other images stand in lines of their own.
-    touch = config.frames and MARK not in config.prompt
-    marks = f"{MARK * len(images)}\n" if touch else ""
+    images = open_images(config.image, config.frames)
     _, model = load_to_answer(config.model, config.device, config.bf16)
     speed_up(model, "chat", compile=config.fast)
     if config.pool:
@@ -139,6 +144,9 @@ def main(arguments):
     if images:
         # now, so that a folder without write access does not interrupt a conversation
         save_image([panel(image, [], [], 768) for image in images], config.out)
+    # The frames of a video touch. Other images stand in lines of their own.
+    touch = images and config.frames and MARK not in config.prompt
+    marks = f"{MARK * len(images)}\n" if touch else ""
     if config.chat:
         print(f"try: {' '.join(questions)}\nAn empty line ends the conversation.", file=sys.stderr)
         return chat(model, images, config.out, sampling, marks)

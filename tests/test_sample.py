@@ -164,7 +164,8 @@ def test_frames_touch_in_front_of_the_bare_question(model_folder, monkeypatch):
 def test_bad_input_is_named(model_folder, tmp_path):
     flags = ["image=missing.jpg", "image=out/tiny/model/config.json", "temperature=-1", "count=0"]
     flags += ["seed=-1", "max_new_tokens=0", "out=out/image.docx", "model=nowhere/at/all"]
-    flags += ["out=out/tiny/model/config.json/a.png", "device=abacus"]
+    flags += ["out=out/tiny/model/config.json/a.png", "device=abacus", "frames=-1", "pool=all"]
+    flags += ["image=clip.mp4"]
     for flag in flags:
         name, _, value = flag.partition("=")
         with pytest.raises(InputError) as error:
