@@ -3,6 +3,7 @@
     python sample.py                                          test scenes of the toy world
     python sample.py --image=photo.jpg --prompt="What is this?"      a file or a URL, or several
     python sample.py --image=photo.jpg --chat                 a conversation; an empty line ends it
+    python sample.py --image=clip.mp4 --frames=8 --prompt="What happens?"       frames of a video
 
 The default model is the newest under out/. An answer to --prompt or --chat is printed token by
 token. The image is saved to --out, with the boxes of the answer: "[x1,y1,x2,y2]" in Shikra's
@@ -21,12 +22,17 @@ from common.draw import COLORS, TRUE_COLOR, check_name, panel, save_image
 from common.errors import InputError
 from common.images import parse_boxes, read_image
 from common.speed import speed_up
+from common.video import ENDINGS, open_frames
+from connector import pool_tokens
+from dialogue import MARK
 
 
 @dataclass
 class Config:
     model: str = option("", "folder or hub id of a model; empty: the newest under out/")
     image: list[str] = option([], "files or URLs; empty: a scene of the toy world; none: no image")
+    frames: int = option(0, "show this many frames of each file, a video or a folder of frames")
+    pool: str = option("", "fewer tokens an image: grid (a quarter) or pairs (half, for video)")
     prompt: str = option("", "the question; without <image> in it, the image comes first")
     chat: bool = option(False, "a conversation: one question per line of stdin")
     count: int = option(4, "number of test scenes, without --image, --prompt and --chat")
@@ -43,6 +49,17 @@ class Config:
 
 # What --chat proposes for an image that it does not know.
 QUESTIONS = ("Describe the picture.", "What is in the middle?", "How many people are there?")
+
+
+def open_images(names, frames):
+    """Open images, or `frames` frames of each video -> PIL images. Raises InputError."""
+    images = []
+    for name in names:
+        if name.lower().endswith(ENDINGS) and not frames:
+            raise InputError(f"--image={name}: a video needs --frames=8, or another number")
+        if name != "none":
+            images += open_frames(name, frames) if frames else [read_image(name)]
+    return images
 
 
 def stream_answer(model, images, turns, **sampling):
@@ -85,12 +102,13 @@ def read_question():
         return ""
 
 
-def chat(model, images, out, sampling):
-    """Answer the questions of stdin, each with all turns before it."""
+def chat(model, images, out, sampling, marks=""):
+    """Answer the questions of stdin, each with all turns before it. The first one gets `marks`."""
     with suppress(ImportError):  # not on Windows
         import readline  # noqa: F401
     turns = []
     for question in iter(read_question, ""):
+        question = question if turns else marks + question
         try:
             text = answer(model, images, [*turns, (question, None)], out, sampling)
             turns.append((question, text))
@@ -103,13 +121,15 @@ def main(arguments):
     from toy.scenes import scene_to_ask, show_scenes
 
     config = cli.parse(Config, arguments, __doc__)
-    if config.count < 1 or config.seed < 0:
-        raise InputError("--count must be at least 1, and --seed at least 0")
+    if config.count < 1 or config.seed < 0 or config.frames < 0:
+        raise InputError("--count must be at least 1, --seed and --frames at least 0")
     config.out = config.out or ("out/chat.png" if config.chat else "out/sample.png")
     check_name(config.out)
-    images = [read_image(name) for name in config.image if name != "none"]
+    images = open_images(config.image, config.frames)
     _, model = load_to_answer(config.model, config.device, config.bf16)
     speed_up(model, "chat", compile=config.fast)
+    if config.pool:
+        pool_tokens(model, config.pool)
     options = ("max_new_tokens", "temperature", "top_k", "top_p")
     sampling = {key: getattr(config, key) for key in options}
     sampling["generator"] = torch.Generator().manual_seed(config.seed)
@@ -124,10 +144,14 @@ def main(arguments):
     if images:
         # now, so that a folder without write access does not interrupt a conversation
         save_image([panel(image, [], [], 768) for image in images], config.out)
+    # The frames of a video touch. Other images stand in lines of their own.
+    touch = images and config.frames and MARK not in config.prompt
+    marks = f"{MARK * len(images)}\n" if touch else ""
     if config.chat:
         print(f"try: {' '.join(questions)}\nAn empty line ends the conversation.", file=sys.stderr)
-        return chat(model, images, config.out, sampling)
-    answer(model, images, [(config.prompt or QUESTIONS[0], None)], config.out, sampling)
+        return chat(model, images, config.out, sampling, marks)
+    question = marks + (config.prompt or QUESTIONS[0])
+    answer(model, images, [(question, None)], config.out, sampling)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import InputError
-from common.images import open_frames, open_image
+from common.images import open_image
 from common.records import read_records
+from common.video import open_frames
 from dialogue import MARK
 
 SHORTLY = "Answer the question using a single word or phrase."

@@ -1,7 +1,6 @@
 """Images and boxes: from any image file to the uint8 pixels that a tower was trained on.
 
     open_image(file)        -> PIL image, RGB, upright; read_image takes a URL, too
-    open_frames(video, n)   -> n frames of a folder of images or of an animated image
     to_pixels(image, spec)  -> uint8 (3, R, R), equal to those of transformers' PIL processors
     Normalize               uint8 pixels -> floats; each tower has its own mean and std
     pad_box, unpad_box      boxes between an image's pixels and the square-padded image, 0 to 1
@@ -15,7 +14,6 @@ import math
 import re
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -140,35 +138,18 @@ def open_image(path):
 
     Raises BadImage, which names the file.
     """
-    return open_file(path, 0)[0]
+    return open_file(path)[0]
 
 
-def open_frames(path, count):
-    """Open `count` frames of a video -> PIL images, as open_image's.
-
-    path: a folder of images, in the order of the numbers in their names, or an animated image (GIF,
-    WebP, APNG). The frames are those in the middle of `count` equal segments; all, if there are
-    fewer. Raises BadImage.
-    """
-    if not Path(path).is_dir():
-        return open_file(path, count)
-    formats = Image.registered_extensions()
-    names = [name for name in Path(path).iterdir() if formats.get(name.suffix.lower()) in FORMATS]
-    if not names:
-        raise BadImage(f"{path}: no image files in this folder; it should hold a video's frames")
-    names.sort(key=number_order)
-    return [open_image(names[i]) for i in midpoints(len(names), count)]
-
-
-def open_file(path_or_file, count, name=None):
-    """Open `count` frames of an image file, 0: the first one only. Raises BadImage."""
+def open_file(path_or_file, name=None, choose=lambda total: [0]):
+    """Open the frames that choose(total) picks, by default the first one. Raises BadImage."""
     try:
         with warnings.catch_warnings():
             # an image of very many pixels is an error
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path_or_file, formats=FORMATS) as image:
                 frames = []
-                for i in midpoints(getattr(image, "n_frames", 1), count) if count else [0]:
+                for i in choose(getattr(image, "n_frames", 1)):
                     image.seek(i)
                     frames.append(to_rgb(image).copy())
                 return frames
@@ -176,18 +157,6 @@ def open_file(path_or_file, count, name=None):
         where = printable(name or path_or_file, 300)
         cause = printable(f"{type(error).__name__}: {error}", 200)
         raise BadImage(f"{where}: not a readable image ({cause})") from None
-
-
-def midpoints(total, count):
-    """Choose `count` of `total` frames: those in the middle of as many equal segments."""
-    count = min(count, total)
-    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
-
-
-def number_order(path):
-    """Sort key by which frame2.png comes before frame10.png."""
-    parts = re.split(r"(\d+)", path.name)
-    return [int(part) if part.isdigit() else part for part in parts]
 
 
 def read_image(name):
@@ -209,7 +178,7 @@ def read_image(name):
                     raise InputError(f"{name}: larger than {LARGEST_DOWNLOAD // 1_000_000} MB")
     except requests.RequestException as error:
         raise InputError(f"{name}: cannot be downloaded ({error})") from None
-    return open_file(io.BytesIO(content), 0, name)[0]
+    return open_file(io.BytesIO(content), name)[0]
 
 
 # --- convert ---

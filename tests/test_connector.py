@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_one_line():
         ("comm", one),
         ("comm", [Tower(6, D, N), Tower(6, D, 25)]),
         ("comm", [Tower(6, D, N, "dinov2"), Tower(6, D, N, "clip")]),
-        ("efficient", [Tower(6, D, 25)]),
+        ("efficient", [Tower(6, D, 24)]),
         ({"name": "comm", "merge": "sum"}, two),
         ({"name": "dense", "groups": 7}, one),
     ):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from common import images
 from common.errors import InputError
-from common.images import BadImage, ImageSpec, open_frames, open_image, read_image, to_pixels
+from common.images import BadImage, ImageSpec, open_image, read_image, to_pixels
 
 
 def saved(image, path, **options):
@@ -63,23 +63,7 @@ def test_exif_orientation_is_applied_and_damaged_exif_is_not(rgb, tmp_path):
     assert np.array_equal(to_pixels(damaged, ImageSpec(8)), to_pixels(plain, ImageSpec(8)))
 
 
-def test_frames_of_a_video_are_the_middles_of_equal_segments(tmp_path):
-    frames = [Image.new("RGB", (8, 8), (i * 20, 0, 0)) for i in range(12)]
-    folder, animated = tmp_path / "folder", tmp_path / "video.png"
-    folder.mkdir()
-    for i, frame in enumerate(frames):
-        frame.save(folder / f"frame{i}.png")
-    frames[0].save(animated, save_all=True, append_images=frames[1:])
-    for path in (folder, animated):
-        opened = [frame.getpixel((0, 0))[0] // 20 for frame in open_frames(path, 3)]
-        assert opened == [2, 6, 10]
-        assert len(open_frames(path, 100)) == 12
-
-
 def test_an_image_that_cannot_be_used_is_named_in_one_line(rgb, tmp_path, monkeypatch):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(BadImage, match="empty"):
-        open_frames(tmp_path / "empty", 3)
     whole = saved(rgb.resize((200, 200)), tmp_path / "whole.jpg").read_bytes()
     (tmp_path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.jpg").write_text("not an image")

@@ -1,6 +1,7 @@
 """sample.py as a person uses it, and common/draw.py."""
 
 import io
+import json
 import subprocess
 import sys
 
@@ -13,6 +14,11 @@ from PIL import Image
 import sample
 from common.draw import COLORS, TRUE_COLOR, panel
 from common.errors import InputError
+from common.images import BadImage
+from common.video import ENDINGS, midpoints, open_frames
+from connector import POOLS
+from dialogue import IMAGE
+from mllm import MLLM
 
 PINK = (255, 79, 216)  # COLORS[0]
 
@@ -88,10 +94,78 @@ def test_an_answer_with_a_box_is_drawn_and_a_conversation_continues(
     assert printed.out.count("\n") == 2 and printed.err.count("error:") == 1
 
 
+def test_frames_and_pooling_are_those_of_the_dense_connectors_code():
+    """tests/fixtures/video.json recorded them. Our frames may be one beside theirs, never twice."""
+    recorded = json.loads((ROOT / "tests" / "fixtures" / "video.json").read_text())
+    for case in recorded["frames"]:
+        ours = midpoints(case["total"], case["frames"])
+        assert len(set(ours)) == len(case["indices"]) and ours == sorted(ours)
+        assert all(abs(a - b) <= 1 for a, b in zip(ours, case["indices"], strict=True))
+    pool = recorded["pool"]
+    tokens = torch.tensor(pool["x"]).view(pool["T"], pool["N"], pool["D"])
+    assert POOLS["pairs"](tokens).flatten(0, 1).tolist() == pool["pooled"]
+    assert POOLS["pairs"](torch.zeros(1, 729, 1)).shape[1] == recorded["tokens_per_frame"]["729"]
+    # LLaVA-NeXT's grid: 27 becomes 14, and what is linear in the place stays so
+    halved = POOLS["grid"](torch.arange(27.0).repeat(27)[None, :, None]).view(14, 14)
+    assert torch.allclose(halved, ((torch.arange(14) + 0.5) * 27 / 14 - 0.5).expand(14, 14))
+
+
+def test_frames_come_from_a_folder_an_animation_or_a_video(tmp_path, monkeypatch):
+    frames = [Image.new("RGB", (64, 32), (i * 20, 0, 0)) for i in range(12)]
+    (tmp_path / "folder").mkdir()
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / "folder" / f"frame{i}.png")
+    frames[0].save(tmp_path / "clip.png", save_all=True, append_images=frames[1:])
+    (tmp_path / "damaged.mp4").write_bytes(b"no video")
+
+    def check(name):
+        opened = open_frames(tmp_path / name, 3)
+        assert [round(frame.getpixel((9, 9))[0] / 20) for frame in opened] == [2, 6, 10], name
+        assert opened[0].size == (64, 32) and len(open_frames(tmp_path / name, 100)) == 12
+
+    check("folder")
+    check("clip.png")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "av", None)
+        with pytest.raises(InputError, match="damaged.mp4.*pip install av"):
+            open_frames(tmp_path / "damaged.mp4", 3)
+    av = pytest.importorskip("av", reason="no video file is read: pip install av")
+    for ending in ENDINGS:
+        with av.open(tmp_path / f"clip{ending}", "w") as file:
+            stream = file.add_stream("mpeg4", rate=5, width=64, height=32)
+            for frame in frames:
+                file.mux(stream.encode(av.VideoFrame.from_image(frame)))
+            file.mux(stream.encode())
+        check(f"clip{ending}")
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "damaged.mp4", "none.mkv"):
+        with pytest.raises(BadImage, match=name):
+            open_frames(tmp_path / name, 3)
+
+
+def test_frames_touch_in_front_of_the_bare_question(model_folder, monkeypatch):
+    frames = [Image.new("RGB", (64, 64), color) for color in ("red", "blue", "white")]
+    frames[0].save("clip.gif", save_all=True, append_images=frames[1:])
+    prompt, asked = MLLM.prompt, []
+
+    def remember(model, images, turns):
+        asked.append((turns[0][0], len(turns), prompt(model, images, turns)[1].count(IMAGE)))
+        return prompt(model, images, turns)
+
+    monkeypatch.setattr(MLLM, "prompt", remember)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Why?\nHow?\n"))
+    flags = ["--image=clip.gif", "--frames=3", "--max_new_tokens=2"]
+    sample.main([*flags, "--prompt=Why?", "--pool=pairs"])
+    sample.main([*flags, "--chat"])
+    first = "<image><image><image>\nWhy?"
+    assert asked == [(first, 1, 3 * 8), (first, 1, 3 * 16), (first, 2, 3 * 16)]
+
+
 def test_bad_input_is_named(model_folder, tmp_path):
     flags = ["image=missing.jpg", "image=out/tiny/model/config.json", "temperature=-1", "count=0"]
     flags += ["seed=-1", "max_new_tokens=0", "out=out/image.docx", "model=nowhere/at/all"]
-    flags += ["out=out/tiny/model/config.json/a.png", "device=abacus"]
+    flags += ["out=out/tiny/model/config.json/a.png", "device=abacus", "frames=-1", "pool=all"]
+    flags += ["image=clip.mp4"]
     for flag in flags:
         name, _, value = flag.partition("=")
         with pytest.raises(InputError) as error:

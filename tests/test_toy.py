@@ -1,7 +1,7 @@
 """Smoke tests of toy/: the five pretrainings, the findings and the video clips."""
 
 import json
-import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +40,10 @@ def test_a_pretraining_writes_a_checkpoint_like_that_in_weights(name, tmp_path):
     saved = NAMES[name].from_pretrained(ROOT / "weights" / name)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     assert shapes == {key: value.shape for key, value in saved.state_dict().items()}
+    if name in ("llama", "clip"):
+        file = Path(name, "tokenizer_config.json")
+        written = json.loads((tmp_path / file.name).read_text())
+        assert written == json.loads((ROOT / "weights" / file).read_text())
     if name == "llama":
         assert find_template(tmp_path) == "tiny"
     else:
@@ -59,32 +63,32 @@ def test_the_checkpoints_in_weights_know_the_world():
     assert scores["rec"][1] > 0.8 and scores["presence"][0] > 0.9
 
 
-def test_an_arm_is_trained_scored_and_not_run_again(tmp_path, capsys):
-    flags = ["--table=merging", "--seeds=1", "--steps1=1", "--steps2=1", "--count=2", "--jobs=1"]
-    out, saved = tmp_path / "out", ROOT / "runs" / "findings"
-    out.mkdir()
-    # One of the table's four arms is missing, the others are as if run with this budget.
-    budget = {"steps1": 1, "steps2": 1, "count": 2}
-    for arm in ("comm", "comm-mean_half", "comm-mean_all"):
-        result = json.loads((saved / f"{arm}-0.json").read_text()) | {"budget": budget}
-        (out / f"{arm}-0.json").write_text(json.dumps(result))
-    findings.main([*flags, f"--out={out}"])
-    assert "comm-layerscale-0: rec" in capsys.readouterr().out
-    result = json.loads((out / "comm-layerscale-0.json").read_text())
+def test_connectors_are_compared_and_finished_runs_are_not_repeated(tmp_path, capsys):
+    flags = ["--connectors=comm,mlp", "--seeds=1", "--steps1=1", "--steps2=1", "--count=2"]
+    flags += ["--jobs=1", f"--out={tmp_path}"]
+    # comm as if run with this budget
+    result = json.loads((ROOT / "runs" / "findings" / "comm-0.json").read_text())
+    result["budget"] = {"steps1": 1, "steps2": 1, "count": 2}
+    (tmp_path / "comm-0.json").write_text(json.dumps(result))
+    findings.main(flags)
+    printed = capsys.readouterr().out
+    assert "2 of 2, mlp-0: rec" in printed and "| mlp | " in printed and "| comm | " in printed
+    result = json.loads((tmp_path / "mlp-0.json").read_text())
     assert set(result["scores"]) == set(findings.TASKS) and result["tokens"] == 64
-    findings.main([*flags, f"--out={out}"])
-    assert "4 finished before" in capsys.readouterr().out
+    findings.main(flags)
+    assert "2 finished before" in capsys.readouterr().out
     with pytest.raises(InputError, match="comm"):
-        findings.main([*flags, f"--out={out}", "--steps2=2"])
+        findings.main([*flags, "--steps2=2"])
+    with pytest.raises(InputError, match="nearest is mlp"):
+        findings.main([*flags, "--connectors=nlp"])
 
 
-def test_the_report_writes_tables_between_the_marks(tmp_path):
-    page = tmp_path / "findings.md"
-    shutil.copy(ROOT / "docs" / "findings.md", page)
-    findings.main(["--report", f"--out={ROOT / 'runs' / 'findings'}", f"--page={page}"])
-    # The page in docs/ is what the command writes, with every arm in a table.
-    assert page.read_text() == (ROOT / "docs" / "findings.md").read_text()
-    rows = [arm for name in findings.TABLES for _, arm, _ in findings.rows_of(name)]
+def test_the_tables_of_the_page_are_those_of_the_finished_runs(capsys):
+    findings.main([f"--out={ROOT / 'runs' / 'findings'}"])
+    printed, page = capsys.readouterr().out, (ROOT / "docs" / "findings.md").read_text()
+    tables = [line for line in printed.splitlines() if line.startswith(("Percent", "| "))]
+    assert len(tables) > 45 and set(tables) <= set(page.splitlines())
+    rows = [row[1] for name in findings.TABLES for row in findings.rows_of(name)[1:]]
     quick = cli.parse(findings.Config, [str(ROOT / "runs" / "quick.toml")])
     assert set(rows) == set(findings.ARMS) and set(quick.arms) <= set(rows) and quick.seeds == 1
 

@@ -3,7 +3,8 @@
     python -m toy.findings                    all arms, three seeds each: 90 minutes on two cores
     python -m toy.findings runs/quick.toml    one seed, fewer arms and steps: at most 20 minutes
     python -m toy.findings --table=towers     one table: layers, towers, merging, dense or video
-    python -m toy.findings --report           write the tables of docs/findings.md
+    python -m toy.findings --connectors=mlp,dense,gated             compare these connectors
+    python -m toy.findings --out=runs/findings               print the tables of docs/findings.md
 
 An arm is a name and some flags of train.py. A run of an arm is train.py in its own process, with
 these flags, the budget that all arms share, and a seed. The model then answers questions about
@@ -88,9 +89,9 @@ video-comm         --connector=comm
 """
 ARMS = dict(line.split(maxsplit=1) for line in ARMS.strip().splitlines())
 
-# Heading of the paper's column, then a line per row: label, arm, the paper's numbers.
+# A line per row: label, arm, the paper's numbers.
 TABLES = {
-    "layers": """paper
+    "layers": """label | arm | paper
 CLIP hidden[0] | clip-layer0 | –
 CLIP hidden[1] | clip-layer1 | –
 CLIP hidden[2] | clip-layer2 | –
@@ -105,7 +106,7 @@ DINOv2 hidden[3] | dinov2-layer3 | –
 DINOv2 hidden[4] | dinov2-layer4 | –
 DINOv2 hidden[5] | dinov2-layer5 | –
 DINOv2 hidden[6] | dinov2-layer6 | –""",
-    "towers": """paper: REC average, POPE
+    "towers": """label | arm | paper: REC average, POPE
 CLIP, linear | clip-layer5 | 47.3, 82.3
 DINOv2, linear | dinov2-layer5 | 54.8, 78.3
 CLIP, merged | clip-merged | 70.0, 83.4
@@ -117,12 +118,12 @@ DINOv2, merged, four MLPs | dinov2-merged-mlp4 | 50.3, 82.2
 DINOv2, merged, eight MLPs | dinov2-merged-mlp8 | 9.8, 56.8
 MAE, one layer | mae-layer5 | 65.7, 72.2
 DeiT, one layer | deit-layer5 | 24.8, 72.7""",
-    "merging": """paper: REC average, POPE
+    "merging": """label | arm | paper: REC average, POPE
 mean over the second half | comm-mean_half | –
 mean over all | comm-mean_all | –
 layer scale | comm-layerscale | –
 LN + Linear, layer scale | comm | 72.8, 83.6""",
-    "dense": """paper: GQA, POPE
+    "dense": """label | arm | paper: GQA, POPE
 CLIP, one layer, MLP | clip-mlp | 62.0, 85.9
 CLIP, STI | clip-sti | 63.3, 85.8
 CLIP, SCI | clip-sci | 63.7, 86.1
@@ -135,39 +136,34 @@ DINOv2, SCI | dinov2-sci | –
 DINOv2, DCI, 2 groups | dinov2-dci | –
 DINOv2, DCI, 3 groups | dinov2-dci3 | –
 DINOv2, Efficient | dinov2-efficient | –""",
-    "video": """
-MLP | video-mlp | –
-DCI | video-dci | –
-Efficient | video-efficient | –
-COMM | video-comm | –""",
+    "video": """label | arm
+MLP | video-mlp
+DCI | video-dci
+Efficient | video-efficient
+COMM | video-comm""",
 }
-# The video table has three parts: tasks, and how a clip is shown (see toy/video.py).
-ALONE = "same answer backwards; from two boxes"
-CLIP = "eight frames; one image; that eight times; with seven empty"
-VIDEO = [
-    ("presence count", f"best guess; another clip; one frame; {CLIP}"),
-    ("presence count", CLIP.replace(";", ", unpooled;") + ", unpooled"),
-    ("direction", f"another clip; eight frames; eight frames, unpooled; {ALONE}"),
-]
+COST = ("tokens", "MFLOPs", "s a step")
+# A clip is shown in several ways (toy/video.py).
+WAYS = ("best guess", "one frame", "eight frames", "one image")
+VIDEO = [f"{task}, {way}" for task in ("presence", "count") for way in WAYS]
 
 
 def rows_of(table):
-    """Return the rows of a table: [[label, arm, the paper's numbers], ...]."""
-    return [line.split(" | ") for line in TABLES[table].splitlines()[1:]]
+    """Return the rows of a table, its header first: [[label, arm, the paper's numbers], ...]."""
+    return [line.split(" | ") for line in TABLES[table].splitlines()]
 
 
 @dataclass
 class Config:
     table: list[str] = option([*TABLES], "tables to fill")
+    connectors: list[str] = option([], "compare these connectors instead")
     arms: list[str] = option([], "arms to train; default: those of the tables")
-    report: bool = option(False, "train nothing, write the page from finished runs")
     seeds: int = option(3, "runs per arm")
     steps1: int = option(60, "steps of stage 1")
     steps2: int = option(240, "steps of stage 2")
     count: int = option(200, "questions per task")
     jobs: int = option(min(8, os.cpu_count()), "parallel runs")
     out: str = option("out/findings", "folder of the results")
-    page: str = option(str(ROOT / "docs" / "findings.md"), "page that --report writes")
 
     @property
     def budget(self):
@@ -218,7 +214,7 @@ def run_arm(config, run):
 
 def evaluate(folder, count, arm):
     """Return the main score of every task, the tokens of an image, and the FLOPs to read one."""
-    # Imported here: --help and --report do not need torch.
+    # Imported here: --help and finished runs do not need torch.
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -257,7 +253,7 @@ def read_run(config, arm, seed):
 def run_all(config):
     """Run the arms that are not finished, seed by seed."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    arms = config.arms or [arm for name in config.table for _, arm, _ in rows_of(name)]
+    arms = config.arms or [row[1] for name in config.table for row in rows_of(name)[1:]]
     runs = [(arm, seed) for seed in range(config.seeds) for arm in dict.fromkeys(arms)]
     missing = [run for run in runs if not read_run(config, *run)]
     finished = len(runs) - len(missing)
@@ -269,109 +265,73 @@ def run_all(config):
         for result in pool.map(partial(run_arm, config), missing):
             finished += 1
             scores = [f"{task} {value:.1%}" for task, value in result["scores"].items()]
-            name = f"{finished} of {len(runs)}, {result['arm']}-{result['seed']}"
-            print(f"{name}: {', '.join(scores)}", flush=True)
+            name = f"{result['arm']}-{result['seed']}"
+            print(f"{finished} of {len(runs)}, {name}: {', '.join(scores)}", flush=True)
 
 
-# --- the report ---------------------------------------------------------------------------
-
-
-def finished_rows(config, name):
-    """Return (label, runs, their seeds, the paper's numbers) of each row that has runs."""
-    rows = []
-    for label, arm, paper in rows_of(name):
-        runs = [read_run(config, arm, seed) for seed in range(config.seeds)]
-        runs = [run for run in runs if run]
-        if runs:
-            rows.append((label, runs, ", ".join(str(run["seed"]) for run in runs), paper))
-    return rows
+# --- the tables ---------------------------------------------------------------------------
 
 
 def percent(runs, key):
     """Write a score's mean, and its sample standard deviation over several seeds."""
-    if key not in runs[0]["scores"]:
-        return "–"
     values = [100 * run["scores"][key] for run in runs]
     mean = f"{statistics.mean(values):.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(runs) > 1 else mean
 
 
-def markdown(columns, rows):
-    """Write a table -> lines."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (["", *columns], *rows)]
-    lines.insert(1, "|" + "---|" * (len(columns) + 1))
-    return lines
+def cells(name, runs):
+    """Write an arm's scores, its cost except for videos, and its seeds."""
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    if name == "video":
+        return [*(percent(runs, key) for key in VIDEO), seeds]
+    # The median: a busy moment of the machine is not the arm's cost.
+    seconds = statistics.median(run["seconds_per_step"] for run in runs)
+    cost = [f"{runs[0]['tokens']}", f"{runs[0]['flops'] / 1e6:.0f}", f"{seconds:.3f}"]
+    return [*(percent(runs, key) for key in TASKS), *cost, seeds]
 
 
-def task_table(paper, finished):
-    """Write an arm per row: scores, cost of an image, the paper's numbers."""
-    rows = []
-    for label, runs, *seeds_and_paper in finished:
-        # The median: a busy moment of the machine is not the arm's cost.
-        seconds = statistics.median(run["seconds_per_step"] for run in runs)
-        cost = [f"{runs[0]['tokens']}", f"{runs[0]['flops'] / 1e6:.0f}", f"{seconds:.3f}"]
-        rows.append([label, *(percent(runs, task) for task in TASKS), *cost, *seeds_and_paper])
-    return markdown([*TASKS.values(), "tokens", "MFLOPs", "s a step", "seeds", paper], rows)
-
-
-def video_table(finished):
-    """Write a question and an arm per row, a way to show the clip per column."""
-    lines = []
-    for tasks, columns in VIDEO:
-        columns, rows = columns.split("; "), []
-        for task in tasks.split():
-            for label, runs, seeds, _ in finished:
-                cells = [percent(runs, f"{task}, {column}") for column in columns]
-                rows.append([f"{task}, {label}", *cells, seeds])
-        lines += ["", *markdown([*columns, "seeds"], rows)]
-    return lines[1:]
-
-
-def section(config, name, finished):
-    """Write a table of the page as text, with what its runs share."""
-    weights = {}
-    for _, runs, *_ in finished:
+def markdown(config, name):
+    """Write a table: what its runs share, then a row per arm that has runs."""
+    (_, _, *paper), *arms = rows_of(name)
+    columns, asked = [*TASKS.values(), *COST], f"{config.count} questions a task"
+    if name == "video":
+        columns, asked = VIDEO, f"{config.count // 2} clips"
+    rows, weights = [["", *columns, "seeds", *paper]], {}
+    for label, arm, *paper in arms:
+        runs = [read_run(config, arm, seed) for seed in range(config.seeds)]
+        runs = [run for run in runs if run]
+        if runs:
+            rows.append([label, *cells(name, runs), *paper])
         for run in runs:
             weights |= run["weights"]
-    if name == "video":
-        asked, table = f"{max(1, config.count // 2)} clips", video_table(finished)
-    else:
-        paper = TABLES[name].splitlines()[0]
-        asked, table = f"{config.count} questions a task", task_table(paper, finished)
+    if not weights:
+        return "no finished runs"
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
     checkpoints = ", ".join(f"{name} {weights[name]}" for name in sorted(weights))
-    steps = f"{config.steps1} + {config.steps2} steps"
-    first = "Percent, mean ± sample standard deviation over the seeds; "
-    return "\n".join([f"{first}{steps}, {asked}; checkpoints {checkpoints}.", "", *table])
-
-
-def report(config):
-    """Put every table between its two marks in the page. The rest is written by hand."""
-    page = Path(config.page)
-    text = page.read_text(encoding="utf-8")
-    for name in config.table:
-        finished = finished_rows(config, name)
-        if not finished:
-            print(f"{name}: no finished run in {config.out}; its table stays as it is")
-            continue
-        start, end = f"<!-- {name}: toy.findings --report -->\n", f"\n<!-- {name}: end -->"
-        if start not in text or end not in text:
-            raise InputError(f"{page}: needs the lines {start.strip()} and {end.strip()}")
-        before, after = text.split(start)[0], text.split(end)[1]
-        text = f"{before}{start}\n{section(config, name, finished)}\n{end}{after}"
-    page.write_text(text, encoding="utf-8")
-    print(f"wrote {page}")
+    shared = f"{config.steps1} + {config.steps2} steps, {asked}; checkpoints {checkpoints}."
+    spread = "Percent, mean ± sample standard deviation over the seeds"
+    return "\n".join([f"{spread}; {shared}", "", *lines])
 
 
 def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
+    if config.connectors:
+        from connector import CONNECTORS
+
+        config.table, lines = ["connectors"], ["label | arm"]
+        for name in config.connectors:
+            cli.find_class(CONNECTORS, name, "--connectors")
+            ARMS[name] = f"--connector={name}"
+            lines.append(f"{name} | {name}")
+        TABLES["connectors"] = "\n".join(lines)
     for name in config.table:
         cli.find_class(TABLES, name, "--table")
     for arm in config.arms:
         cli.find_class(ARMS, arm, "--arms")
-    if config.report:
-        report(config)
-    else:
-        run_all(config)
+    run_all(config)
+    for name in config.table:
+        print(f"\n{name}\n\n{markdown(config, name)}")
 
 
 if __name__ == "__main__":

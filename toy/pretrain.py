@@ -63,9 +63,7 @@ class Config:
     out: str = option("", "folder to write; default: weights/MODEL")
     steps: int = option(0, "optimizer steps; 0: those of the checkpoint in weights/")
     batch: int = option(0, "images or texts per step; 0: likewise")
-    lr: float = option(0.0, "peak learning rate; 0: likewise")
     seed: int = option(0, "seed of the initialization and of the scenes")
-    bf16: bool = option(True, "autocast to bfloat16")
     threads: int = option(0, "CPU threads; 0: all cores")
     evaluate: bool = option(True, "print scores on held-out scenes at the end")
 
@@ -73,8 +71,8 @@ class Config:
 # --- shared by all five -------------------------------------------------------------------
 
 
-def train(model, loss_of, config, adamw=0.5):
-    """Minimize loss_of(step) by a warm-up, then a cosine to zero.
+def train(model, loss_of, config, lr=6e-3, adamw=0.5):
+    """Minimize loss_of(step) by a warm-up to `lr`, then a cosine to zero, in bfloat16 autocast.
 
     Muon updates the matrices. AdamW updates the rest with `adamw` times the learning rate.
     """
@@ -89,9 +87,9 @@ def train(model, loss_of, config, adamw=0.5):
     for step in range(config.steps):
         cosine = (1 + math.cos(math.pi * step / config.steps)) / 2
         factor = min((step + 1) / 100, cosine)
-        muon.param_groups[0]["lr"] = config.lr * factor
-        adam.param_groups[0]["lr"] = config.lr * adamw * factor
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+        muon.param_groups[0]["lr"] = lr * factor
+        adam.param_groups[0]["lr"] = lr * adamw * factor
+        with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(step)
         model.zero_grad()
         loss.backward()
@@ -239,7 +237,7 @@ def pretrain_dinov2(config):
         loss_patch = contrast(hidden[some], target[some], right, none)
         return loss_cls + loss_object + (1 if whole else 0.5) * loss_patch
 
-    train(student, loss_of, config)
+    train(student, loss_of, config, lr=3e-3)
     return teacher["tower"]
 
 
@@ -485,13 +483,13 @@ def llama_scores(llama, count=200):
 
 # --- the command --------------------------------------------------------------------------
 
-# Training, class, scores of the saved model, default steps, batch and learning rate.
+# Training, class, scores of the saved model, default steps and batch.
 RECIPES = {
-    "clip": (pretrain_clip, CLIP, clip_scores, 1800, 128, 6e-3),
-    "dinov2": (pretrain_dinov2, DINOv2, probe_scores, 1600, 128, 3e-3),
-    "mae": (pretrain_mae, ViT, probe_scores, 900, 64, 6e-3),
-    "deit": (pretrain_deit, ViT, probe_scores, 1000, 32, 6e-3),
-    "llama": (pretrain_llama, Llama, llama_scores, 9000, 16, 6e-3),
+    "clip": (pretrain_clip, CLIP, clip_scores, 1800, 128),
+    "dinov2": (pretrain_dinov2, DINOv2, probe_scores, 1600, 128),
+    "mae": (pretrain_mae, ViT, probe_scores, 900, 64),
+    "deit": (pretrain_deit, ViT, probe_scores, 1000, 32),
+    "llama": (pretrain_llama, Llama, llama_scores, 9000, 16),
 }
 
 
@@ -500,21 +498,21 @@ def save(model, folder):
     model.half().save_pretrained(folder)
     if isinstance(model, CLIP | Llama):
         model.tokenizer.save(str(folder / "tokenizer.json"))
-    if isinstance(model, Llama):
-        config = read_config(folder) | {"template": "tiny"}
-        write_json(folder / "config.json", config)
         tokens = language.SPECIAL | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if isinstance(model, CLIP):
+            tokens["model_max_length"] = model.text.config.max_position_embeddings
         write_json(folder / "tokenizer_config.json", tokens)
+    if isinstance(model, Llama):
+        write_json(folder / "config.json", read_config(folder) | {"template": "tiny"})
     print(f"wrote {folder}")
 
 
 def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
     recipe = cli.find_class(RECIPES, config.model, "model")
-    pretrain, model_class, scores, steps, batch, lr = recipe
+    pretrain, model_class, scores, steps, batch = recipe
     config.steps = config.steps or steps
     config.batch = config.batch or batch
-    config.lr = config.lr or lr
     torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)
     folder = Path(config.out or f"weights/{config.model}")
