@@ -21,9 +21,9 @@ from common.cli import option
 from common.draw import COLORS, TRUE_COLOR, check_name, panel, save_image
 from common.errors import InputError
 from common.images import parse_boxes, read_image
+from common.pool import pool_tokens
 from common.speed import speed_up
 from common.video import ENDINGS, open_frames
-from connector import pool_tokens
 from dialogue import MARK
 
 

@@ -35,6 +35,7 @@ from common.cli import find_class
 from common.errors import InputError
 from common.images import format_box, pad_box
 from common.shikra import shikra_fields
+from common.video import ENDINGS
 from dialogue import MARK
 
 # What questions are grouped by.
@@ -143,9 +144,10 @@ def names_of(record):
         # COCO's number, or 16 letters of TextVQA
         image = f"{record['image_id']:0>12}.jpg"
         return [image, *(f"COCO_{split}_{image}" for split in ("train2014", "val2014", "test2015"))]
-    # A folder of frames or an animated image.
+    # A folder of frames, a file or an animated image.
     video = record.first("video_name", "video_id", "video")
-    return [f"{video}", f"video{video}", f"vid{video}", f"v_{video}", f"{video}.gif"]
+    names = [f"{prefix}{video}" for prefix in ("", "video", "vid", "v_")]
+    return [f"{name}{ending}" for ending in ("", *ENDINGS, ".gif") for name in names]
 
 
 def read_video_chatgpt(path, config):

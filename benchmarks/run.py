@@ -30,10 +30,10 @@ from common import cli
 from common.cli import option
 from common.errors import InputError, printable
 from common.images import BadImage
+from common.pool import pool_tokens
 from common.pretrained import locate, read_json
 from common.save import write_json
 from common.speed import speed_up
-from connector import half_side, halve_grid
 from interop.load import load_to_answer, newest_model
 
 
@@ -52,7 +52,7 @@ class Config:
     max_new_tokens: int | None = option(None, "length of the longest answer; default: the paper's")
     split: str = option("test", "caption: Karpathy's split")
     frames: int = option(8, "video: number of frames to show")
-    pool: int = option(0, "halve the side of every image's grid of tokens this many times")
+    pool: str = option("", "fewer tokens an image: grid (a quarter) or pairs (half, for video)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     bf16: bool | None = option(None, "bfloat16; default: on CUDA or if the checkpoint is 16-bit")
 
@@ -61,16 +61,11 @@ class Config:
 
 
 def load(config, name):
-    """Load the model. --pool halves the side of its grid of tokens, which must be even.
-
-    Video needs this: eight frames of 576 tokens are more than most LLMs were trained to read. It is
-    the Dense Connector's "efficient" without training.
-    """
+    """Load the model. With --pool eight frames of 576 tokens fit into the context of most LLMs."""
     _, model = load_to_answer(name, config.device, config.bf16)
     speed_up(model, "chat")
-    for _ in range(config.pool):
-        model.tokens_per_image = half_side(model.tokens_per_image) ** 2
-        model.connector.register_forward_hook(lambda connector, hidden, tokens: halve_grid(tokens))
+    if config.pool:
+        pool_tokens(model, config.pool)
     return model
 
 
@@ -131,7 +126,7 @@ def answer_all(config, name, folder, items, rank, size):
         try:
             answers = model.generate(images, prompts, config.max_new_tokens) if batch else []
         except InputError as error:
-            hint = "--max_new_tokens, --frames and --pool=1 make it shorter"
+            hint = "--max_new_tokens, --frames and --pool=pairs make it shorter"
             raise InputError(f"questions from {batch[0].id} on: {error} ({hint})") from None
         lines = [
             {"id": item.id, "prompt": item.prompt, "answer": answer, "target": item.target}

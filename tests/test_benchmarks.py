@@ -135,9 +135,9 @@ def test_without_answers_there_is_the_servers_file_and_frames_must_fit(here):
     assert row["question_id"] == 8 and isinstance(row["answer"], str) and results() == {}
     for i in range(40):
         Image.new("RGB", (8, 8)).save(f"images/video7/{i}.jpg")
-    with pytest.raises(InputError, match="--pool=1"):
+    with pytest.raises(InputError, match="--pool=pairs"):
         main(command("video", "--frames=20", "--out=frames"))
-    main(command("video", "--frames=20", "--pool=1", "--out=pooled"))
+    main(command("video", "--frames=20", "--pool=grid", "--out=pooled"))
     assert len(answers("pooled")) == 1
     main(command("mmmu", "--out=mmmu"))
     assert json.loads(Path("mmmu/submission.json").read_text())["a"] in ("A", "B")

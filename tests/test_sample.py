@@ -15,8 +15,8 @@ import sample
 from common.draw import COLORS, TRUE_COLOR, panel
 from common.errors import InputError
 from common.images import BadImage
+from common.pool import POOLS
 from common.video import ENDINGS, midpoints, open_frames
-from connector import POOLS
 from dialogue import IMAGE
 from mllm import MLLM
 

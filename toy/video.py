@@ -12,7 +12,7 @@ one after the other, never two in a frame. The questions are those that the tiny
 
 from itertools import count
 
-from connector import pool_tokens
+from common.pool import pool_tokens
 from dialogue import MARK
 from eval import answer, score
 from toy import world
