@@ -71,14 +71,13 @@ def build_stage(config, stage, run, ranks):
     device = ranks.device
     model = build_model(config, stage, device, ranks.is_sharded)
     trained = config.stage_options(stage)["train"]
-    if config.lora_rank and "llm" in trained:
-        lora.adapt(model.llm, config.lora_rank, config.lora_alpha)
     start = checkpoint.start_of(config, run) if stage == 2 else None
     if start and not checkpoint.is_checkpoint(start):
-        # A public connector or a whole model.
-        from interop.load import load_connector
+        from interop.load import start_from
 
-        load_connector(model, start)
+        model = start_from(model, start, ranks.is_sharded)
+    if config.lora_rank and "llm" in trained:
+        lora.adapt(model.llm, config.lora_rank, config.lora_alpha)
     if ranks.is_sharded:
         freeze(model, trained)
         fsdp.shard(model, device, config.llm_dtype(stage, device), config.uses_bf16(device))

@@ -58,7 +58,7 @@ class Config:
         0, "1, 2, or 0: both", section="stages (options that end in 1 or 2 belong to that stage)"
     )
     init: str = option(
-        "", "start stage 2 from this checkpoint or connector; default: stage 1; 'new': none"
+        "", "start stage 2 from this model, connector or checkpoint; default: stage 1; 'new': none"
     )
     train1: list[str] = option(["connector"], "trainable parts: vision, connector, llm")
     train2: list[str] = option(["connector", "llm"], "the same for stage 2")

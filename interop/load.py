@@ -5,7 +5,7 @@ dtype_to_answer  chooses its dtype
 load_model       -> MLLM: a folder of ours, LLaVA-1.5 (llava-hf's or the authors' layout), or
                  the Dense Connector's release
 load_to_answer   the same, by what --model, --device and --bf16 say
-load_connector   puts a connector alone into an MLLM: LLaVA's mm_projector, or that of a model
+start_from       what train.py --init=PATH means: a whole model, or a connector alone
 """
 
 import sys
@@ -66,11 +66,12 @@ def load_to_answer(name, device="auto", bf16=None):
     return name, load_model(name, dtype_to_answer(name, device, bf16), device)
 
 
-def load_connector(model, path):
-    """Copy a connector from a .safetensors file, a folder or an id into `model`.
+def start_from(model, path, mapped=False):
+    """Return the model that training starts from: `model`, or the one at `path` if it has an LLM.
 
-    The file may hold LLaVA's mm_projector alone or a whole model. Raises InputError where it is
-    another connector.
+    path: a .safetensors file, a folder or an id. A file or folder with a connector alone, such as
+    LLaVA's mm_projector, is loaded into `model`. mapped: see MLLM.assemble. Raises InputError where
+    the connector is another one.
     """
     path = Path(path)
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
@@ -78,9 +79,7 @@ def load_connector(model, path):
             f"{path}: pickled weights can run any code: convert them with "
             "torch.load(..., weights_only=True) and safetensors.torch.save_file"
         )
-    if path.suffix != ".safetensors":
-        path = locate(path)
-        check_spec(model, path)
+    path = path if path.suffix == ".safetensors" else locate(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         raise InputError(
@@ -90,8 +89,23 @@ def load_connector(model, path):
     for file in files:
         with open_safetensors(file) as opened:
             places |= dict.fromkeys(opened.keys(), file)
-    first = next(model.connector.parameters())
-    load_weights(model.connector, path, connector_name, first.dtype, first.device, places)
+    device = next(model.connector.parameters()).device
+    if not any(name.endswith("embed_tokens.weight") for name in places):
+        load_weights(model.connector, path, connector_name, torch.float32, device, places)
+        print(f"starting from the connector of {path}")
+        return model
+    llm = model.llm.embed_tokens.weight
+    whole = load_model(path, None if mapped else llm.dtype, "cpu" if mapped else llm.device)
+    expected, found = model.connector, whole.connector
+    if (expected.name, expected.options) != (found.name, found.options):
+        raise InputError(
+            f"{path}: has the connector {found.name} with {found.options}, not {expected.name} "
+            f"with {expected.options}: see --connector"
+        )
+    for part in (whole.vision, whole.connector):
+        part.to(device, torch.float32)
+    print(f"starting from the whole model {path}, its LLM included")
+    return whole
 
 
 def connector_name(name):
@@ -102,14 +116,3 @@ def connector_name(name):
     if name.startswith("mm_projector."):
         return name
     return name.removeprefix("connector.") if name.startswith("connector.") else None
-
-
-def check_spec(model, folder):
-    """Raise InputError if a folder of ours records another connector, options or layers."""
-    if not (folder / "config.json").exists():
-        return
-    config = read_config(folder)
-    if config.get("model_type") == "mllm" and config["connector"] != model.connector.spec():
-        raise InputError(
-            f"{folder}: has the connector {config['connector']}, not {model.connector.spec()}"
-        )

@@ -16,7 +16,7 @@ from common.layouts import OPENAI
 from common.pretrained import match
 from dialogue import IMAGE
 from interop import llava
-from interop.load import load_connector, load_model
+from interop.load import load_model, start_from
 from mllm import MLLM
 
 # ---- llava-hf: recorded --------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_llama_3_and_chatml_releases_get_the_templates_they_were_trained_with(tm
 
 
 def test_a_connector_alone_replaces_that_of_a_model(tmp_path, tiny_model):
-    """As LLaVA's stage 1 writes it, as llava-hf names it, and as in a whole model of ours."""
+    """As LLaVA's stage 1 writes it, and as llava-hf and we name it."""
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     for prefix in ("model.", "", "connector.", "multi_modal_projector."):
         new, tensors = {}, {"model.norm.weight": torch.zeros(3)}
@@ -181,7 +181,7 @@ def test_a_connector_alone_replaces_that_of_a_model(tmp_path, tiny_model):
             tensors[prefix + saved] = new[name]
         save_file(tensors, tmp_path / "mm_projector.safetensors")
         for path in (tmp_path, tmp_path / "mm_projector.safetensors"):
-            load_connector(tiny_model, path)
+            start_from(tiny_model, path)
             state = tiny_model.connector.state_dict()
             assert all(torch.equal(state[name], new[name]) for name in new)
     after = tiny_model.state_dict()
@@ -195,11 +195,11 @@ def test_another_connector_is_an_error_and_changes_nothing(tmp_path, tiny_model)
     for name in ("model.mm_projector.2.bias", "model.mm_projector.4.bias"):  # wrong, left over
         save_file(good | {name: torch.zeros(3)}, tmp_path / "mm_projector.safetensors")
         with pytest.raises(InputError, match="mm_projector"):
-            load_connector(tiny_model, tmp_path)
+            start_from(tiny_model, tmp_path)
     (tmp_path / "mm_projector.safetensors").rename(tmp_path / "mm_projector.bin")
     for path in (tmp_path, tmp_path / "mm_projector.bin", tmp_path / "nowhere"):
         with pytest.raises(InputError):
-            load_connector(tiny_model, path)
+            start_from(tiny_model, path)
     after = tiny_model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -139,9 +139,9 @@ def test_stage_1_trains_the_connector_and_stage_2_connector_and_llm(flags):
     train.main(flags(stage=2, out="two", init="one/model"))
     after = changed(saved_weights("one"), saved_weights("two"))
     assert {name.partition(".")[0] for name in after} == {"connector", "llm"}
-    # A model starts stage 2 with its connector.
-    train.main(flags(stage=2, out="same", init="one/model", steps2=1, lr2=0, connector_lr2=0))
-    assert not changed(saved_weights("one"), saved_weights("same"))
+    # A model starts stage 2 whole, with the LLM that was trained.
+    train.main(flags(stage=2, out="same", init="two/model", steps2=1, lr2=0, connector_lr2=0))
+    assert not changed(saved_weights("two"), saved_weights("same"))
     assert load_model("same/model").connector.name == "dense"
 
 
