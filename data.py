@@ -1,7 +1,7 @@
 """Turn data files into batches, in an order that is a pure function of the seed.
 
     dataset[i]         Sample: images, turns, id      LLaVA's JSON, Shikra's JSONL, or the toy world
-      |  encode (dialogue.py), to_pixels (common/images.py)
+      |  encode (dialogue.py), prepare (common/images.py)
     batches[[i, j]]    Batch: pixels (I, 3, R, R), tokens (1, T), labels (1, T), lengths, ...
       |  Loader        order from (seed, epoch), starting at any sample
     [Batch, Batch]     the micro-batches of an optimizer step, for this rank
@@ -23,10 +23,10 @@ from tokenizers import Tokenizer
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from common.errors import InputError, printable
-from common.images import BadImage, ImageSpec, open_image, to_pixels
+from common.images import BadImage, ImageSpec, join, prepare
 from common.records import Packed, check_folder, image_paths, llava_fields, read_records
 from common.shikra import check_size, shikra_turn
-from dialogue import IGNORE, IMAGE, LONGEST_TOKEN, MARK, cut_to_length, encode
+from dialogue import IGNORE, IMAGE, LONGEST_TOKEN, MARK, cut_to_length, encode, repeats
 
 
 class Sample(NamedTuple):
@@ -41,15 +41,15 @@ class Sample(NamedTuple):
 class Batch:
     """B samples packed one behind the other into one row of T tokens, without padding.
 
-    An image is tokens_per_image times IMAGE in `tokens`, so shapes are known before the model runs.
+    An image is IMAGE for each of its visual tokens, so shapes are known before the model runs.
     If no sample is left, the row is one unsupervised token, for a forward pass that adds nothing.
     """
 
-    pixels: torch.Tensor  # (I, 3, R, R) uint8; a file that is used twice is here once
+    pixels: torch.Tensor  # (I, 3, R, R) uint8, all tiles; a file that is used twice is here once
     tokens: torch.Tensor  # (1, T)
     labels: torch.Tensor  # (1, T); the token where it is supervised, else IGNORE
     lengths: list  # in tokens, of each sample
-    image_index: torch.Tensor  # (marks,); which of the I images each "<image>" is
+    image_index: torch.Tensor  # (V,); which of the I * M visual tokens each IMAGE is
     ids: list  # of the B samples
     skipped: list  # (index, id, InputError) of the samples left out
 
@@ -72,12 +72,12 @@ class Batches:
     tokenizer: Tokenizer
     template: str
     spec: ImageSpec
-    tokens_per_image: int
+    tokens_per_image: int  # M; with AnyRes, of a tile
     max_length: int
 
     def __getitem__(self, indices):
         examples, skipped = [], []
-        images = {}  # {key: (pixels, size)}; a file's name is its key, so it is decoded once
+        images = {}  # {key: Prepared}; a file's name is its key, so it is decoded once
         for index in indices:
             name = f"sample {index}"
             try:
@@ -86,7 +86,7 @@ class Batches:
                 examples.append(self.example(sample, images))
             except InputError as error:
                 skipped.append((index, name, error))
-        return collate(examples, skipped, images, self.spec.size)
+        return collate(examples, skipped, images, self.spec, self.tokens_per_image)
 
     def example(self, sample, images):
         """Encode a sample -> its id, a row of tokens and one of labels (2, T), keys of its images.
@@ -101,43 +101,41 @@ class Batches:
             system=sample.system,
             max_characters=self.max_length * LONGEST_TOKEN,
         )
-        ids, labels = cut_to_length(ids, labels, self.max_length, self.tokens_per_image)
+        keys = []
+        for image in sample.images:
+            # an image in memory is named by a number
+            key = image if isinstance(image, str | os.PathLike) else len(images)
+            if key not in images:
+                images[key] = prepare(image, self.spec, self.tokens_per_image)
+            if sample.size:
+                check_size(key, images[key].size, sample.size)
+            keys.append(key)
+        image_tokens = [len(images[key].rows) for key in keys]
+        ids, labels = cut_to_length(ids, labels, self.max_length, image_tokens)
         if set(labels) <= {IGNORE}:
             raise NothingToLearn(f"no answer in the turns that fit into {self.max_length} tokens")
-        keys = []
+        row = np.repeat([ids, labels], repeats(ids, image_tokens), axis=1)
         # turns that were cut off may have had images
-        for image in sample.images[: ids.count(IMAGE)]:
-            is_file = isinstance(image, str | os.PathLike)
-            # an image in memory is named by a number
-            key = image if is_file else len(images)
-            if key not in images:
-                image = open_image(image) if is_file else image
-                images[key] = to_pixels(image, self.spec), image.size
-            if sample.size:
-                check_size(key, images[key][1], sample.size)
-            keys.append(key)
-        repeats = [self.tokens_per_image if token == IMAGE else 1 for token in ids]
-        return sample.id, np.repeat([ids, labels], repeats, axis=1), keys
+        return sample.id, row, keys[: ids.count(IMAGE)]
 
 
-def collate(examples, skipped, images, size):
+def collate(examples, skipped, images, spec, num_tokens):
     """Pack examples [(id, tokens and labels (2, T), keys of images), ...] into a Batch."""
     ids, rows, keys = zip(*examples, strict=True) if examples else ([], [], [])
     marks = [key for its_keys in keys for key in its_keys]
     # an image whose sample was skipped is left out
-    used = list(dict.fromkeys(marks))
-    pixels = [images[key][0] for key in used]
+    pixels, image_index = join(images, marks, spec, num_tokens)
     rows = rows or [np.array([[0], [IGNORE]])]
     for row in rows:
         # nothing predicts the first token: the one before it belongs to another sample
         row[1, 0] = IGNORE
     tokens, labels = torch.from_numpy(np.concatenate(rows, axis=1))[:, None]  # (1, T) each
     return Batch(
-        pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8),
+        pixels=pixels,
         tokens=tokens,
         labels=labels,
         lengths=[row.shape[1] for row in rows],
-        image_index=torch.tensor([used.index(key) for key in marks], dtype=torch.long),
+        image_index=image_index,
         ids=list(ids),
         skipped=skipped,
     )

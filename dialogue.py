@@ -217,17 +217,26 @@ def end_ids(tokenizer, template):
     return [i for i in range(tokenizer.get_vocab_size()) if end in tokenizer.decode([i])]
 
 
-def cut_to_length(ids, labels, max_length, tokens_per_image):
+def repeats(ids, image_tokens):
+    """Count how often each id is in the LLM's input: IMAGE once for each visual token of an image.
+
+    image_tokens: the number of visual tokens of each image.
+    """
+    numbers = iter(image_tokens)
+    return [next(numbers) if token == IMAGE else 1 for token in ids]
+
+
+def cut_to_length(ids, labels, max_length, image_tokens):
     """Drop whole turns at the end until at most max_length tokens are left, images expanded.
 
     The result is what `encode` gives for the turns that stay, or empty if the first is too long.
     An image within an answer counts as the end of a turn.
     """
     length, end_of_turn = 0, 0
-    for i, token in enumerate(ids):
+    for i, number in enumerate(repeats(ids, image_tokens)):
         if labels[i] == IGNORE and labels[i - 1] != IGNORE:
             end_of_turn = i
-        length += tokens_per_image if token == IMAGE else 1
+        length += number
         if length > max_length:
             return ids[:end_of_turn], labels[:end_of_turn]
     return ids, labels

@@ -18,20 +18,20 @@ tokenizer.json and preprocessor_config.json.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import layouts
+from common import anyres, layouts
 from common.errors import InputError
-from common.images import ImageSpec, open_image, to_pixels
+from common.images import ImageSpec, join, prepare
 from common.pretrained import Pretrained, load_part, locate, read_parts, read_processor
 from common.save import save_mllm
 from connector import Tower, make_connector
-from dialogue import IGNORE, IMAGE, MARK, encode, end_ids, find_template, load_tokenizer
+from dialogue import IGNORE, IMAGE, MARK, encode, end_ids, find_template, load_tokenizer, repeats
 
 # class, imported when it is needed -> the model_types of its checkpoints
 TOWERS = {
@@ -65,6 +65,8 @@ class MLLM(Pretrained):
             shapes.append(Tower(c.num_hidden_layers, c.hidden_size, num_patches, c.model_type))
         self.vision = nn.ModuleList(towers)
         self.connector = make_connector(connector, shapes, llm.config.hidden_size)
+        if spec.mode == "anyres":
+            anyres.add_newline(self.connector, llm.config.hidden_size)
         self.llm = llm
         self.tokenizer = tokenizer
         self.template = template
@@ -89,8 +91,8 @@ class MLLM(Pretrained):
     def embed(self, tokens, pixels, image_index=None):
         """Embed text and images: tokens (B, T), pixels (I, 3, R, R) -> (B, T, C).
 
-        Each image takes M copies of IMAGE in `tokens`, in the order of `pixels`. image_index: for
-        each <image> of the text its place in `pixels`, if several show the same image.
+        Each IMAGE in `tokens` is the place of a visual token. image_index (V,): which of the I * M
+        visual tokens each one is; default: all, in their order.
         """
         if tokens.max() >= self.llm.config.vocab_size:
             raise InputError(f"token {tokens.max()} of the tokenizer has no embedding in the LLM")
@@ -103,12 +105,12 @@ class MLLM(Pretrained):
                 blank = pixels.new_zeros(1, *pixels.shape[1:])
                 embeds = embeds + 0 * self.see(blank).sum()
             return embeds
-        visual = self.see(pixels)  # (I, M, C)
+        visual = self.see(pixels).flatten(0, 1)  # (I * M, C)
         if image_index is not None:
-            visual = visual[image_index]  # (<image> marks, M, C)
-        num_places, num_visual = is_image.sum().item(), visual.shape[0] * visual.shape[1]
-        if num_places != num_visual:
-            raise InputError(f"{num_visual} visual tokens for {num_places} places in the text")
+            visual = visual[image_index]  # (V, C)
+        num_places = is_image.sum().item()
+        if num_places != len(visual):
+            raise InputError(f"{len(visual)} visual tokens for {num_places} places in the text")
         return embeds.masked_scatter(is_image[..., None], visual.to(embeds.dtype))
 
     def forward(self, pixels, tokens, labels, lengths=None, image_index=None):
@@ -142,7 +144,7 @@ class MLLM(Pretrained):
     # ---- generation ------------------------------------------------------------------------------
 
     def prompt(self, images, turns):
-        """Prepare a prompt -> pixels (I, 3, R, R), token ids with each image as M times IMAGE.
+        """Prepare a prompt -> pixels (I, 3, R, R), token ids, image_index: see embed.
 
         images: PIL, uint8 arrays (H, W, 3), or files. turns: [(question, answer), ...], the last
         answer None. Images without an <image> in the text come before the first question.
@@ -152,14 +154,12 @@ class MLLM(Pretrained):
             raise InputError(f"{num_marks} {MARK} marks for {len(images)} images")
         question, answer = turns[0]
         turns = [(f"{MARK}\n" * (len(images) - num_marks) + question, answer), *turns[1:]]
-        ids = []
-        for token in encode(self.tokenizer, turns, self.template)[0]:
-            ids += [token] * (self.tokens_per_image if token == IMAGE else 1)
-        pixels = torch.zeros(len(images), 3, self.spec.size, self.spec.size, dtype=torch.uint8)
-        for i, image in enumerate(images):
-            image = open_image(image) if isinstance(image, str | Path) else image
-            pixels[i] = to_pixels(image, self.spec)
-        return pixels, ids
+        ids, _ = encode(self.tokenizer, turns, self.template)
+        images = [prepare(image, self.spec, self.tokens_per_image) for image in images]
+        ids = np.repeat(ids, repeats(ids, [len(image.rows) for image in images])).tolist()
+        marks = range(len(images))
+        pixels, image_index = join(images, marks, self.spec, self.tokens_per_image)
+        return pixels, ids, image_index
 
     def end_ids(self):
         """Return the ids that end an answer: the template's, and those of the LLM's checkpoint."""
@@ -176,19 +176,22 @@ class MLLM(Pretrained):
         """
         if len(images) != len(prompts) or not prompts:
             raise InputError(f"{len(prompts)} prompts, {len(images)} entries of images: one each")
-        pixels, rows = [], []
+        pixels, rows, image_index, num_visual = [], [], [], 0
         for image, prompt in zip(images, prompts, strict=True):
             if not isinstance(image, list | tuple):
                 image = [] if image is None else [image]
             turns = [(prompt, None)] if isinstance(prompt, str) else prompt
-            row_pixels, row = self.prompt(image, turns)
+            row_pixels, row, row_index = self.prompt(image, turns)
             pixels.append(row_pixels)
             rows.append(row)
+            image_index.append(row_index + num_visual)
+            num_visual += len(row_pixels) * self.tokens_per_image
         device = self.llm.embed_tokens.weight.device
         lengths = torch.tensor([len(row) for row in rows], device=device)
         longest = max(len(row) for row in rows)
         rows = [row + [0] * (longest - len(row)) for row in rows]
-        embeds = self.embed(torch.tensor(rows, device=device), torch.cat(pixels).to(device))
+        tokens, pixels = torch.tensor(rows, device=device), torch.cat(pixels).to(device)
+        embeds = self.embed(tokens, pixels, torch.cat(image_index).to(device))
         sampling |= {"max_new_tokens": max_new_tokens, "eos": self.end_ids()}
         yield from self.llm.stream(embeds=embeds, lengths=lengths, **sampling)
 

@@ -126,6 +126,9 @@ def freeze(model, parts):
         parameter.requires_grad_("llm" in parts)
     for tower, layers in zip(model.vision, model.connector.layers, strict=True):
         tower.freeze_above(max(max(x) if isinstance(x, range) else x for x in layers))
+    if model.spec.mode == "anyres":
+        # As in LLaVA-NeXT: stage 1 trains the projector alone.
+        model.connector.image_newline.requires_grad_({"connector", "llm"} <= set(parts))
     trainable = {}
     for part in parts:
         name = "lora" if part == "llm" and adapters else part

@@ -8,6 +8,10 @@ class InputError(ValueError):
     """
 
 
+class BadImage(InputError):
+    """An image that cannot be used. The loader skips its sample, and stops after too many."""
+
+
 def printable(text, length=80):
     """Return at most `length` characters of a text from a file, control characters escaped."""
     escaped = [c if c.isprintable() else repr(c)[1:-1] for c in str(text)[:length]]

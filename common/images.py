@@ -2,6 +2,7 @@
 
     open_image(file)        -> PIL image, RGB, upright; read_image takes a URL, too
     to_pixels(image, spec)  -> uint8 (3, R, R), equal to those of transformers' PIL processors
+    prepare, join           -> the pixels of one and of several images, and their visual tokens
     Normalize               uint8 pixels -> floats; each tower has its own mean and std
     pad_box, unpad_box      boxes between an image's pixels and the square-padded image, 0 to 1
 
@@ -11,16 +12,19 @@ padded square. format_box writes three decimals.
 
 import io
 import math
+import os
 import re
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 from PIL import ExifTags, Image
 
-from common.errors import InputError, printable
+from common import anyres
+from common.errors import BadImage, InputError, printable
 from common.layouts import OPENAI
 from common.pretrained import read_processor
 
@@ -42,10 +46,6 @@ LARGEST_DOWNLOAD = 50_000_000  # bytes
 USER_AGENT = "nanoMLLM/1.0 (educational code for multimodal LLMs)"
 
 
-class BadImage(InputError):
-    """An image that cannot be used. The loader skips its sample, and stops after too many."""
-
-
 # --- how a checkpoint wants its images ---
 
 
@@ -54,7 +54,8 @@ class ImageSpec:
     """How images are brought to R x R pixels.
 
     pad: pad to a square with the mean color, then resize; boxes keep their meaning. crop: resize
-    the shorter side, then cut out the middle. stretch: resize to a square.
+    the shorter side, then cut out the middle. stretch: resize to a square. anyres: stretch, and
+    then the image again in tiles of R x R (anyres.py).
     """
 
     size: int  # R
@@ -63,6 +64,13 @@ class ImageSpec:
     std: tuple = OPENAI[1]
     resample: int = 3  # PIL's number: 3 bicubic, 2 bilinear
     resize_to: int = None  # crop, stretch: resize to this side, then cut out the middle
+    pinpoints: tuple = ()  # anyres: possible sizes (width, height); default: LLaVA-NeXT's
+
+    def __post_init__(self):
+        if self.mode == "anyres" and not self.pinpoints:
+            R = self.size
+            pinpoints = (R, 2 * R), (2 * R, R), (2 * R, 2 * R), (3 * R, R), (R, 3 * R)
+            object.__setattr__(self, "pinpoints", pinpoints)
 
     @classmethod
     def from_folder(cls, folder):
@@ -91,6 +99,8 @@ class ImageSpec:
             # a number: the square for these, else the shorter side
             is_square = kind.startswith(("ViT", "DeiT", "Siglip"))
         mode = "stretch" if is_square else "pad" if config.get("do_pad") else "crop"
+        pinpoints = tuple((w, h) for h, w in config.get("image_grid_pinpoints") or ())
+        mode = "anyres" if pinpoints else mode
         resize_to = side = side_of(size)
         if config.get("do_center_crop"):
             side = side_of(config.get("crop_size") or size)
@@ -101,13 +111,14 @@ class ImageSpec:
             tuple(config["image_std"]),
             config.get("resample", 2 if kind.startswith("ViT") else 3),
             resize_to if resize_to != side else None,
+            pinpoints,
         )
 
     def config(self):
         """Write the preprocessor_config.json that from_folder and transformers read."""
         side = self.resize_to or self.size
         stretched = {"height": side, "width": side}
-        return {
+        config = {
             "image_processor_type": "LlavaImageProcessor",
             "do_pad": self.mode == "pad",
             "size": stretched if self.mode == "stretch" else {"shortest_edge": side},
@@ -117,6 +128,10 @@ class ImageSpec:
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }
+        if self.mode == "anyres":
+            config["image_processor_type"] = "LlavaNextImageProcessor"
+            config["image_grid_pinpoints"] = [[h, w] for w, h in self.pinpoints]
+        return config
 
 
 def side_of(size):
@@ -184,8 +199,52 @@ def read_image(name):
 # --- convert ---
 
 
+class Prepared(NamedTuple):
+    """An image as a model takes it. M: the visual tokens that the model makes of R x R pixels."""
+
+    pixels: torch.Tensor  # (tiles, 3, R, R) uint8; one tile unless spec.mode is anyres
+    rows: torch.Tensor  # (V,); which of its tiles * M visual tokens it has in the text, in order
+    size: tuple  # (width, height) of the image
+
+
+def prepare(image, spec, num_tokens):
+    """Prepare an image: PIL, a uint8 array (H, W, 3), or a file; num_tokens: M -> Prepared.
+
+    Raises BadImage or InputError.
+    """
+    image = open_image(image) if isinstance(image, str | os.PathLike) else to_rgb(image)
+    tiles, rows = [image], np.arange(num_tokens)
+    if spec.mode == "anyres":
+        tiles, rows = anyres.split(image, spec), anyres.order(image.size, spec, num_tokens)
+    pixels = torch.stack([to_pixels(tile, spec) for tile in tiles])
+    return Prepared(pixels, torch.from_numpy(rows), image.size)
+
+
+def join(images, marks, spec, num_tokens):
+    """Join the images of a text -> pixels (I, 3, R, R) of all tiles, image_index (V,).
+
+    images: {key: Prepared}; marks: the key of each "<image>". image_index: which of the I * M
+    visual tokens follow each other in the text. An image without a mark is left out.
+    """
+    pixels = [torch.zeros(0, 3, spec.size, spec.size, dtype=torch.uint8)]
+    rows, first = {}, 0
+    for key in dict.fromkeys(marks):
+        pixels.append(images[key].pixels)
+        rows[key] = first + images[key].rows
+        first += len(images[key].pixels) * num_tokens
+    image_index = [torch.arange(0), *(rows[key] for key in marks)]
+    return torch.cat(pixels), torch.cat(image_index)
+
+
 def to_rgb(image):
-    """Convert a PIL image to RGB: upright by its EXIF, 8 bits, transparent parts on white."""
+    """Convert PIL or uint8 (H, W, 3) to PIL RGB: upright, 8 bits, transparent parts on white.
+
+    Raises InputError for another type.
+    """
+    if not isinstance(image, Image.Image):
+        if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InputError("an image should be PIL's, or a uint8 array (H, W, 3)")
+        image = Image.fromarray(image)
     # a TIFF turns itself upright while it loads
     image.load()
     try:
@@ -214,10 +273,6 @@ def to_pixels(image, spec):
 
     Raises BadImage for an image that is too elongated, InputError for another type.
     """
-    if not isinstance(image, Image.Image):
-        if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise InputError("an image should be PIL's, or a uint8 array (H, W, 3)")
-        image = Image.fromarray(image)
     image = to_rgb(image)
     size = [spec.resize_to or spec.size] * 2
     if spec.mode == "pad":

@@ -43,6 +43,8 @@ def pool_tokens(model, name):
     grid: a quarter of the tokens, as `efficient`. pairs: half of them, as the Dense Connector does
     with video.
     """
+    if model.spec.mode == "anyres":
+        raise InputError(f"--pool={name}: not for a model with AnyRes, whose tokens have an order")
     pool = find_class(POOLS, name, "--pool")
     model.tokens_per_image = pool(torch.zeros(1, model.tokens_per_image, 1)).shape[1]
     model.connector.register_forward_hook(lambda connector, hidden, tokens: pool(tokens))

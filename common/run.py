@@ -30,7 +30,7 @@ from common.errors import InputError
 from common.pretrained import LARGE, stored
 
 PARTS = ("vision", "connector", "llm")  # the parts of a model that can be trained
-IMAGE_MODES = ("pad", "crop", "stretch")
+IMAGE_MODES = ("pad", "crop", "stretch", "anyres")
 AT_LEAST_1 = "batch1 batch2 micro_batch log_every save_every max_length"
 AT_LEAST_0 = (
     "steps1 steps2 epochs1 epochs2 workers image_size seed lr1 lr2 connector_lr2 lora_lr2 clip "
@@ -53,7 +53,7 @@ class Config:
     template: str = option("", "chat template of stage 2; default: the LLM's")
     template1: str = option("plain", "template of stage 1")
     image_size: int = option(0, "side in pixels; 0: what the first tower was trained at")
-    image_mode: str = option("pad", "pad, crop or stretch an image to a square")
+    image_mode: str = option("pad", "pad, crop or stretch an image to a square; anyres: also tiles")
     stage: int = option(
         0, "1, 2, or 0: both", section="stages (options that end in 1 or 2 belong to that stage)"
     )
@@ -348,10 +348,11 @@ def print_stage(config, stage, model, trainable, num_samples, steps, ranks):
         parts.append(f"of these lora {numbers:.2f}M trained")
     precision = "bfloat16" if config.uses_bf16(ranks.device) else "float32"
     sharding = ", FSDP" if ranks.is_sharded else ""
+    unit = "a tile" if model.spec.mode == "anyres" else "an image"
     ranks.print(
         f"\nstage {stage}: {', '.join(parts)}\n"
         f"  {num_samples[0]:,} samples ({', '.join(options['data'])}), {num_samples[1]:,} with "
-        f"images, {model.tokens_per_image} visual tokens an image\n"
+        f"images, {model.tokens_per_image} visual tokens {unit}\n"
         f"  {steps} steps of {options['batch']}, peak learning rate {options['lr']:g}, "
         f"{precision} on {ranks.size} x {ranks.device.type}{sharding}"
     )

@@ -176,6 +176,8 @@ FORMATS = {"llava-hf": llava_hf, "llava": llava, "llama": llama}
 def check_connector(model, layout, names):
     """Raise InputError if the layout cannot record this connector and its layers."""
     connector, name = model.connector, model.connector.name
+    if model.spec.mode == "anyres":
+        raise InputError(f"--format={layout}: not for --image_mode=anyres; ours is {layout}'s 1.5")
     if name not in names:
         raise InputError(f"--format={layout}: not for connector {name}, only {', '.join(names)}")
     c = model.vision[0].config

@@ -1,12 +1,13 @@
-"""Read LLaVA-1.5's and the Dense Connector's checkpoints into an MLLM.
+"""Read LLaVA-1.5's, LLaVA-1.6's (LLaVA-NeXT) and the Dense Connector's checkpoints into an MLLM.
 
 One design (LLaVA, arXiv 2304.08485; LLaVA-1.5, 2310.03744) in two layouts. `0` is any block:
 
-    ours                      llava-hf/llava-1.5-*             liuhaotian/llava-v1.5-*, and
+    ours                      llava-hf/llava-1.5-*, -v1.6-*    liuhaotian/llava-v1.5-*, -v1.6-*,
                                                                HuanjinYao/DenseConnector-*
     vision.0.blocks.0         vision_tower...layers.0          model.vision_tower...layers.0
     connector.mm_projector.0  multi_modal_projector.linear_1   model.mm_projector.0
     connector.mm_projector.2  multi_modal_projector.linear_2   model.mm_projector.2
+    connector.image_newline   image_newline (1.6, AnyRes)      model.image_newline
     llm.layers.0              language_model.model.layers.0    model.layers.0
     llm.lm_head               language_model.lm_head           lm_head
     config.json               vision_config, text_config       the LLM's keys, mm_vision_tower, ...
@@ -132,6 +133,8 @@ def renamer(parts):
 
 def read_llava_hf(folder, config):
     spec = ImageSpec.from_folder(folder)
+    if spec.mode == "anyres":
+        expect(folder, config, "use_image_newline_parameter", True)
     text, vision = config["text_config"], config["vision_config"]
     if text.get("model_type", "llama") in ("llama", "mistral"):
         text = VICUNA_7B | text
@@ -149,12 +152,15 @@ def read_llava_hf(folder, config):
     expect(folder, {key: "default"} | config, key, select)
     llm = build_part(LLMS, text, folder)
     template = find_template(folder) or "vicuna_v1"
+    if spec.mode == "anyres" and template == "chatml":
+        template = "chatml_direct"
     connector = "linear" if act == "linear" else "mlp"
     model = MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
     parts = [
         ("vision_tower.", "vision.0.", tower.name_of),
         ("multi_modal_projector.linear_1.", places[0], str),
         ("multi_modal_projector.linear_2.", places[1], str),
+        ("image_newline", "connector.image_newline", str),
         ("language_model.", "llm.", llm.name_of),
         ("", "llm.", llm.name_of),
     ]
@@ -200,9 +206,18 @@ def read_llava(folder, config, names):
     else:
         mode = "stretch" if is_siglip else "crop"
         spec = ImageSpec(tower.config.image_size, mode, *tower.layout.statistics)
-    if expect(folder, config, "image_aspect_ratio", None, "pad", "square") == "pad":
-        spec = replace(spec, mode="pad", resize_to=None)
-    template = find_template(folder) or "vicuna_v1"
+    mode = expect(folder, config, "image_aspect_ratio", None, "pad", "square", "anyres")
+    if mode in ("pad", "anyres"):
+        spec = replace(spec, mode=mode, resize_to=None)
+    if mode == "anyres":
+        expect(
+            folder, {"mm_patch_merge_type": "flat"} | config, "mm_patch_merge_type", "spatial_unpad"
+        )
+        # (width, height) here, (height, width) in llava-hf
+        pinpoints = tuple((w, h) for w, h in config["image_grid_pinpoints"])
+        spec = replace(spec, pinpoints=pinpoints)
+    is_mistral = config["model_type"] == "llava_mistral"
+    template = find_template(folder) or ("mistral_instruct" if is_mistral else "vicuna_v1")
     if "template" not in config:
         # The chat template is the LLM's. The authors trained with their own.
         if template == "chatml":
@@ -216,6 +231,7 @@ def read_llava(folder, config, names):
     parts = [
         (TOWER, "vision.0.", tower.name_of),
         ("model.mm_projector.", "connector.mm_projector.", str),
+        ("model.image_newline", "connector.image_newline", str),
         ("", "llm.", llm.name_of),
     ]
     return model, renamer(parts), None if is_inside else tower_folder

@@ -2,8 +2,8 @@
 
 newest_model     finds the model that was trained last
 dtype_to_answer  chooses its dtype
-load_model       -> MLLM: a folder of ours, LLaVA-1.5 (llava-hf's or the authors' layout), or
-                 the Dense Connector's release
+load_model       -> MLLM: a folder of ours, LLaVA-1.5 or 1.6 (llava-hf's or the authors' layout),
+                 or the Dense Connector's release
 load_to_answer   the same, by what --model, --device and --bf16 say
 start_from       what train.py --init=PATH means: a whole model, or a connector alone
 """
@@ -47,7 +47,7 @@ def load_model(folder_or_id, dtype=torch.float32, device="cpu"):
     """Load a folder or Hugging Face id, ready to generate. Raises InputError."""
     folder = locate(folder_or_id)
     config = read_config(folder)
-    if "mm_vision_tower" in config or config.get("model_type") == "llava":
+    if "mm_vision_tower" in config or config.get("model_type") in ("llava", "llava_next"):
         from interop import llava
 
         return llava.load(folder, config, dtype, device)
@@ -91,7 +91,9 @@ def start_from(model, path, mapped=False):
             places |= dict.fromkeys(opened.keys(), file)
     device = next(model.connector.parameters()).device
     if not any(name.endswith("embed_tokens.weight") for name in places):
-        load_weights(model.connector, path, connector_name, torch.float32, device, places)
+        # its modules, without image_newline, which LLaVA-NeXT's stage 1 does not train
+        modules = torch.nn.ModuleDict(model.connector.named_children())
+        load_weights(modules, path, connector_name, torch.float32, device, places)
         print(f"starting from the connector of {path}")
         return model
     llm = model.llm.embed_tokens.weight

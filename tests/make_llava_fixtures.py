@@ -55,14 +55,18 @@ CHAT = (
 
 
 def reference(seed, dtype=torch.float32):
-    """Build LLaVA with large weights, so that every part matters; round to `dtype`."""
+    """Build LLaVA with large weights, so that every part matters."""
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**VISION),
         image_token_index=IMAGE_TOKEN,
         text_config=transformers.LlamaConfig(**TEXT),
         projector_hidden_act="gelu",
     )
-    model = transformers.LlavaForConditionalGeneration(config).eval()
+    return randomize(transformers.LlavaForConditionalGeneration(config), seed, dtype)
+
+
+def randomize(model, seed, dtype=torch.float32):
+    """Give a model large random weights, rounded to `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -70,7 +74,7 @@ def reference(seed, dtype=torch.float32):
             parameter.copy_(
                 (0.3 * noise if parameter.dim() > 1 else parameter + 0.2 * noise).to(dtype)
             )
-    return model
+    return model.eval()
 
 
 def older_name(name):

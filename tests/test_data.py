@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset
 
 import data
 from common.errors import InputError
-from common.images import BadImage, ImageSpec
+from common.images import BadImage, ImageSpec, prepare
 from common.records import check_images
 from data import DATASETS, Batches, LlavaData, Loader, Sample, collate, num_with_images, order
 from dialogue import IGNORE, IMAGE, cut_to_length, encode
@@ -200,11 +200,11 @@ def test_a_batch_packs_dialogues_with_their_images_and_no_padding(loader):
     # a file that two dialogues share is in the batch once; the first token of a dialogue is not
     # predicted from the dialogue before it
     a, b = np.array([[5, 6], [5, 6]]), np.array([[7, 8, 9], [7, IGNORE, 9]])
-    images = {"skipped.jpg": (None, None), "a.jpg": (torch.zeros(3, 8, 8), None)}
-    batch = collate([("a", a, ["a.jpg"]), ("b", b, ["a.jpg"])], [], images, 8)
+    images = {"a.jpg": prepare(black, ImageSpec(8), 2), "skipped.jpg": None}
+    batch = collate([("a", a, ["a.jpg"]), ("b", b, ["a.jpg"])], [], images, ImageSpec(8), 2)
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9]] and batch.lengths == [2, 3]
     assert batch.labels.tolist() == [[IGNORE, 6, IGNORE, IGNORE, 9]]
-    assert batch.pixels.shape == (1, 3, 8, 8) and batch.image_index.tolist() == [0, 0]
+    assert batch.pixels.shape == (1, 3, 8, 8) and batch.image_index.tolist() == [0, 1, 0, 1]
 
 
 def test_order_is_a_pure_function_that_groups_similar_lengths():
@@ -301,7 +301,7 @@ def test_of_a_huge_text_only_a_part_is_encoded(world_tokenizer, monkeypatch):
     # a tighter bound would do, and gives the same tokens
     monkeypatch.setattr(data, "LONGEST_TOKEN", max(map(len, world_tokenizer.get_vocab())) + 1)
     for limit in range(60):
-        expected = cut_to_length(*encode(world_tokenizer, turns[:2], "tiny"), limit, 4)[0]
+        expected = cut_to_length(*encode(world_tokenizer, turns[:2], "tiny"), limit, [])[0]
         assert tokens(world_tokenizer, turns, limit) == (expected or [0])
 
 

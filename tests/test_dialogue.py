@@ -102,7 +102,7 @@ def test_too_long_a_dialogue_is_cut_at_a_whole_turn(tokenizer):
         for limit in range(lengths[-1] + 2):
             fitting = [w for w, length in zip(wholes, lengths, strict=True) if length <= limit]
             expected = fitting[-1] if fitting else ([], [])
-            assert dialogue.cut_to_length(*wholes[-1], limit, 10) == expected
+            assert dialogue.cut_to_length(*wholes[-1], limit, [10] * 3) == expected
 
 
 def llava_tokens(tokenizer, text):

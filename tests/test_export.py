@@ -51,8 +51,8 @@ def build(connector, towers=("clip",), template="vicuna_v1", mode="pad", llm=Non
 def assert_same(ours, again):
     """Template, prompt and logits are equal, bit for bit."""
     assert again.template == ours.template
-    pixels, ids = ours.prompt([IMAGE], [("What?", None)])
-    other_pixels, other_ids = again.prompt([IMAGE], [("What?", None)])
+    pixels, ids, _ = ours.prompt([IMAGE], [("What?", None)])
+    other_pixels, other_ids, _ = again.prompt([IMAGE], [("What?", None)])
     assert ids == other_ids and torch.equal(pixels, other_pixels)
     tokens = torch.tensor([ids])
     logits = ours.llm(embeds=ours.embed(tokens, pixels))

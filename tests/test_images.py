@@ -12,9 +12,10 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import images
+from common import anyres, images
 from common.errors import InputError
-from common.images import BadImage, ImageSpec, open_image, read_image, to_pixels
+from common.images import BadImage, ImageSpec, open_image, prepare, read_image, to_pixels
+from connector import Tower, make_connector
 
 
 def saved(image, path, **options):
@@ -116,13 +117,80 @@ def test_pixels_equal_those_recorded_from_transformers():
             assert torch.equal(ours, theirs), name
 
 
+# --- AnyRes, as LLaVA-NeXT's and the Dense Connector's code computes it ---
+
+ANYRES = json.loads((ROOT / "tests" / "fixtures" / "anyres.json").read_text())
+
+
+def spec_of(cases):
+    return ImageSpec(cases["R"], "anyres", pinpoints=tuple(map(tuple, cases["pinpoints"])))
+
+
+def test_anyres_chooses_canvas_and_number_of_tokens_as_the_authors_do():
+    for cases in ANYRES["counts"]:
+        spec, M = spec_of(cases), cases["side"] ** 2 + 1
+        for size, canvas, _, tokens in cases["cases"]:
+            assert list(anyres.best_canvas(size, spec.pinpoints)) == canvas
+            assert len(anyres.order(size, spec, M)) == tokens
+    assert spec_of(ANYRES["counts"][0]) == ImageSpec(336, "anyres")
+    for size in ((3000, 20), (20, 3000)):
+        with pytest.raises(BadImage, match="elongated"):
+            prepare(Image.new("RGB", size), ImageSpec(336, "anyres"), 577)
+
+
+def test_anyres_cuts_tiles_and_orders_tokens_as_the_authors_do():
+    cases = ANYRES["orders"]
+    spec, R = spec_of(cases), cases["R"]
+    for size, (w, h), box, order in cases["cases"]:
+        rows = [4 if token is None else 5 * token[0] + 2 * token[1] + token[2] for token in order]
+        image = Image.effect_noise(size, 90).convert("RGB")
+        if None not in order:
+            with pytest.raises(BadImage):
+                prepare(image, spec, 5)
+            continue
+        prepared = prepare(image, spec, 5)
+        assert prepared.rows.tolist() == rows
+        whole, *tiles = prepared.pixels.permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(whole, image.resize((R, R), 3))
+        canvas = np.zeros((h, w, 3), np.uint8)
+        left, top, right, bottom = box
+        canvas[top:bottom, left:right] = image.resize((right - left, bottom - top), 3)
+        lines = np.array(tiles).reshape(h // R, w // R, R, R, 3).swapaxes(1, 2)
+        assert np.array_equal(lines.reshape(h, w, 3), canvas)
+
+
+def test_connectors_see_each_tile_on_its_own():
+    tiles, patches, channels = np.ogrid[:4, :5, :2]
+    layers = []
+    for i in range(25):
+        values = (31 * i + 17 * tiles + 7 * patches + 3 * channels) % 23 - 11
+        layers.append(torch.tensor(values[:, 1:] / 8).float())
+    rows = anyres.order(ANYRES["dense"]["size"], spec_of(ANYRES["orders"]), 5)
+    for name in ("dci", "sci"):
+        connector = make_connector(name, [Tower(24, 2, 4)], 6)
+        anyres.add_newline(connector, 6)
+        connector.mm_projector = torch.nn.Identity()
+        torch.nn.init.constant_(connector.image_newline, -1)
+        hidden = []
+        for layer in connector.layers[0]:
+            chosen = [layers[i] for i in ([layer] if isinstance(layer, int) else layer)]
+            hidden.append(sum(chosen) / len(chosen))
+        visual = connector([hidden])
+        expected = ANYRES["dense"][name]
+        assert torch.allclose(visual[:, :-1], torch.tensor(expected["features"]))
+        assert torch.allclose(visual.flatten(0, 1)[rows], torch.tensor(expected["sequence"]))
+    with pytest.raises(InputError, match="sti"):
+        anyres.add_newline(make_connector("sti", [Tower(24, 2, 16)], 6), 6)
+
+
 # --- preprocessor_config.json ---
 
 SQUARE = {"height": 224, "width": 224}
 CROP = {"do_center_crop": True, "crop_size": SQUARE}
 STATISTICS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}
 # as published by openai (older and newer), facebook/dinov2, google/siglip, google/vit (two ages),
-# facebook/deit and llava-hf -> size, mode, resample, resize_to
+# facebook/deit and llava-hf -> size, mode, resample, resize_to,
+# pinpoints (width, height)
 PUBLISHED = [
     ({"crop_size": 336, "do_center_crop": True, "size": 336}, "CLIP", (336, "crop", 3, None)),
     (CROP | {"size": {"shortest_edge": 224}}, "CLIP", (224, "crop", 3, None)),
@@ -132,6 +200,11 @@ PUBLISHED = [
     ({"size": 224}, None, (224, "stretch", 2, None)),
     (CROP | {"size": 256, "resample": 3}, "DeiT", (224, "stretch", 3, 256)),
     (CROP | {"do_pad": True, "size": 224}, "Llava", (224, "pad", 3, None)),
+    (
+        CROP | {"size": 224, "image_grid_pinpoints": [[224, 448], [896, 224]]},
+        "LlavaNext",
+        (224, "anyres", 3, None, ((448, 224), (224, 896))),
+    ),
 ]
 
 
@@ -146,8 +219,8 @@ def test_published_preprocessing_is_read_and_written_and_others_are_an_error(tmp
             config[key] = kind + "ImageProcessor"
         path.write_text(json.dumps(config))
         spec = ImageSpec.from_folder(tmp_path)
-        size, mode, resample, resize_to = expected
-        assert spec == ImageSpec(size, mode, *map(tuple, STATISTICS.values()), resample, resize_to)
+        size, mode, *others = expected
+        assert spec == ImageSpec(size, mode, *map(tuple, STATISTICS.values()), *others)
         path.write_text(json.dumps(spec.config()))
         assert ImageSpec.from_folder(tmp_path) == spec
     not_square = {"size": {"height": 224, "width": 448}} | STATISTICS

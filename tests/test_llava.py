@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT, recorded, relative_error
 from make_dense_folder import make_folder
 from make_llava_tokenizer import IMAGE_TOKEN, make_tokenizer
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tower_outputs import expand
 
@@ -30,7 +31,7 @@ def test_logits_and_greedy_ids_are_those_that_transformers_gave():
     image = expected["pixels"][0].permute(1, 2, 0).numpy()
     cases = ("picture", [image], "What is this?"), ("text", [], "What is a cat?")
     for name, images, prompt in cases:
-        pixels, ids = model.prompt(images, [(prompt, None)])
+        pixels, ids, _ = model.prompt(images, [(prompt, None)])
         theirs = expected[f"{name}.tokens"][0].tolist()
         assert [IMAGE_TOKEN if i == IMAGE else i for i in ids] == theirs
         logits = model.llm(embeds=model.embed(torch.tensor([ids]), pixels))
@@ -101,7 +102,7 @@ def test_a_release_is_read_as_its_authors_compute_it(dense, siglip, tmp_path):
     assert model.spec.mean == ((0.5,) * 3 if siglip else OPENAI[0])
     generator = torch.Generator().manual_seed(3)
     image = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=generator)
-    pixels, ids = model.prompt([image.numpy()], [("What is this?", None)])
+    pixels, ids, _ = model.prompt([image.numpy()], [("What is this?", None)])
     tokens = torch.tensor([ids])
     hidden = tower(pixels, list(range(27 if siglip else 25)))
     visual = projector(by_hand(dense, hidden, siglip))[0]
@@ -129,11 +130,43 @@ def test_the_tower_may_be_in_a_folder_of_its_own(tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+@torch.no_grad()
+def test_an_anyres_release_is_read_as_its_authors_compute_it(tmp_path):
+    """LLaVA-1.6's layout, with the Dense Connector: pinpoints are (width, height)."""
+    tower, projector, llm = make_folder(tmp_path, "dci", True)
+    newline = torch.randn(24)
+    tensors = load_file(tmp_path / "model.safetensors") | {"model.image_newline": newline}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+    config |= {"image_grid_pinpoints": [[32, 64], [96, 32]], "model_type": "llava_mistral"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_model(tmp_path)
+    assert model.template == "mistral_instruct"
+    image = Image.effect_noise((96, 20), 90).convert("RGB")
+    pixels, ids, image_index = model.prompt([image], [("What?", None)])
+    # a canvas of three tiles; of its four lines of patches, the first and the last are border
+    visual = projector(by_hand("dci", tower(pixels, list(range(27))), True))
+    lines = visual[1:].reshape(3, 4, 4, 24).transpose(0, 1).reshape(4, 12, 24)
+    expected = [visual[0]]
+    for line in lines[1:3]:
+        expected += [line, newline[None]]
+    tokens = torch.tensor([ids])
+    embeds = model.embed(tokens, pixels, image_index)
+    assert relative_error(embeds[tokens == IMAGE], torch.cat(expected)) < 1e-6
+    assert torch.equal(embeds[tokens != IMAGE], llm.embed(tokens[tokens != IMAGE]))
+    model.save(tmp_path / "ours")
+    again = load_model(tmp_path / "ours")
+    assert again.spec == model.spec
+    assert again.generate([image], ["What?"], 4) == model.generate([image], ["What?"], 4)
+
+
 def test_a_release_that_needs_more_than_this_is_one_line(tmp_path):
     make_folder(tmp_path, "dci", False)
     config = json.loads((tmp_path / "config.json").read_text())
     for change in (
         {"image_aspect_ratio": "anyres"},
+        {"image_aspect_ratio": "anyres_max_9"},
         {"mm_dense_connector_type": "mdi"},
         {"mm_dense_connector_type": None},
         {"mm_projector_type": "linear"},
@@ -232,10 +265,20 @@ def release(llm, tower):
     return config, expand(tensors | LAYOUTS[llm]["tensors"])
 
 
+NEXT_HF = (
+    LLAVA_HF["config"] | {"model_type": "llava_next"},
+    expand(LLAVA_HF["tensors"] | {"image_newline": [4096]}),
+)
+NEXT_CONFIG, NEXT_TENSORS = release("lmsys/vicuna-7b-v1.5", CLIP)
+NEXT_CONFIG |= {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+NEXT_CONFIG["image_grid_pinpoints"] = [[336, 672], [672, 336]]
+NEXT_TENSORS |= {"model.image_newline": [4096]}
 # release -> (config, tensors), GB of the weights as the hub shows it
 RELEASES = {
     "llava-hf/llava-1.5-7b-hf": (LLAVA_HF["config"], expand(LLAVA_HF["tensors"]), 14.13),
     "LLaVA-1.5 in its own layout": (*release("lmsys/vicuna-7b-v1.5", CLIP), 14.13),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": (*NEXT_HF, 14.13),
+    "liuhaotian/llava-v1.6-vicuna-7b": (NEXT_CONFIG, NEXT_TENSORS, 14.13),
     "HuanjinYao/DenseConnector-v1.5-7B": (*release("lmsys/vicuna-7b-v1.5", SIGLIP), 14.34),
     "HuanjinYao/DenseConnector-v1.5-8B": (*release("meta-llama/Meta-Llama-3-8B", SIGLIP), 16.93),
 }
@@ -248,9 +291,11 @@ def test_every_tensor_of_a_public_release_has_its_parameter(name, tmp_path):
     assert abs(2 * size / 1e9 - gigabytes) < 0.03
     make_tokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    if config["model_type"] == "llava":
+    if config["model_type"] in ("llava", "llava_next"):
         processor = {"do_center_crop": True, "crop_size": 336, "size": 336}
         processor |= {"image_mean": OPENAI[0], "image_std": OPENAI[1]}
+        if config["model_type"] == "llava_next":
+            processor["image_grid_pinpoints"] = [[336, 672], [672, 336]]
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     model, rename, tower_folder = llava.read(tmp_path, config, list(tensors))
     assert isinstance(model, MLLM) and tower_folder is None

@@ -1,19 +1,23 @@
 """mllm.py: where images enter the text, what the loss sums, what is generated, and the folder."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import HEADS, relative_error
+from conftest import HEADS, relative_error, saved_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import mllm
+import train
 from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
-from common import save
+from common import checkpoint, save
 from common.errors import InputError
 from common.images import ImageSpec
+from common.run import Log
 from data import Batches, Sample
 from dialogue import IGNORE, IMAGE, encode
 from dinov2 import DINOv2, DINOv2Config
@@ -45,7 +49,7 @@ def build(world_tokenizer):
     With the usual narrow weights towers and LLM say nearly the same whatever they see.
     """
 
-    def make(connector="mlp", towers=None, **llm):
+    def make(connector="mlp", towers=None, mode="pad", **llm):
         torch.manual_seed(1)
         names = towers or (("clip", "dinov2") if connector == "comm" else ("clip",))
         towers = []
@@ -55,7 +59,7 @@ def build(world_tokenizer):
         sizes = {"intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 384}
         sizes |= {"vocab_size": world_tokenizer.get_vocab_size(), **HEADS} | llm
         llm = Llama(LlamaConfig(**sizes))
-        model = MLLM(towers, llm, connector, world_tokenizer, "tiny", ImageSpec(64))
+        model = MLLM(towers, llm, connector, world_tokenizer, "tiny", ImageSpec(64, mode))
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if p.dim() >= 2:
@@ -171,6 +175,23 @@ def test_packed_dialogues_give_loss_and_gradients_of_each_alone(build, connector
     assert_equal_losses(loss_and_gradients(model, batch_of(model, *ALL)), alone)
 
 
+@torch.no_grad()
+def test_anyres_images_of_all_shapes_answer_together_as_alone(build, tmp_path):
+    """Images have different numbers of tokens, in a batch of data, of prompts, and saved."""
+    model = build("efficient", mode="anyres")
+    wide, tall = Image.effect_noise((150, 60), 90), Image.effect_noise((70, 99), 90)
+    samples = [TWO._replace(images=[wide, tall]), ONE._replace(images=[tall]), TEXT, ONE]
+    together = forward(model, batch_of(model, *samples))[0]
+    apart = sum(forward(model, batch_of(model, sample))[0] for sample in samples)
+    assert abs(together - apart) < 1e-5 * apart
+    images, prompts = [wide, None, [tall, wide]], ["What is this?", "Count.", "Is <image> red?"]
+    alone = [model.generate([i], [p], 12)[0] for i, p in zip(images, prompts, strict=True)]
+    assert model.generate(images, prompts, 12) == alone and len(set(alone)) == 3
+    with pytest.raises(InputError, match="elongated"):
+        model.generate([Image.new("L", (3000, 20))], ["What?"], 2)
+    assert_same_model(model, tmp_path / "model")
+
+
 def test_logits_in_parts_give_the_loss_and_gradients_of_all_at_once(build, monkeypatch):
     model = build()
     batch = batch_of(model, TEXT, ONE, LATER)
@@ -217,7 +238,7 @@ def test_a_batch_answers_as_each_prompt_alone(build, connector):
 @torch.no_grad()
 def test_generation_is_greedy_decoding_by_whole_forwards_to_an_end_token(build):
     model = build("dense")
-    pixels, ids = model.prompt([image(0)], [("What is this?", None)])
+    pixels, ids, _ = model.prompt([image(0)], [("What is this?", None)])
     steps = torch.stack(list(model.stream([image(0)], ["What is this?"], 10)))[:, 0].tolist()
     for token in steps:
         logits = model.llm(embeds=model.embed(torch.tensor([ids]), pixels))
@@ -241,6 +262,27 @@ def test_what_cannot_be_generated_is_one_line(build, tmp_path):
         with pytest.raises(InputError) as error:
             model.generate(images, prompts, 8)
         assert "\n" not in str(error.value)
+
+
+# ---- training with AnyRes ------------------------------------------------------------------------
+
+
+def test_image_newline_is_trained_in_stage_2_and_a_run_resumes_bit_for_bit(
+    clean_run, flags, monkeypatch
+):
+    options = {"image_mode": "anyres", "steps2": 4}
+    train.main(flags(**options, out="whole"))
+    name, folder = "connector.image_newline", Path("whole/checkpoints")
+    assert name in checkpoint.names(folder / "stage2-0000004")
+    assert name not in checkpoint.names(folder / "stage1-0000002")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Log, "write", lambda log, record: 1 / (3 - record["step"]))
+        train.main(flags(**options))
+    shutil.copytree("run", "resumed")
+    train.main([*flags(**options, out="resumed"), "--resume"])
+    whole, resumed = saved_weights("whole"), saved_weights("resumed")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 # ---- the folder ----------------------------------------------------------------------------------

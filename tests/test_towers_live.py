@@ -127,7 +127,7 @@ def test_transformers_llava_gives_the_logits_of_what_we_trained(tmp_path):
 
 def check_answer(ours, theirs, tokenizer, images):
     """Compare prompt, logits and greedy answer."""
-    pixels, ids = ours.prompt(images, [("What is this?", None)])
+    pixels, ids, _ = ours.prompt(images, [("What is this?", None)])
     parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": "What is this?"}]
     text = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
     tokens = tokenizer(text.replace("<image>", "<image>" * 16), return_tensors="pt").input_ids

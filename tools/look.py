@@ -152,13 +152,13 @@ def look_back(model, llm, image, question, answer):
     They are those of the question and of the answer. llm: the model's, or another one of its size.
     answer: token ids, the last one ends it.
     """
-    pixels, prompt = model.prompt([image], [(question, None)])
+    pixels, prompt, image_index = model.prompt([image], [(question, None)])
     device = model.llm.embed_tokens.weight.device
     tokens = torch.tensor([prompt + answer], device=device)  # (1, T)
     is_image = (tokens[0] == IMAGE).cpu()
     rows = slice(is_image.nonzero().max().item() + 1, -1)
     with recorded_attention([block.self_attn for block in llm.layers], rows) as recorded:
-        llm(embeds=model.embed(tokens, pixels.to(device)), hidden_only=True)
+        llm(embeds=model.embed(tokens, pixels.to(device), image_index), hidden_only=True)
     texts = [model.tokenizer.decode([token]).strip() for token in tokens[0, rows].tolist()]
     words = [text or "newline" for text in texts]
     return torch.stack([x[0][..., is_image] for x in recorded]), words

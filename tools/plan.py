@@ -171,7 +171,7 @@ def read_data(config, stage, model):
     template = options.get("template") or config.template or find_template(folder) or "vicuna_v1"
     batches = Batches(dataset, tokenizer, template, *form)
     batch = batches[range(0, len(dataset), max(1, len(dataset) // 256))]
-    supervised, images = (batch.labels != IGNORE).sum().item(), len(batch.image_index)
+    supervised, images = (batch.labels != IGNORE).sum().item(), len(batch.pixels)
     total = Load.of(batch.lengths, supervised, images)
     return len(dataset), total.times(1 / len(batch.lengths)), "measured"
 
