@@ -218,10 +218,7 @@ def end_ids(tokenizer, template):
 
 
 def repeats(ids, image_tokens):
-    """Count how often each id is in the LLM's input: IMAGE once for each visual token of an image.
-
-    image_tokens: the number of visual tokens of each image.
-    """
+    """Count each id's places in the LLM's input; image_tokens: those of each image."""
     numbers = iter(image_tokens)
     return [next(numbers) if token == IMAGE else 1 for token in ids]
 

@@ -26,10 +26,8 @@ def best_canvas(size, pinpoints):
 def split(image, spec):
     """Cut a PIL image into tiles, row by row -> PIL images, the whole image first."""
     (W, H), (w, h), R = image.size, best_canvas(image.size, spec.pinpoints), spec.size
-    if w / W < h / H:
-        size = w, min(math.ceil(H * (w / W)), h)
-    else:
-        size = min(math.ceil(W * (h / H)), w), h
+    scale = min(w / W, h / H)
+    size = min(math.ceil(W * scale), w), min(math.ceil(H * scale), h)
     canvas = Image.new("RGB", (w, h))
     canvas.paste(image.resize(size, spec.resample), ((w - size[0]) // 2, (h - size[1]) // 2))
     corners = [(x, y) for y in range(0, h, R) for x in range(0, w, R)]
@@ -45,12 +43,9 @@ def order(size, spec, M):
     lines = tiles.swapaxes(1, 2).reshape(rows * side, columns * side)
     height, width = lines.shape
     # leave out the canvas's black borders
-    if W / H > width / height:
-        border = (height - int(H * (width / W))) // 2
-        lines = lines[border : height - border]
-    else:
-        border = (width - int(W * (height / H))) // 2
-        lines = lines[:, border : width - border]
+    scale = min(width / W, height / H)
+    x, y = (width - int(W * scale)) // 2, (height - int(H * scale)) // 2
+    lines = lines[y : height - y, x : width - x]
     if not lines.size:
         raise BadImage(f"an image of {W}x{H} is too elongated")
     lines = np.pad(lines, ((0, 0), (0, 1)), constant_values=M - 1)

@@ -177,7 +177,7 @@ def check_connector(model, layout, names):
     """Raise InputError if the layout cannot record this connector and its layers."""
     connector, name = model.connector, model.connector.name
     if model.spec.mode == "anyres":
-        raise InputError(f"--format={layout}: not for --image_mode=anyres; ours is {layout}'s 1.5")
+        raise InputError(f"--format={layout}: not for --image_mode=anyres; --format=llama is")
     if name not in names:
         raise InputError(f"--format={layout}: not for connector {name}, only {', '.join(names)}")
     c = model.vision[0].config

@@ -26,7 +26,7 @@ BUDGETS = {
     "llama": 450,
     "connector": 360,
     "mllm": 270,
-    "dialogue": 235,
+    "dialogue": 240,
     "data": 400,
     "train": 395,
     "sample": 170,

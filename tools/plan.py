@@ -44,11 +44,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch.nn as nn
+from PIL import Image
 
 from common import cli
 from common.cli import option, parse_options
 from common.errors import InputError
-from common.images import ImageSpec
+from common.images import ImageSpec, prepare
 from common.pretrained import build_part, on_meta, read_config, read_json
 from common.run import PARTS, Config
 from connector import CONNECTORS
@@ -164,8 +165,10 @@ def read_data(config, stage, model):
     if not folder.is_dir() or not all(file.exists() or str(file) == "world" for file in files):
         names = " ".join(file.name for file in files)
         known = KNOWN["data"].get(names, KNOWN["data"]["other"])
-        tokens = min(known["text_tokens"] + model.tokens_per_image, max_length)
-        return known["samples"], Load.of([tokens], known["supervised"], 1), "assumed"
+        photograph = prepare(Image.new("RGB", (640, 480)), model.spec, model.tokens_per_image)
+        tokens, images = known["text_tokens"] + len(photograph.rows), len(photograph.pixels)
+        load = Load.of([min(tokens, max_length)], known["supervised"], images)
+        return known["samples"], load, "assumed"
     dataset = build_dataset(config, stage)
     tokenizer, form = load_tokenizer(folder), (model.spec, model.tokens_per_image, max_length)
     template = options.get("template") or config.template or find_template(folder) or "vicuna_v1"
