@@ -4,7 +4,7 @@
     python train.py --connector=comm                             COMM's merge of CLIP and DINOv2
     python train.py config/dense_7b.toml --data1=... --image_dir=...    a recipe on your data
     torchrun --nproc_per_node=8 train.py config/dense_7b.toml    the same on 8 GPUs
-    python train.py --resume                                     continue that run, out/dense
+    python train.py --resume                                     continue the run in out/dense
 
 Stage 1 trains the connector on captions. Stage 2 trains connector and LLM on dialogues. The vision
 towers stay frozen. A run writes to --out: log.jsonl, loss.png, checkpoints/ (what is trained, the
@@ -71,6 +71,7 @@ def build_stage(config, stage, run, ranks):
     device = ranks.device
     model = build_model(config, stage, device, ranks.is_sharded)
     trained = config.stage_options(stage)["train"]
+    # A whole model or a connector comes before LoRA and FSDP, a run's checkpoint after them.
     start = checkpoint.start_of(config, run) if stage == 2 else None
     if start and not checkpoint.is_checkpoint(start):
         from interop.load import start_from
@@ -124,6 +125,7 @@ def freeze(model, parts):
         getattr(model, part).requires_grad_(is_trained)
     for parameter in adapters:
         parameter.requires_grad_("llm" in parts)
+    # A block above the deepest layer that the connector reads would never get a gradient.
     for tower, layers in zip(model.vision, model.connector.layers, strict=True):
         tower.freeze_above(max(max(x) if isinstance(x, range) else x for x in layers))
     if model.spec.mode == "anyres":
@@ -212,6 +214,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
         num_supervised = sum((batch.labels >= 0).sum().item() for batch in micro_batches)
         num_tokens = sum(batch.tokens.numel() for batch in micro_batches if batch.ids)
         num_skipped = sum(len(batch.skipped) for batch in micro_batches)
+        # ranks.stop is summed too: all ranks stop at the same step.
         counts = [num_supervised, num_tokens, num_skipped, ranks.stop]
         counts = ranks.sum(torch.tensor(counts)).tolist()
         num_supervised, num_tokens, num_skipped, stop = counts
@@ -276,7 +279,7 @@ def save_model(config, model, run, ranks):
     """
     adapters = {name: fsdp.full(p) for name, p in lora.adapters(model.llm).items()}
     if adapters and ranks.is_main:
-        base = str(config.llm or WEIGHTS / "llama")
+        base = getattr(model, "base", str(config.llm or WEIGHTS / "llama"))
         lora.save(adapters, run / "adapter", config.lora_rank, config.lora_alpha, base)
     tensors = fsdp.gathered(model)
     if ranks.is_main:

@@ -26,8 +26,8 @@ from common.errors import InputError
 from common.pretrained import read_json
 from common.save import replace_folder, write_json
 
-# Options that may differ when a run is resumed: they do not change its result, or the learning
-# rates. The data has a fingerprint.
+# Options that may differ when a run is resumed: those that do not change its result, the learning
+# rates, and the names of the data files, whose content has a fingerprint.
 FREE_OPTIONS = (
     "resume out stage device wandb log_every save_every evaluate workers compile micro_batch fsdp "
     "activation_checkpointing data1 data2 image_dir lr1 lr2 connector_lr2 lora_lr2"
@@ -248,7 +248,7 @@ def load_start(config, folder, model):
     if config.init and missing:
         raise InputError(
             f"{folder}: lacks {min(missing)}, which an earlier stage trained: use the checkpoint "
-            "of that stage, or --init=RUN/model, which gives the connector alone"
+            "of that stage, or --init=RUN/model, which is the whole model"
         )
     model.changed.update(changed)
 

@@ -23,7 +23,7 @@ from common.errors import InputError
 
 # Errors of PyTorch that a user can do something about: words in their text, and what to do.
 REMEDIES = {
-    "out of memory": "lower --micro_batch or --batch, or give --activation_checkpointing",
+    "out of memory": "use a smaller batch (--micro_batch or --batch, where there is one)",
     "DataLoader worker (pid": "a loader process was killed, mostly for memory: lower --workers",
     "address already in use": "give torchrun another --master_port",
     "gloo": "contact with another rank was lost: its own message says why",

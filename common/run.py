@@ -87,7 +87,7 @@ class Config:
     clip: float = option(1.0, "clip the gradient norm to this; 0: no clipping")
     seed: int = option(0, "of the connector's initial weights and the order of the data")
     out: str = option("", "folder of the run; default: out/CONNECTOR", section="run")
-    resume: bool = option(False, "continue from the newest checkpoint")
+    resume: bool = option(False, "continue from the newest checkpoint; without one, start")
     save_every: int = option(500, "steps between checkpoints; Ctrl-C saves too")
     log_every: int = option(50, "steps between log lines")
     wandb: bool = option(False, "log to Weights & Biases as well as to log.jsonl")
@@ -214,7 +214,7 @@ def run_folder(config, ranks):
         checkpoint.check_run(config, run)
     if ranks.is_main:
         run.mkdir(parents=True, exist_ok=True)
-        ranks.lock = lock(run)
+        ranks.lock = lock(run)  # kept open: closing the file would unlock it
     if ranks.size > 1:
         distributed.wait_for(run, ranks.rank)
     return run

@@ -4,8 +4,8 @@
     speed_up(model, "chat")    before answers; compile=True makes a step one CUDA graph
 
 The model computes the same, except that sums are rounded in another order. It works in place on any
-model: attention modules have an attribute `sdpa`, linear layers are nn.Linear. Reasons and numbers
-are in docs/speed.md.
+model: attention modules have an attribute `sdpa`, linear layers are nn.Linear. Measurements are in
+docs/speed.md.
 """
 
 from functools import cache, partial

@@ -94,7 +94,7 @@ def start_from(model, path, mapped=False):
         # its modules, without image_newline, which LLaVA-NeXT's stage 1 does not train
         modules = torch.nn.ModuleDict(model.connector.named_children())
         load_weights(modules, path, connector_name, torch.float32, device, places)
-        print(f"starting from the connector of {path}")
+        print(f"starting from the connector {path}")
         return model
     llm = model.llm.embed_tokens.weight
     whole = load_model(path, None if mapped else llm.dtype, "cpu" if mapped else llm.device)
@@ -106,7 +106,8 @@ def start_from(model, path, mapped=False):
         )
     for part in (whole.vision, whole.connector):
         part.to(device, torch.float32)
-    print(f"starting from the whole model {path}, its LLM included")
+    whole.base = str(path)  # of LoRA adapters
+    print(f"starting from the model {path}: its towers, LLM, template and image size")
     return whole
 
 
