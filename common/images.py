@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn as nn
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 
 from common import anyres
 from common.errors import BadImage, InputError, printable
@@ -31,16 +31,6 @@ from common.pretrained import read_processor
 # Only these are opened: for EPS, whatever a file's name is, Pillow would start Ghostscript. AVIF is
 # last, since Pillow before 11.3 does not know it.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF")
-# EXIF orientation -> how to turn the image upright
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 LARGEST_DOWNLOAD = 50_000_000  # bytes
 # some servers, Wikimedia's for one, refuse the default one of requests
 USER_AGENT = "nanoMLLM/1.0 (educational code for multimodal LLMs)"
@@ -248,20 +238,12 @@ def to_rgb(image):
     # a TIFF turns itself upright while it loads
     image.load()
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        image = ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF raises many kinds: take the image as it is
-        turn = None
-    if turn is not None:
-        image = image.transpose(turn)
-    if image.mode == "F":
-        raise BadImage("its pixels are floats, of unknown range: save it with 8 bits per color")
-    if image.mode.startswith("I"):
-        # Integers, which convert() would clip at 255. Their range is 8, 12 or 16 bits, or as many
-        # as the largest one has.
-        gray = np.maximum(np.asarray(image).astype(np.int64), 0)
-        bits = int(gray.max()).bit_length()
-        depth = next((depth for depth in (8, 12, 16) if bits <= depth), bits)
-        image = Image.fromarray((gray >> (depth - 8)).astype(np.uint8))
+        pass
+    if image.mode.startswith(("F", "I")):
+        # convert() would clip them at 255
+        raise BadImage("its pixels have an unknown range: save it with 8 bits per color")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

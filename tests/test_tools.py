@@ -1,6 +1,5 @@
 """plan, look and bench: each runs, writes its output, and its main numbers are right."""
 
-import json
 import re
 
 import pytest
@@ -115,14 +114,6 @@ def test_the_dense_recipe_needs_what_a_hand_count_says(capsys):
     # 128 dialogues of 802 tokens: 2 FLOPs a weight, for three passes and the recomputed forward.
     tera = float(re.findall(r"([\d,.]+) TFLOP", text)[1].replace(",", ""))
     assert tera == pytest.approx(8 * 6738.4e6 * 128 * 802 / 1e12, rel=0.07)
-
-
-def test_data_that_is_here_is_measured(tmp_path, capsys):
-    turns = [{"from": "human", "value": "Is there a red circle?"}, {"from": "gpt", "value": "yes"}]
-    (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns}] * 40))
-    plan.main(["--stage=2", f"--data2={tmp_path / 'data.json'}", "--steps2=0"])
-    text = capsys.readouterr().out
-    assert "40 samples, 3 steps" in text and "measured" in text
 
 
 def test_recipes_are_planned_without_their_checkpoints_and_wrong_ones_are_one_line(capsys):

@@ -53,10 +53,8 @@ from common.images import ImageSpec, prepare
 from common.pretrained import build_part, on_meta, read_config, read_json
 from common.run import PARTS, Config
 from connector import CONNECTORS
-from data import Batches
-from dialogue import IGNORE, find_template, load_tokenizer
 from mllm import LLMS, MAX_LOGITS, MLLM, TOWERS
-from train import WEIGHTS, build_dataset
+from train import WEIGHTS
 
 # The share of a GPU's memory that may be planned for.
 ROOM = 0.9
@@ -158,25 +156,15 @@ def build(config):
 
 
 def read_data(config, stage, model):
-    """Return the number of samples (0: unknown), the mean dialogue, its source."""
-    options, folder = config.stage_options(stage), Path(config.llm or WEIGHTS / "llama")
-    files = [Path(name.partition(":")[2] or name) for name in options["data"]]
+    """Return the number of samples (0: unknown) and the assumed mean dialogue."""
+    names = " ".join(
+        Path(name.rpartition(":")[2]).name for name in config.stage_options(stage)["data"]
+    )
+    known = KNOWN["data"].get(names, KNOWN["data"]["other"])
+    photograph = prepare(Image.new("RGB", (640, 480)), model.spec, model.tokens_per_image)
+    tokens, images = known["text_tokens"] + len(photograph.rows), len(photograph.pixels)
     max_length = min(config.max_length, model.llm.config.context)
-    if not folder.is_dir() or not all(file.exists() or str(file) == "world" for file in files):
-        names = " ".join(file.name for file in files)
-        known = KNOWN["data"].get(names, KNOWN["data"]["other"])
-        photograph = prepare(Image.new("RGB", (640, 480)), model.spec, model.tokens_per_image)
-        tokens, images = known["text_tokens"] + len(photograph.rows), len(photograph.pixels)
-        load = Load.of([min(tokens, max_length)], known["supervised"], images)
-        return known["samples"], load, "assumed"
-    dataset = build_dataset(config, stage)
-    tokenizer, form = load_tokenizer(folder), (model.spec, model.tokens_per_image, max_length)
-    template = options.get("template") or config.template or find_template(folder) or "vicuna_v1"
-    batches = Batches(dataset, tokenizer, template, *form)
-    batch = batches[range(0, len(dataset), max(1, len(dataset) // 256))]
-    supervised, images = (batch.labels != IGNORE).sum().item(), len(batch.pixels)
-    total = Load.of(batch.lengths, supervised, images)
-    return len(dataset), total.times(1 / len(batch.lengths)), "measured"
+    return known["samples"], Load.of([min(tokens, max_length)], known["supervised"], images)
 
 
 # ---- memory, FLOPs, communication ----------------------------------------------------------------
@@ -353,10 +341,10 @@ def plan_stage(config, stage):
     options, model = config.stage_options(stage), build(config)
     if {*options["train"]} not in ({"connector"}, {"connector", "llm"}):
         raise InputError(f"--train{stage}: the plan knows connector, or connector,llm")
-    samples, mean, source = read_data(config, stage, model)
+    samples, mean = read_data(config, stage, model)
     batch, steps = options["batch"], options["steps"]
     if not steps and not samples:
-        raise InputError(f"--data{stage}: not here; give the number of steps, --steps{stage}")
+        raise InputError(f"--data{stage}: not known; give the number of steps, --steps{stage}")
     steps = steps or math.ceil(options["epochs"] * samples / batch)
     share = math.ceil(batch / config.gpus)
     rows, forwards = min(share, config.micro_batch), math.ceil(share / config.micro_batch)
@@ -368,7 +356,7 @@ def plan_stage(config, stage):
     )
     for part in PARTS:
         print(f"  {part:10}{size(getattr(model, part)) / 1e6:10,.2f}M parameters")
-    print(f"  a dialogue ({source}): {mean.tokens:,.0f} tokens, {mean.supervised:,.0f} supervised")
+    print(f"  a dialogue (assumed): {mean.tokens:,.0f} tokens, {mean.supervised:,.0f} supervised")
     print(f"  a forward: {rows} dialogues, {plan.load.tokens:,.0f} tokens")
     parts = flops(plan._replace(load=mean.times(batch)))
     total = sum(parts.values())
