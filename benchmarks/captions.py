@@ -27,6 +27,8 @@ ABBREVIATIONS = r"""
     mr|mrs|ms|dr|prof|st|ave|blvd|rd|mt|ft|jr|sr|inc|co|corp|ltd|vs|etc|pres|gov|sen|rep|gen|col|
     capt|lt|sgt|rev|jan|feb|mar|apr|jun|jul|aug|sept|sep|oct|nov|dec|bros|esq|ph\.d
 """
+# Of the penalty on different lengths, in words.
+SIGMA = 6.0
 # A letter or digit; those of a word may have "_" between them.
 LETTER = r"[^\W_]"
 END = f"(?!{LETTER})"
@@ -88,7 +90,7 @@ def ngrams(tokens):
     return found
 
 
-def cider(answers, references, sigma=6.0):
+def cider(answers, references):
     """Return CIDEr-D of every answer, lists of words against lists of references.
 
     A sentence is a vector of its n-grams' counts, each weighted by how few images have the n-gram
@@ -114,7 +116,7 @@ def cider(answers, references, sigma=6.0):
         for other in others:
             # In bigrams, as in the official code.
             difference = max(1, len(answer)) - max(1, len(other))
-            penalty = math.exp(-(difference**2) / (2 * sigma**2))
+            penalty = math.exp(-(difference**2) / (2 * SIGMA**2))
             for a, b in zip(weights, vectors(other), strict=True):
                 product = sum(min(a[gram], b[gram]) * b[gram] for gram in a if gram in b)
                 norm = math.hypot(*a.values()) * math.hypot(*b.values())

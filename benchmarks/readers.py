@@ -331,7 +331,7 @@ When the provided information is insufficient, respond with 'Unanswerable'.
 VQA = scores.accuracy(scores.submitted_vqa_accuracy)
 VIZWIZ_VQA = scores.accuracy(scores.vizwiz_accuracy)
 TEXT_VQA = scores.accuracy(scores.textvqa_accuracy)
-EVALAI, SHEET = scores.evalai_normalize, answers.mmbench_sheet
+EVALAI, TABLE = scores.evalai_normalize, answers.mmbench_table
 RULE, EXTRACTED = map(scores.accuracy, (judged.mathvista_rule, judged.mathvista_match))
 # LLaVA normalizes the answers that it submits.
 TO_VQA = answers.answer_file("answer", "question_id", normalize=EVALAI)
@@ -353,8 +353,8 @@ BENCHMARKS = {
     "textvqa": Benchmark(TEXT_VQA, TO_VQA),
     "gqa": Benchmark(scores.exact(scores.gqa_normalize), TO_GQA),
     "scienceqa": Benchmark(scores.exact(scores.scienceqa_letter), None, read_scienceqa, LETTER),
-    "mmbench": Benchmark(scores.mmbench_scores, SHEET, read_mmbench, LETTER),
-    "mmbench_cn": Benchmark(scores.mmbench_scores, SHEET, read_mmbench, LETTER_CN),
+    "mmbench": Benchmark(scores.mmbench_scores, TABLE, read_mmbench, LETTER),
+    "mmbench_cn": Benchmark(scores.mmbench_scores, TABLE, read_mmbench, LETTER_CN),
     "mme": Benchmark(scores.mme_scores, None, read_mme),
     "mmmu": Benchmark(scores.mmmu_scores, answers.mmmu_file, read_mmmu, BARE),
     "mathvista": Benchmark(RULE, TO_MATHVISTA, read_mathvista, BARE, 1024, "extraction", EXTRACTED),

@@ -82,10 +82,8 @@ def draw_losses(run):
     left, top, width, height = 60, 40, 620, 300
     canvas = Image.new("RGB", (left + width + 20, top + height + 40), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=15)
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        y = top + height * (1 - share)
-        draw.line([(left, y), (left + width, y)], "#dddddd")
-        draw.text((left - 8, y), f"{share * highest:.2f}", "black", font, anchor="rm")
+    draw.rectangle((left, top, left + width, top + height), outline="#dddddd")
+    draw.text((left - 8, top), f"{highest:.2f}", "black", font, anchor="rm")
     x, step_width = left, width / max(1, sum(steps.values()))
     for color, stage in zip(STAGE_COLORS, steps, strict=False):
         points = []

@@ -357,11 +357,8 @@ def plan_stage(config, stage):
     for part in PARTS:
         print(f"  {part:10}{size(getattr(model, part)) / 1e6:10,.2f}M parameters")
     print(f"  a dialogue (assumed): {mean.tokens:,.0f} tokens, {mean.supervised:,.0f} supervised")
-    print(f"  a forward: {rows} dialogues, {plan.load.tokens:,.0f} tokens")
-    parts = flops(plan._replace(load=mean.times(batch)))
-    total = sum(parts.values())
-    shares = [f"{part} {value / total:.0%}" for part, value in parts.items() if value]
-    print(f"  {total / 1e12:,.4f} TFLOP a step: {', '.join(shares)}")
+    total = sum(flops(plan._replace(load=mean.times(batch))).values())
+    print(f"  {total / 1e12:,.4f} TFLOP a step")
     print_table(plan, steps, mean.times(share))
 
 
