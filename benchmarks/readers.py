@@ -82,14 +82,14 @@ def read_reg(path, config):
 def read_caption(path, config):
     """Read captions: COCO's, Karpathy's or Shikra's.
 
-    COCO: captions_*.json. Karpathy: dataset_coco.json or dataset_flickr30k.json, of which --split
-    is taken. Shikra: JSONL, {"img_path", "caption"} a line.
+    COCO: captions_*.json. Karpathy: dataset_coco.json or dataset_flickr30k.json, of which the
+    split test is taken. Shikra: JSONL, {"img_path", "caption"} a line.
     """
     items, captions = {}, defaultdict(list)
     for annotation in read_object(path).get("annotations", []):
         captions[annotation["image_id"]].append(annotation["caption"])
     for record in records(path):
-        if record.get("split", config.split) != config.split:
+        if record.get("split", "test") != "test":
             continue
         image = record.first("filename", "file_name", "img_path", "image")
         name = record.id
@@ -396,5 +396,5 @@ def read(config):
             groups = item.groups or [stem]
             items.append(item._replace(id=name, prompt=prompt, groups=groups))
     if not items:
-        raise InputError(f"{path}: no question; is it the right file, and --split={config.split}?")
+        raise InputError(f"{path}: no question; is it the right file?")
     return items

@@ -50,7 +50,6 @@ class Config:
     batch: int = option(50, "questions answered at once")
     prompt: str = option("", "other prompt, with <question> in it; default: the paper's")
     max_new_tokens: int | None = option(None, "length of the longest answer; default: the paper's")
-    split: str = option("test", "caption: Karpathy's split")
     frames: int = option(8, "video: number of frames to show")
     pool: str = option("", "fewer tokens an image: grid (a quarter) or pairs (half, for video)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")

@@ -170,12 +170,12 @@ def check_folder(folder, path):
         raise InputError(f"{folder}: no such folder; the images of {path} should be in it")
 
 
-def check_images(dataset, count=100):
-    """Open the images of `count` random samples before a run, so that it need not end days later.
+def check_images(dataset):
+    """Open the images of 100 random samples before a run, so that it need not end days later.
 
     As in the loader, three may be bad. Raises InputError.
     """
-    indices = np.random.default_rng(0).permutation(len(dataset))[:count].tolist()
+    indices = np.random.default_rng(0).permutation(len(dataset))[:100].tolist()
     files = [file for i in indices for file in dataset[i].images if isinstance(file, str)]
     bad = []
     for file in files:

@@ -202,10 +202,10 @@ def save_llm(llm, folder):
     save_checkpoint(folder, llm_tensors(llm), config)
 
 
-def save_mllm(model, folder, dtype=None, tensors=None):
+def save_mllm(model, folder, tensors=None):
     """Write everything that MLLM.from_pretrained needs; the folder appears whole or not at all.
 
-    dtype: default as in memory. tensors: pairs (name, tensor) instead of the model's own.
+    tensors: pairs (name, tensor) instead of the model's own.
     """
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
@@ -217,9 +217,7 @@ def save_mllm(model, folder, dtype=None, tensors=None):
         "vision": [asdict(tower.config) for tower in model.vision],
         "llm": model.llm.config.to_dict(),
     }
-    tensors = tensors or model.state_dict().items()
-    tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in tensors)
-    save_in_files(partial, tensors, config)
+    save_in_files(partial, tensors or model.state_dict().items(), config)
     model.tokenizer.save(str(partial / "tokenizer.json"))
     towers = []
     for tower in model.vision:

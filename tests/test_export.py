@@ -146,7 +146,7 @@ def test_what_a_format_cannot_represent_is_an_error(tmp_path):
 
 
 def test_the_command_keeps_the_stored_dtype_unless_told(tmp_path, capsys):
-    build("mlp").save(tmp_path / "half", torch.bfloat16)
+    build("mlp").bfloat16().save(tmp_path / "half")
     main([f"--model={tmp_path / 'half'}", f"--to={tmp_path / 'hf'}"])
     assert "(llava-hf)" in capsys.readouterr().out
     flags = [f"--to={tmp_path / 'whole'}", "--dtype=float32", "--format=llava"]
