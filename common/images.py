@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn as nn
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from common import anyres
 from common.errors import BadImage, InputError, printable
@@ -31,6 +31,16 @@ from common.pretrained import read_processor
 # Only these are opened: for EPS, whatever a file's name is, Pillow would start Ghostscript. AVIF is
 # last, since Pillow before 11.3 does not know it.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF")
+# EXIF orientation -> how to turn the image upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 LARGEST_DOWNLOAD = 50_000_000  # bytes
 # some servers, Wikimedia's for one, refuse the default one of requests
 USER_AGENT = "nanoMLLM/1.0 (educational code for multimodal LLMs)"
@@ -238,9 +248,11 @@ def to_rgb(image):
     # a TIFF turns itself upright while it loads
     image.load()
     try:
-        image = ImageOps.exif_transpose(image)
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # damaged EXIF raises many kinds: take the image as it is
-        pass
+        turn = None
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode.startswith(("F", "I")):
         # convert() would clip them at 255
         raise BadImage("its pixels have an unknown range: save it with 8 bits per color")
