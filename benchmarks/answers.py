@@ -6,12 +6,12 @@ merge(folder, items, known)      answers.jsonl, in the order of the questions
 answer_file, texts_by_id, ...    the file for the server or the judge's script
 """
 
-import csv
 import json
 import os
 
 from benchmarks.prompts import SECOND
 from benchmarks.scores import mmbench_letter, mmmu_parse
+from common.errors import InputError
 from common.save import write_json
 
 # --- of a run -----------------------------------------------------------------------------
@@ -96,15 +96,24 @@ def mmmu_file(folder, items, answers):
     return texts_by_id(folder, items, dict(zip(answers, parsed, strict=True)))
 
 
-def mmbench_table(folder, items, answers):
-    """Write MMBench's table with the letter of each prediction; the server takes it as Excel."""
-    path = folder / "submission.tsv"
+def mmbench_sheet(folder, items, answers):
+    """Write the columns of MMBench's table and the letter of each prediction as an Excel sheet."""
+    try:
+        from openpyxl import Workbook
+    except ImportError:
+        raise InputError(
+            "MMBench's server takes an Excel sheet: pip install openpyxl, then repeat the command "
+            "(the answers are saved)"
+        ) from None
     columns = ["index", "question", *"ABCD", "answer", "split", "prediction"]
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, columns, extrasaction="ignore", delimiter="\t")
-        table.writeheader()
-        for item in items:
-            answer = answers[item.id]
-            letter = mmbench_letter(answer, item.record["options"])
-            table.writerow({**item.record, "prediction": letter or answer})
+    workbook, path = Workbook(), folder / "submission.xlsx"
+    workbook.active.append(columns)
+    for item in items:
+        answer = answers[item.id]
+        letter = mmbench_letter(answer, item.record["options"])
+        # A sheet cannot hold control characters.
+        prediction = letter or "".join(filter(str.isprintable, answer))
+        row = {**item.record, "prediction": prediction}
+        workbook.active.append([row.get(key) for key in columns])
+    workbook.save(path)
     return path

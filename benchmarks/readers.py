@@ -331,7 +331,7 @@ When the provided information is insufficient, respond with 'Unanswerable'.
 VQA = scores.accuracy(scores.submitted_vqa_accuracy)
 VIZWIZ_VQA = scores.accuracy(scores.vizwiz_accuracy)
 TEXT_VQA = scores.accuracy(scores.textvqa_accuracy)
-EVALAI, TABLE = scores.evalai_normalize, answers.mmbench_table
+EVALAI, TABLE = scores.evalai_normalize, answers.mmbench_sheet
 RULE, EXTRACTED = map(scores.accuracy, (judged.mathvista_rule, judged.mathvista_match))
 # LLaVA normalizes the answers that it submits.
 TO_VQA = answers.answer_file("answer", "question_id", normalize=EVALAI)

@@ -29,7 +29,7 @@ from common.save import replace_folder, write_json
 # Options that may differ when a run is resumed: those that do not change its result, the learning
 # rates, and the names of the data files, whose content has a fingerprint.
 FREE_OPTIONS = (
-    "resume out stage device log_every save_every evaluate workers compile micro_batch fsdp "
+    "resume out stage device wandb log_every save_every evaluate workers compile micro_batch fsdp "
     "activation_checkpointing data1 data2 image_dir lr1 lr2 connector_lr2 lora_lr2"
 ).split()
 KEYS = set("stage step steps data interval config connector changed files".split())

@@ -210,7 +210,7 @@ def leave(status):
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(status)
-    atexit._run_exitfuncs()  # temporary folders are deleted
+    atexit._run_exitfuncs()  # wandb sends its last lines, temporary folders are deleted
     with suppress(OSError):  # the reader of our output may be gone
         sys.stdout.flush()
         sys.stderr.flush()

@@ -253,9 +253,15 @@ def to_rgb(image):
         turn = None
     if turn is not None:
         image = image.transpose(turn)
-    if image.mode.startswith(("F", "I")):
-        # convert() would clip them at 255
-        raise BadImage("its pixels have an unknown range: save it with 8 bits per color")
+    if image.mode == "F":
+        raise BadImage("its pixels are floats, of unknown range: save it with 8 bits per color")
+    if image.mode.startswith("I"):
+        # Integers, which convert() would clip at 255. Their range is 8, 12 or 16 bits, or as many
+        # as the largest one has.
+        gray = np.maximum(np.asarray(image).astype(np.int64), 0)
+        bits = int(gray.max()).bit_length()
+        depth = next((depth for depth in (8, 12, 16) if bits <= depth), bits)
+        image = Image.fromarray((gray >> (depth - 8)).astype(np.uint8))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -12,12 +12,14 @@ import json
 import math
 import multiprocessing
 import os
+import secrets
 import signal
 import sys
 import time
 import zlib
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -89,6 +91,7 @@ class Config:
     resume: bool = option(False, "continue from the newest checkpoint; without one, start")
     save_every: int = option(500, "steps between checkpoints; Ctrl-C saves too")
     log_every: int = option(50, "steps between log lines")
+    wandb: bool = option(False, "log to Weights & Biases as well as to log.jsonl")
     evaluate: bool = option(True, "print the scores at the end, on the toy world")
     device: str = option("auto", "auto, cuda, mps or cpu")
     bf16: bool | None = option(None, "autocast; default: on CUDA, and for a large 16-bit LLM")
@@ -112,6 +115,8 @@ class Config:
                 )
             if not options["steps"] and not options["epochs"]:
                 raise InputError(f"--epochs{stage}=0: must be more than 0 because --steps{stage}=0")
+        if self.wandb and not find_spec("wandb"):
+            raise InputError("--wandb: not installed; pip install wandb")
         if self.image_mode not in IMAGE_MODES:
             raise InputError(
                 f"--image_mode={self.image_mode}: must be one of {', '.join(IMAGE_MODES)}"
@@ -248,7 +253,7 @@ def fingerprint(dataset):
 
 
 class Log:
-    """Print the numbers of a stage, and write them to log.jsonl.
+    """Print the numbers of a stage, and write them to log.jsonl and, with --wandb, to W&B.
 
     state: has the stage, its number of steps, and the step at which it starts or continues. Lines
     of later steps are dropped: a killed run trained them after its last checkpoint, and they are
@@ -262,8 +267,10 @@ class Log:
         self.began = self.interval_began = time.time()
         self.tokens = self.num_printed = 0
         self.interval = state["interval"]
+        self.wandb = None
         if ranks.is_main:
             self.drop_lines(state["stage"])
+            self.wandb = start_wandb(config, run) if config.wandb else None
 
     def drop_lines(self, stage):
         """Drop the lines of steps that will be trained again, and a line that a kill has cut."""
@@ -314,6 +321,23 @@ class Log:
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps(finite) + "\n")
+        if self.wandb:
+            self.wandb.log({f"stage{record['stage']}/{key}": record[key] for key in record})
+
+
+def start_wandb(config, run):
+    """Start the curves of a run in Weights & Biases, or continue those of a resumed run."""
+    import wandb
+
+    name = run / "wandb.id"
+    if not name.exists():
+        name.write_text(secrets.token_hex(4))
+    project = os.environ.get("WANDB_PROJECT", "nanoMLLM")
+    options = {"project": project, "id": name.read_text(), "resume": "allow", "dir": run}
+    board = wandb.init(config=asdict(config), **options)
+    for stage in ("stage1", "stage2"):
+        board.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+    return board
 
 
 def print_stage(config, stage, model, trainable, num_samples, steps, ranks):
@@ -323,12 +347,16 @@ def print_stage(config, stage, model, trainable, num_samples, steps, ranks):
     for part in PARTS:
         numbers = sum(p.numel() for p in getattr(model, part).parameters()) / 1e6
         parts.append(f"{part} {numbers:.2f}M {'trained' if part in trainable else 'frozen'}")
+    if "lora" in trainable:
+        numbers = sum(p.numel() for p in trainable["lora"]) / 1e6
+        parts.append(f"of these lora {numbers:.2f}M trained")
     precision = "bfloat16" if config.uses_bf16(ranks.device) else "float32"
     sharding = ", FSDP" if ranks.is_sharded else ""
+    unit = "a tile" if model.spec.mode == "anyres" else "an image"
     ranks.print(
         f"\nstage {stage}: {', '.join(parts)}\n"
         f"  {num_samples[0]:,} samples ({', '.join(options['data'])}), {num_samples[1]:,} with "
-        f"images, {model.tokens_per_image} visual tokens each\n"
+        f"images, {model.tokens_per_image} visual tokens {unit}\n"
         f"  {steps} steps of {options['batch']}, peak learning rate {options['lr']:g}, "
         f"{precision} on {ranks.size} x {ranks.device.type}{sharding}"
     )
