@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from shutil import which
 
 import torch
 
@@ -95,7 +96,9 @@ class Config:
     evaluate: bool = option(True, "print the scores at the end, on the toy world")
     device: str = option("auto", "auto, cuda, mps or cpu")
     bf16: bool | None = option(None, "autocast; default: on CUDA, and for a large 16-bit LLM")
-    compile: bool | None = option(None, "torch.compile the blocks; default: on CUDA")
+    compile: bool | None = option(
+        None, "torch.compile the blocks; default: on CUDA, with a C compiler"
+    )
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks")
     activation_checkpointing: bool = option(False, "recompute the LLM's blocks: less memory")
     workers: int | None = option(None, "loader processes per rank; default: 4 on CUDA, else 0")
@@ -139,8 +142,10 @@ class Config:
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
     def uses_compile(self, device):
-        """Decide about torch.compile: by default on CUDA."""
-        return device.type == "cuda" if self.compile is None else self.compile
+        """Decide about torch.compile: by default on CUDA, where a C compiler is installed."""
+        if self.compile is not None:
+            return self.compile
+        return device.type == "cuda" and bool(which(os.environ.get("CC", "cc")))
 
     def num_workers(self, device):
         """Return the number of loader processes per rank: on CUDA the GPU should not wait."""
@@ -351,14 +356,15 @@ def print_stage(config, stage, model, trainable, num_samples, steps, ranks):
         numbers = sum(p.numel() for p in trainable["lora"]) / 1e6
         parts.append(f"of these lora {numbers:.2f}M trained")
     precision = "bfloat16" if config.uses_bf16(ranks.device) else "float32"
-    sharding = ", FSDP" if ranks.is_sharded else ""
+    extras = ", FSDP" if ranks.is_sharded else ""
+    extras += ", compiled" if config.uses_compile(ranks.device) else ""
     unit = "a tile" if model.spec.mode == "anyres" else "an image"
     ranks.print(
         f"\nstage {stage}: {', '.join(parts)}\n"
         f"  {num_samples[0]:,} samples ({', '.join(options['data'])}), {num_samples[1]:,} with "
         f"images, {model.tokens_per_image} visual tokens {unit}\n"
         f"  {steps} steps of {options['batch']}, peak learning rate {options['lr']:g}, "
-        f"{precision} on {ranks.size} x {ranks.device.type}{sharding}"
+        f"{precision} on {ranks.size} x {ranks.device.type}{extras}"
     )
 
 
