@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
-import data
 from common.errors import InputError
 from common.images import BadImage, ImageSpec, prepare
 from common.records import check_images
 from data import DATASETS, Batches, LlavaData, Loader, Sample, collate, num_with_images, order
-from dialogue import IGNORE, IMAGE, cut_to_length, encode
+from dialogue import IGNORE, IMAGE, encode
 
 # --- formats ---
 
@@ -281,28 +280,10 @@ def test_a_sample_that_cannot_be_used_is_skipped_counted_and_named(loader, tmp_p
     assert name.isprintable() and len(name) == 80
 
 
-def test_of_a_huge_text_only_a_part_is_encoded(world_tokenizer, monkeypatch):
-    class Counting:
-        """A tokenizer that counts the characters it encodes."""
-
-        characters, token_to_id = 0, world_tokenizer.token_to_id
-
-        def encode(self, text, **options):
-            self.characters += len(text)
-            return world_tokenizer.encode(text, **options)
-
-    def tokens(tokenizer, turns, limit):
-        sample = Sample([], turns, "a")
-        return Batches([sample], tokenizer, "tiny", ImageSpec(8), 4, limit)[[0]].tokens[0].tolist()
-
-    tokenizer, turns = Counting(), [("q", "yes"), ("a", "circle"), ("q", "a b " * 1_000_000)]
-    assert tokens(tokenizer, turns, 100) == encode(world_tokenizer, turns[:2], "tiny")[0]
-    assert tokenizer.characters <= 100 * 512
-    # a tighter bound would do, and gives the same tokens
-    monkeypatch.setattr(data, "LONGEST_TOKEN", max(map(len, world_tokenizer.get_vocab())) + 1)
-    for limit in range(60):
-        expected = cut_to_length(*encode(world_tokenizer, turns[:2], "tiny"), limit, [])[0]
-        assert tokens(world_tokenizer, turns, limit) == (expected or [0])
+def test_a_huge_text_is_cut_to_the_turns_that_fit(world_tokenizer):
+    turns = [("q", "yes"), ("a", "circle"), ("q", "a b " * 100_000)]
+    batches = Batches([Sample([], turns, "a")], world_tokenizer, "tiny", ImageSpec(8), 4, 100)
+    assert batches[[0]].tokens[0].tolist() == encode(world_tokenizer, turns[:2], "tiny")[0]
 
 
 def test_too_many_bad_images_stop_the_run(loader):

@@ -143,23 +143,6 @@ def test_loss_is_the_cross_entropy_of_full_logits_at_answers(build, connector):
     assert abs(loss.item() - slow) < 1e-5 * slow
 
 
-@pytest.mark.parametrize("connector", ("mlp", "sti", "efficient", "comm"))
-@torch.no_grad()
-def test_visual_tokens_take_the_places_of_their_marks_in_order(build, connector):
-    model = build(connector)
-    batch = batch_of(model, LATER, TEXT, TWO, ONE)
-    num_tokens = {"mlp": 16, "sti": 20, "efficient": 4, "comm": 16}[connector]
-    assert model.tokens_per_image == num_tokens and len(batch.pixels) == 5
-    visual = iter(model.see(batch.pixels).flatten(0, 1))
-    embeds = model.embed(batch.tokens, batch.pixels)[0]
-    for vector, token in zip(embeds, batch.tokens[0].tolist(), strict=True):
-        if token == IMAGE:
-            assert torch.equal(vector, next(visual))
-        else:
-            assert torch.equal(vector, model.llm.embed_tokens.weight[token])
-    assert next(visual, None) is None
-
-
 def test_too_few_or_too_many_images_for_the_marks_are_an_error(build):
     model = build()
     batch = batch_of(model, TWO)
@@ -199,19 +182,6 @@ def test_logits_in_parts_give_the_loss_and_gradients_of_all_at_once(build, monke
     for size in (1, 2000):
         monkeypatch.setattr(mllm, "MAX_LOGITS", size)
         assert_equal_losses(loss_and_gradients(model, batch), expected)
-
-
-def test_an_image_of_two_dialogues_is_seen_once(build, tmp_path):
-    model = build()
-    Image.fromarray(image(0)).save(tmp_path / "0.png")
-    calls = []
-    model.vision[0].register_forward_hook(lambda *args: calls.append(len(args[1][0])))
-    first = Sample([str(tmp_path / "0.png")], ONE.turns, "first")
-    second = first._replace(turns=[("<image>\nIs it red?", "Yes, it is.")])
-    together = loss_and_gradients(model, batch_of(model, first, second))
-    assert calls == [1]
-    apart = loss_and_gradients(model, batch_of(model, first), batch_of(model, second))
-    assert_equal_losses(together, apart)
 
 
 def test_a_batch_of_text_gives_every_trained_parameter_a_zero_gradient(build):

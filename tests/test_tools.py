@@ -1,6 +1,5 @@
 """plan, look and bench: each runs, writes its output, and its main numbers are right."""
 
-import json
 import re
 
 import pytest
@@ -21,7 +20,7 @@ from tools import look, plan
 # ---- plan ----------------------------------------------------------------------------------------
 
 
-def planned_step(stage, connector, recompute, samples=8):
+def planned_step(stage, connector, recompute):
     """Return the plan of a step on the toy world, the model, the optimizer and the step itself."""
     flags = [f"--connector={connector}", f"--activation_checkpointing={recompute}", "--gpus=1"]
     config = cli.parse(plan.PlanConfig, [*flags, "--device=cpu"])
@@ -34,7 +33,7 @@ def planned_step(stage, connector, recompute, samples=8):
     dataset = train.build_dataset(config, stage)
     template = options.get("template", model.template)
     batches = Batches(dataset, model.tokenizer, template, model.spec, model.tokens_per_image, 512)
-    batch = batches[range(samples)]
+    batch = batches[range(8)]
 
     def step():
         arguments = batch.pixels, batch.tokens, batch.labels, batch.lengths, batch.image_index
@@ -63,10 +62,15 @@ def most_allocated(step):
     return most
 
 
-def test_planned_memory_is_within_15_percent_of_the_allocators():
+def test_planned_memory_and_flops_are_those_that_pytorch_measures():
+    """Peak memory within 15%. PyTorch counts all pairs of attention, the plan the causal half."""
     for stage, connector, recompute in ((1, "comm", False), (2, "mlp", False), (2, "dense", True)):
         step_plan, model, optimizer, step = planned_step(stage, connector, recompute)
-        step()
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            step()
+        found = plan.flops(step_plan)
+        not_causal = found["attention"] * (4 if recompute else 3) // 3
+        assert counter.get_total_flops() == sum(found.values()) + not_causal, (stage, connector)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         moments = 0
         for state in optimizer.state.values():
@@ -74,19 +78,7 @@ def test_planned_memory_is_within_15_percent_of_the_allocators():
         found = plan.memory(step_plan)
         assert (found["weights"], found["optimizer"]) == (weights, moments)
         added = found["peak"] - weights - moments
-        assert added == pytest.approx(most_allocated(step), rel=0.15), (stage, recompute)
-
-
-def test_planned_flops_are_those_that_pytorch_counts():
-    """PyTorch counts all pairs of attention, the plan counts the causal half."""
-    for stage, connector, recompute in ((1, "dense", False), (2, "comm", False), (2, "sti", True)):
-        step_plan, _, _, step = planned_step(stage, connector, recompute, samples=3)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            step()
-        found = plan.flops(step_plan)
-        not_causal = found["attention"] * (4 if recompute else 3) // 3
-        expected = sum(found.values()) + not_causal
-        assert counter.get_total_flops() == expected, (stage, connector, recompute)
+        assert added == pytest.approx(most_allocated(step), rel=0.15), (stage, connector)
 
 
 def rows(text):
@@ -115,37 +107,12 @@ def test_the_dense_recipe_needs_what_a_hand_count_says(capsys):
     # 128 dialogues of 802 tokens: 2 FLOPs a weight, for three passes and the recomputed forward.
     tera = float(re.findall(r"([\d,.]+) TFLOP", text)[1].replace(",", ""))
     assert tera == pytest.approx(8 * 6738.4e6 * 128 * 802 / 1e12, rel=0.07)
-
-
-def test_data_that_is_here_is_measured(tmp_path, capsys):
-    turns = [{"from": "human", "value": "Is there a red circle?"}, {"from": "gpt", "value": "yes"}]
-    (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns}] * 40))
-    plan.main(["--stage=2", f"--data2={tmp_path / 'data.json'}", "--steps2=0"])
-    text = capsys.readouterr().out
-    assert "40 samples, 3 steps" in text and "measured" in text
-
-
-def test_recipes_are_planned_without_their_checkpoints_and_wrong_ones_are_one_line(capsys):
-    for recipe in (ROOT / "config").glob("*.toml"):
-        plan.main([str(recipe), "--gpus=8", "--stage=2"])
-        assert {(2, "DDP"), (2, "FSDP"), (2, "LoRA FSDP")} <= set(rows(capsys.readouterr().out))
     for flag, name in (("--llm=no/such", "no/such"), ("--train1=vision,llm", "--train1")):
-        with pytest.raises(InputError) as error:
+        with pytest.raises(InputError, match=name):
             plan.main([flag])
-        assert name in str(error.value) and "\n" not in str(error.value)
 
 
 # ---- look ----------------------------------------------------------------------------------------
-
-
-def test_heads_are_ranked_by_what_a_word_gives_to_the_target():
-    target = look.patches_in([0.5, 0, 1, 0.5], 2)
-    assert target.tolist() == [False, True, False, False]
-    # Two blocks of three heads, five words. The fifth patch has no place in the grid.
-    maps = torch.full((2, 3, 5, 5), 0.1)
-    maps[0, 0, 0, 2], maps[1, 2, 4, 1], maps[1, 1, 3, 4] = 0.9, 0.4, 0.9
-    drawn, shares = look.draw_heads(maps, list("abcde"), target, Image.new("RGB", (8, 8)))
-    assert shares.argmax() == 5 and drawn[5][1] == "“e” · 40%"
 
 
 def test_look_draws_models_and_towers(model_folder, tmp_path):

@@ -144,23 +144,3 @@ def check_answer(ours, theirs, tokenizer, images):
     greedy = theirs.generate(**inputs, max_new_tokens=10, do_sample=False)
     answer = greedy[0, tokens.shape[1] :].tolist()
     assert ours.generate([images], ["What is this?"], 10) == [ours.text(answer)]
-
-
-@torch.no_grad()
-def test_transformers_reads_the_llm_alone(tmp_path):
-    ours = model_of("dense", clip_tower(), template="llama_2")
-    export(ours, tmp_path / "llm", "llama")
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "llm", output_loading_info=True
-    )
-    assert type(theirs).__name__ == "LlamaForCausalLM" and not any(report.values())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "llm")
-    turns = [("What is red?", "A color."), ("And two?", None)]
-    messages = [
-        {"role": "user", "content": "What is red?"},
-        {"role": "assistant", "content": "A color."},
-        {"role": "user", "content": "And two?"},
-    ]
-    tokens = tokenizer.apply_chat_template(messages, return_tensors="pt").input_ids
-    assert tokens[0].tolist() == ours.prompt([], turns)[1]
-    assert relative_error(theirs(tokens).logits, ours.llm(tokens)) < TOLERANCE

@@ -15,22 +15,10 @@ from common.images import ImageSpec
 from dialogue import find_template
 from dinov2 import DINOv2
 from llama import Llama
-from toy import findings, language, pretrain, video, world
+from toy import findings, pretrain, video, world
 from vit import ViT
 
 NAMES = {"clip": CLIP, "dinov2": DINOv2, "mae": ViT, "deit": ViT, "llama": Llama}
-
-
-def test_the_tokenizer_is_that_of_the_checkpoints_and_knows_the_worlds_words():
-    tokenizer = language.make_tokenizer()
-    for name in ("llama", "clip"):
-        saved = Tokenizer.from_file(str(ROOT / "weights" / name / "tokenizer.json"))
-        assert tokenizer.get_vocab() == saved.get_vocab()
-    words = [*world.SHAPES, *world.COLORS, *world.SIZES, "yes", "no", "left", "above", "circles"]
-    for word in [*(f" {word}" for word in words), *(f"{i / 20:.2f}," for i in range(21))]:
-        assert len(language.encode_text(tokenizer, word)) == 1
-    text = "any text: ÄÖ, 漢字 \n 12.5%"
-    assert tokenizer.decode(language.encode_text(tokenizer, text)) == text
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -44,6 +32,9 @@ def test_a_pretraining_writes_a_checkpoint_like_that_in_weights(name, tmp_path):
         file = Path(name, "tokenizer_config.json")
         written = json.loads((tmp_path / file.name).read_text())
         assert written == json.loads((ROOT / "weights" / file).read_text())
+        tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        saved = Tokenizer.from_file(str(ROOT / "weights" / name / "tokenizer.json"))
+        assert tokenizer.get_vocab() == saved.get_vocab()
     if name == "llama":
         assert find_template(tmp_path) == "tiny"
     else:
@@ -63,7 +54,8 @@ def test_the_checkpoints_in_weights_know_the_world():
     assert scores["rec"][1] > 0.8 and scores["presence"][0] > 0.9
 
 
-def test_connectors_are_compared_and_finished_runs_are_not_repeated(tmp_path, capsys):
+def test_connectors_are_compared_and_finished_runs_are_not_repeated(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("eval.answer", lambda model, images, *_: [""] * len(images))
     flags = ["--connectors=comm,mlp", "--seeds=1", "--steps1=1", "--steps2=1", "--count=2"]
     flags += ["--jobs=1", f"--out={tmp_path}"]
     # comm as if run with this budget

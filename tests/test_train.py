@@ -2,11 +2,12 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, losses, records, saved_weights, torchrun
+from conftest import losses, records, saved_weights
 from PIL import Image
 
 import train
@@ -15,7 +16,6 @@ from common.errors import InputError
 from common.run import Ranks
 from connector import CONNECTORS
 from data import Loader
-from eval import evaluate
 from interop.load import load_model
 
 # Other micro-batches or ranks sum float32 numbers in another order: 1e-7 a step, and it grows.
@@ -97,17 +97,9 @@ def test_micro_batches_workers_and_activation_checkpointing_change_nothing(dialo
     assert losses("recomputed") == losses()
 
 
-def test_two_ranks_give_the_losses_of_one(dialogue_flags):
-    """The batch of 5 is uneven: one rank has 3 samples, the other 2; some have only text."""
-    train.main(dialogue_flags(batch2=5, micro_batch=2))
-    arguments = dialogue_flags(batch2=5, micro_batch=2, out="two")
-    done = torchrun(2, [ROOT / "train.py", *arguments])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_near(losses("two"), losses())
-    assert done.stdout.count("wrote two/model") == 1
-
-
-def test_bfloat16_and_compiled_blocks_give_the_same_losses(flags):
+def test_bfloat16_and_compiled_blocks_give_the_same_losses(flags, monkeypatch):
+    """The compiler's backend only traces: code generation takes 20 seconds."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     options = {"stage": 2, "init": "new", "steps2": 3}
     train.main(flags(**options))
     train.main(flags(**options, out="compiled", compile=True))
@@ -132,12 +124,17 @@ def untrained(arguments):
     return train.build_model(parse(train.Config, arguments), 1, torch.device("cpu")).state_dict()
 
 
-def test_stage_1_trains_the_connector_and_stage_2_connector_and_llm(flags):
-    train.main(flags(stage=1, out="one"))
-    before = untrained(flags())
-    assert changed(before, saved_weights("one")) == {k for k in before if "connector." in k}
-    train.main(flags(stage=2, out="two", init="one/model"))
-    after = changed(saved_weights("one"), saved_weights("two"))
+def test_stage_1_trains_all_of_every_connector_and_stage_2_connector_and_llm(flags, tiny_folders):
+    for connector in CONNECTORS:
+        options = {"connector": connector, "stage": 1}
+        if connector == "comm_dino":
+            options["vision"] = tiny_folders["dinov2"]
+        train.main(flags(out=connector, **options))
+        before = untrained(flags(**options))
+        trained = changed(before, saved_weights(connector))
+        assert trained == {name for name in before if name.startswith("connector.")}, connector
+    train.main(flags(stage=2, out="two", init="dense/model"))
+    after = changed(saved_weights("dense"), saved_weights("two"))
     assert {name.partition(".")[0] for name in after} == {"connector", "llm"}
     # A model starts stage 2 whole, with the LLM that was trained.
     train.main(flags(stage=2, out="same", init="two/model", steps2=1, lr2=0, connector_lr2=0))
@@ -155,16 +152,6 @@ def test_a_trained_tower_moves_as_deep_as_it_is_read(flags):
         assert not any("norm_post" in name for name in moved)
 
 
-def test_every_connector_trains_and_its_loss_falls(flags, tiny_folders):
-    for connector in CONNECTORS:
-        options = {"connector": connector, "steps1": 1, "steps2": 12, "out": connector}
-        if connector == "comm_dino":
-            options["vision"] = tiny_folders["dinov2"]
-        train.main(flags(**options))
-        found = [loss for (stage, _), loss in losses(connector).items() if stage == 2]
-        assert sum(found[-3:]) < sum(found[:3])
-
-
 def test_files_are_mixed_by_size_or_equally_and_epochs_count_steps(dialogue_flags, tmp_path):
     flags = dialogue_flags(data2=f"{tmp_path / 'data.json'},world", steps2=7)
     config = parse(train.Config, flags)
@@ -176,7 +163,7 @@ def test_files_are_mixed_by_size_or_equally_and_epochs_count_steps(dialogue_flag
 
 
 def test_a_run_ends_with_scores_and_what_to_do_next(flags, capsys, monkeypatch):
-    monkeypatch.setattr("eval.evaluate", lambda model, count: evaluate(model, count=2))
+    monkeypatch.setattr(train.MLLM, "generate", lambda model, images, *_: ["yes"] * len(images))
     train.main(flags(evaluate=True, steps1=1, steps2=1))
     printed = capsys.readouterr().out
     assert "presence" in printed and "python sample.py --model=run/model" in printed
