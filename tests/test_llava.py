@@ -5,14 +5,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, recorded, relative_error
+from conftest import ROOT, recorded, refused, relative_error
 from make_dense_folder import make_folder
 from make_llava_tokenizer import IMAGE_TOKEN, make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tower_outputs import expand
 
-from common.errors import InputError
 from common.layouts import OPENAI
 from common.pretrained import match
 from dialogue import IMAGE
@@ -54,20 +53,8 @@ def test_damaged_llava_folders_are_one_line_that_names_the_fault(tmp_path):
         ("text_config", {"model_type": "gemma"}),
     ):
         (folder / "config.json").write_text(json.dumps(config | {key: value}))
-        with pytest.raises(InputError, match=str(folder)) as error:
+        with refused(str(folder)):
             load_model(folder)
-        assert "\n" not in str(error.value)
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
-    norm, zeros = "language_model.model.norm.weight", torch.zeros(32)
-    for name, tensor in {norm: zeros[:31], "image_newline": zeros}.items():
-        save_file(tensors | {name: tensor}, folder / "model.safetensors")
-        with pytest.raises(InputError, match=name):
-            load_model(folder)
-    del tensors[norm]
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(InputError, match="norm.weight"):
-        load_model(folder)
 
 
 # ---- the authors' layout: by hand ----------------------------------------------------------------
@@ -177,9 +164,8 @@ def test_a_release_that_needs_more_than_this_is_one_line(tmp_path):
         {"model_type": "llava_mpt"},
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(InputError) as error:
+        with refused():
             load_model(tmp_path)
-        assert "\n" not in str(error.value)
 
 
 def test_llama_3_and_chatml_releases_get_the_templates_they_were_trained_with(tmp_path):
@@ -227,11 +213,11 @@ def test_another_connector_is_an_error_and_changes_nothing(tmp_path, tiny_model)
     good = {f"model.{n}": torch.randn_like(t) for n, t in tiny_model.connector.state_dict().items()}
     for name in ("model.mm_projector.2.bias", "model.mm_projector.4.bias"):  # wrong, left over
         save_file(good | {name: torch.zeros(3)}, tmp_path / "mm_projector.safetensors")
-        with pytest.raises(InputError, match="mm_projector"):
+        with refused("mm_projector"):
             start_from(tiny_model, tmp_path)
     (tmp_path / "mm_projector.safetensors").rename(tmp_path / "mm_projector.bin")
     for path in (tmp_path, tmp_path / "mm_projector.bin", tmp_path / "nowhere"):
-        with pytest.raises(InputError):
+        with refused():
             start_from(tiny_model, path)
     after = tiny_model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)

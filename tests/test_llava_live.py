@@ -22,11 +22,9 @@ from make_llava_fixtures import (
 )
 from make_llava_tokenizer import IMAGE_TOKEN
 from PIL import Image
-from test_export import build
 
 from common.images import to_pixels
 from dialogue import IMAGE
-from interop.export import export
 from interop.load import load_model
 
 transformers.logging.set_verbosity_error()
@@ -97,34 +95,3 @@ def test_anyres_is_that_of_transformers(naming, tmp_path):
     greedy = theirs.generate(**inputs, max_new_tokens=12, do_sample=False)[0, len(ids) :]
     (text,) = ours.generate([images], ["What?"], 12)
     assert text == ours.text(greedy.tolist())
-
-
-def message(role, text, *images):
-    content = [{"type": "image", "image": image} for image in images]
-    return {"role": role, "content": [*content, {"type": "text", "text": text}]}
-
-
-def last(outputs):
-    """Read the answers of a pipeline to several dialogues."""
-    return [output["generated_text"][-1]["content"].strip() for (output,) in outputs]
-
-
-def test_pipelines_of_transformers_answer_as_we_do(tmp_path):
-    """A batch of prompts of different lengths, with and without images."""
-    photographs = [Image.effect_noise(size, 90).convert("RGB") for size in ((32, 32), (32, 50))]
-    questions = ["What?", "How many small red dogs do you see?"]
-    options = {"max_new_tokens": 8, "do_sample": False, "batch_size": 2}
-    for template in ("vicuna_v1", "llama_2"):
-        ours = build("mlp", template=template, mode="crop")
-        export(ours, tmp_path / template / "llm", "llama")
-        export(ours, tmp_path / template / "hf", "llava-hf")
-        pipeline = transformers.pipeline("text-generation", str(tmp_path / template / "llm"))
-        chats = [[{"role": "user", "content": question}] for question in questions]
-        ids = pipeline.tokenizer.apply_chat_template(chats[0]).input_ids
-        assert ids == ours.prompt([], [(questions[0], None)])[1]
-        assert last(pipeline(chats, **options)) == ours.generate([[], []], questions, 8)
-        pipeline = transformers.pipeline("image-text-to-text", str(tmp_path / template / "hf"))
-        pairs = zip(photographs, questions, strict=True)
-        chats = [[message("user", question, image)] for image, question in pairs]
-        answers = ours.generate([[image] for image in photographs], questions, 8)
-        assert last(pipeline(text=chats, **options)) == answers

@@ -78,19 +78,6 @@ def test_a_fast_llama_learns_and_answers_as_the_plain_one(monkeypatch, settings)
     assert torch.backends.mkldnn.enabled
 
 
-def test_small_layers_of_a_multimodal_model_stay_and_its_attention_is_the_fast_one(tiny_model):
-    """The toy world's layers are narrow: its scores do not depend on the machine."""
-    model = copy.deepcopy(tiny_model).bfloat16()
-    speed_up(model, "chat")
-    compiled = copy.deepcopy(tiny_model)
-    speed_up(compiled, "train", compile=True)
-    assert list(compiled.state_dict()) == list(tiny_model.state_dict())
-    assert FastLinear not in [type(module) for module in model.modules()]
-    attentions = [module for module in model.modules() if hasattr(module, "sdpa")]
-    assert len(attentions) == len(model.llm.layers) + len(model.vision[0].blocks)
-    assert all(module.sdpa is attention for module in attentions)
-
-
 def test_a_compiled_step_is_one_graph_for_all_lengths_and_changes_no_text():
     """By the backend that only traces. A break is an error (fullgraph)."""
     import torch._dynamo as dynamo

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import losses, records, saved_weights
+from conftest import losses, records, refused, saved_weights
 from PIL import Image
 
 import train
 from common.cli import parse
-from common.errors import InputError
 from common.run import Ranks
 from connector import CONNECTORS
 from data import Loader
@@ -98,8 +97,8 @@ def test_micro_batches_workers_and_activation_checkpointing_change_nothing(dialo
 
 
 def test_bfloat16_and_compiled_blocks_give_the_same_losses(flags, monkeypatch):
-    """The compiler's backend only traces: code generation takes 20 seconds."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    """The compiler only traces the blocks. Code generation takes 20 seconds."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     options = {"stage": 2, "init": "new", "steps2": 3}
     train.main(flags(**options))
     train.main(flags(**options, out="compiled", compile=True))
@@ -176,7 +175,7 @@ def test_stage_2_refuses_a_connector_that_means_something_else(flags):
     folder = next(Path("one/checkpoints").iterdir())
     for connector in ("dense", "mlp", "linear"):
         for init in (folder, "one/model"):
-            with pytest.raises(InputError):
+            with refused():
                 train.main(flags(stage=2, init=init, out="two", connector=connector))
     options = {"stage": 2, "init": folder, "out": "two", "connector": "sci", "steps2": 1}
     train.main(flags(**options))
@@ -184,7 +183,7 @@ def test_stage_2_refuses_a_connector_that_means_something_else(flags):
     assert state["connector"]["layers"] == [[5, 1, 3]]
     state["connector"]["layers"] = [[5, 0, 1]]
     (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(InputError):
+    with refused():
         train.main(flags(**options | {"out": "three"}))
 
 
@@ -209,7 +208,7 @@ def test_bad_steps_are_skipped_and_after_ten_a_lower_learning_rate_continues_fro
     options = {"steps2": 30, "save_every": 3}
     with monkeypatch.context() as patch:
         poison(patch, {1, *range(5, 40)})
-        with pytest.raises(InputError, match="--resume"):
+        with refused("--resume"):
             train.main(dialogue_flags(**options))
     printed = capsys.readouterr().err
     assert "step 1:" in printed and "among s" in printed
@@ -220,16 +219,12 @@ def test_bad_steps_are_skipped_and_after_ten_a_lower_learning_rate_continues_fro
     assert all(tensor.isfinite().all() for tensor in saved_weights().values())
 
 
-def test_a_run_without_a_supervised_token_stops(flags):
-    with pytest.raises(InputError):
-        train.main(flags(max_length=8))
-
-
 WRONG = "connector=dance connector.groups=0 connector.layer=3 vision=nowhere"
 WRONG += " llm=nowhere template=klingon image_size=65 image_mode=squash stage=3 init=run"
 WRONG += " stage=2,init=nowhere train1= train2=towers data1=nowhere.json data2=rec:data.json"
 WRONG += " batch1=0 steps1=-1 steps1=0,epochs1=0 workers=-1 lr1=nan warmup=5.0 adam_beta=1"
-WRONG += " device=abacus data1=text.json"
+# no answer fits into 8 tokens
+WRONG += " device=abacus data1=text.json max_length=8"
 
 
 @pytest.mark.parametrize("options", WRONG.split())
@@ -238,7 +233,6 @@ def test_a_wrong_option_is_one_line_before_anything_is_trained(options, flags, t
     # Without an image the loss does not depend on the connector, which stage 1 trains.
     texts = [entry for entry in json.loads(Path("data.json").read_text()) if "image" not in entry]
     Path("text.json").write_text(json.dumps(texts))
-    with pytest.raises(InputError) as error:
+    with refused():
         train.main(flags(**dict(option.split("=") for option in options.split(","))))
-    assert "\n" not in str(error.value)
     assert not Path("run/checkpoints").exists()
