@@ -1,7 +1,5 @@
 """interop.export: every format is read back as the same model, or the export is an error."""
 
-import json
-
 import torch
 from conftest import refused
 from make_dense_folder import wide
@@ -13,7 +11,7 @@ from common.images import ImageSpec
 from common.pretrained import read_json
 from common.save import save_tower
 from dinov2 import DINOv2, DINOv2Config
-from interop.export import FORMATS, export, main, read_checkpoint
+from interop.export import FORMATS, export, main
 from interop.load import load_model
 from interop.phi import Phi, PhiConfig
 from llama import Llama, LlamaConfig
@@ -154,20 +152,6 @@ def test_the_command_keeps_the_stored_dtype_unless_told(tmp_path, capsys):
         tensors = load_file(tmp_path / folder / "model.safetensors").values()
         assert {tensor.dtype for tensor in tensors} == {dtype}
     assert_same(load_model(tmp_path / "half"), load_model(tmp_path / "whole"))
-
-
-def test_a_checkpoint_of_a_run_is_exported_with_its_adapters(clean_run, flags, tiny_folders):
-    import train
-
-    train.main(flags(lora_rank=2, connector="mlp", steps1=1, steps2=2))
-    folder = sorted(train.Path("run/checkpoints").glob("stage2-*"))[-1]
-    main([f"--model={folder}", "--to=exported", "--format=llama"])
-    trained = load_file("run/model/model.safetensors")
-    written = load_file("exported/model.safetensors")
-    for name, tensor in written.items():
-        assert torch.equal(tensor, trained["llm." + name.removeprefix("model.")]), name
-    assert json.loads((train.Path("exported") / "config.json").read_text())["template"]
-    assert read_checkpoint(folder).connector.name == "mlp"
 
 
 def test_wrong_options_are_named(model_folder):

@@ -91,6 +91,7 @@ def test_two_ranks_compute_what_one_process_computes(sharded, one, tmp_path):
     train.main(sharded(out="lora1", **options))
     done = run_ranks(2, sharded(out="lora2", **options))
     assert done.returncode == 0 and "arning" not in done.stderr
+    assert done.stdout.count("wrote lora2/model") == 1
     assert_near("lora2", "lora1")
     assert run_ranks(2, sharded(out="half", bf16="true")).returncode == 0
     assert_near("half", one, loss=0.02, weight=2e-2)

@@ -19,35 +19,6 @@ from tools import look, plan
 # ---- plan ----------------------------------------------------------------------------------------
 
 
-def planned_step(stage, connector, recompute):
-    """Return the plan of a step on the toy world, the model, the optimizer and the step itself."""
-    flags = [f"--connector={connector}", f"--activation_checkpointing={recompute}", "--gpus=1"]
-    config = cli.parse(plan.PlanConfig, [*flags, "--device=cpu"])
-    options = config.stage_options(stage)
-    model = train.build_model(config, stage, torch.device("cpu")).train()
-    model.llm.gradient_checkpointing = recompute
-    trainable = train.freeze(model, options["train"])
-    parameters = [p for part in trainable.values() for p in part]
-    optimizer = torch.optim.AdamW(parameters, fused=True)
-    dataset = train.build_dataset(config, stage)
-    template = options.get("template", model.template)
-    batches = Batches(dataset, model.tokenizer, template, model.spec, model.tokens_per_image, 512)
-    batch = batches[range(8)]
-
-    def step():
-        arguments = batch.pixels, batch.tokens, batch.labels, batch.lengths, batch.image_index
-        loss, number = model(*arguments)
-        (loss / number).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    load = plan.Load.of(batch.lengths, (batch.labels >= 0).sum().item(), len(batch.pixels))
-    shapes = plan.build(config)
-    assert all(p.is_meta for p in shapes.parameters())
-    trains_llm = "llm" in options["train"]
-    return plan.Plan(config, shapes, trains_llm, load, 1, False), model, optimizer, step
-
-
 def most_allocated(step):
     """Return the most bytes that the allocator has given out at one time during the step."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -63,21 +34,34 @@ def most_allocated(step):
 
 def test_planned_memory_and_flops_are_those_that_pytorch_measures():
     """Peak memory within 15%. PyTorch counts all pairs of attention, the plan the causal half."""
-    for stage, connector, recompute in ((1, "comm", False), (2, "mlp", False), (2, "dense", True)):
-        step_plan, model, optimizer, step = planned_step(stage, connector, recompute)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            step()
-        found = plan.flops(step_plan)
-        not_causal = found["attention"] * (4 if recompute else 3) // 3
-        assert counter.get_total_flops() == sum(found.values()) + not_causal, (stage, connector)
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        moments = 0
-        for state in optimizer.state.values():
-            moments += sum(x.numel() * x.element_size() for x in state.values() if x.numel() > 1)
-        found = plan.memory(step_plan)
-        assert (found["weights"], found["optimizer"]) == (weights, moments)
-        added = found["peak"] - weights - moments
-        assert added == pytest.approx(most_allocated(step), rel=0.15), (stage, connector)
+    flags = ["--connector=dense", "--activation_checkpointing=true", "--gpus=1", "--device=cpu"]
+    config = cli.parse(plan.PlanConfig, flags)
+    model = train.build_model(config, 2, torch.device("cpu")).train()
+    model.llm.gradient_checkpointing = True
+    trainable = train.freeze(model, config.stage_options(2)["train"])
+    parameters = [p for part in trainable.values() for p in part]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    samples = train.build_dataset(config, 2), model.tokenizer, model.template, model.spec
+    batch = Batches(*samples, model.tokens_per_image, 512)[range(8)]
+
+    def step():
+        arguments = batch.pixels, batch.tokens, batch.labels, batch.lengths, batch.image_index
+        loss, number = model(*arguments)
+        (loss / number).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    load = plan.Load.of(batch.lengths, (batch.labels >= 0).sum().item(), len(batch.pixels))
+    planned = plan.Plan(config, plan.build(config), True, load, 1, False)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    flops, memory = plan.flops(planned), plan.memory(planned)
+    assert counter.get_total_flops() == sum(flops.values()) + flops["attention"] * 4 // 3
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    moments = 2 * 4 * sum(p.numel() for p in parameters)
+    assert (memory["weights"], memory["optimizer"]) == (weights, moments)
+    added = memory["peak"] - weights - moments
+    assert added == pytest.approx(most_allocated(step), rel=0.15)
 
 
 def test_recipes_are_planned_without_their_checkpoints(capsys):
@@ -106,15 +90,13 @@ def test_look_draws_models_and_towers(model_folder, tmp_path):
     comm = MLLM.assemble([weights / "clip", weights / "dinov2"], weights / "llama", "comm")
     comm.save(tmp_path / "comm")
     Image.new("RGB", (90, 60), "blue").save(tmp_path / "photo.png")
-    heights = []
     for flags in (
         ["--image=photo.png", "--prompt=What?"],
         ["--scene=3", "--model=comm", "--html=page.html"],
         [f"--vision={weights / 'clip'},{weights / 'dinov2'}"],
     ):
         look.main([*flags, "--device=cpu", "--out=sheet.png"])
-        heights.append(Image.open(tmp_path / "sheet.png").height)
-    assert heights[1] > heights[0]
+        assert Image.open(tmp_path / "sheet.png").height > 200
     # A slider for each of three questions and for the colors and the attention of two towers.
     page = (tmp_path / "page.html").read_text()
     assert page.count("<input") == 3 + 4 and page.count('alt="block 4, head 4') == 3

@@ -1,22 +1,96 @@
-"""Smoke tests of toy/: the five pretrainings, the findings and the video clips."""
+"""toy/: scenes depend on the seed only, splits are disjoint, answers are true; smoke tests."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT, refused
+from conftest import ROOT
 from tokenizers import Tokenizer
 
+import train
 from clip import CLIP
 from common import cli
-from common.images import ImageSpec
+from common.images import ImageSpec, iou, parse_box
 from dialogue import find_template
 from dinov2 import DINOv2
 from llama import Llama
 from toy import findings, pretrain, video, world
+from toy.world import COLORS, SHAPES, SIDE, World, draw, scene
 from vit import ViT
 
 NAMES = {"clip": CLIP, "dinov2": DINOv2, "mae": ViT, "deit": ViT, "llama": Llama}
+COUNT = 800
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return {split: [scene(split, index) for index in range(COUNT)] for split in ("train", "test")}
+
+
+def kinds(objects):
+    return {(o.color, o.shape) for o in objects}
+
+
+def asked(task, scenes):
+    """Ask about every object of the scenes -> (objects, question, answer)."""
+    for index, objects in enumerate(scenes["train"] + scenes["test"]):
+        for about in range(len(objects)):
+            turn = world.question(task, objects, np.random.default_rng([index, about]), about)
+            if turn:
+                yield objects, *turn
+
+
+def test_a_scene_and_its_image_depend_on_split_and_index_only(scenes):
+    for split, index in (("train", 7), ("test", 7), ("train", 1_000_007)):
+        np.random.seed(index)
+        first, again = scene(split, index), scene(split, index)
+        assert first == again and (draw(first, split, index) == draw(again, split, index)).all()
+    assert scene("train", 7) == scenes["train"][7] != scenes["test"][7]
+    assert World("test", 12)[5].turns == World("test", 12)[5].turns
+
+
+def test_no_set_of_objects_is_in_both_splits(scenes):
+    sets = {split: {frozenset(kinds(objects)) for objects in scenes[split]} for split in scenes}
+    assert not sets["train"] & sets["test"] and len(sets["test"]) > 300
+    assert set().union(*sets["train"]) == {(color, shape) for color in COLORS for shape in SHAPES}
+
+
+def test_answers_about_presence_and_number_are_true_and_balanced(scenes):
+    answers = Counter()
+    for objects, question, answer in asked("presence", scenes):
+        color, shape = re.fullmatch(r"Is there an? (\w+) (\w+)\?", question).groups()
+        assert (answer == "yes") == ((color, shape) in kinds(objects))
+        answers[answer] += 1
+    assert abs(answers["yes"] / answers.total() - 0.5) < 0.055
+    for objects, question, answer in asked("count", scenes):
+        (word,) = re.fullmatch(r"How many (\w+)(?: shapes)? are there\?", question).groups()
+        found = [o for o in objects if word in ("shapes", o.color, o.shape + "s", o.shape + "es")]
+        assert answer == str(len(found))
+
+
+def test_answers_about_places_and_attributes_are_true_and_unique(scenes):
+    for objects, question, answer in asked("rec", scenes):
+        (name,) = re.fullmatch(r"Where is the (.+)\?", question).groups()
+        (meant,) = [o for o in objects if o.name == name]
+        box = parse_box(answer)
+        assert max(abs(a - b) for a, b in zip(box, meant.box, strict=True)) <= 0.025 + 1e-9
+    for objects, question, answer in asked("reg", scenes):
+        box = parse_box(question)
+        assert max(objects, key=lambda o: iou(o.box, box)).name == answer
+    for objects, question, answer in asked("attribute", scenes):
+        asked_for, known = re.fullmatch(r"What (\w+) is the (\w+).*\?", question).groups()
+        found = [o.color if asked_for == "colour" else o.shape for o in objects if known in o.name]
+        assert found == [answer]
+    pattern = r"Is the (\w+ \w+) (left|above) or \w+(?: of)? the (\w+ \w+)\?"
+    for objects, question, answer in asked("relation", scenes):
+        first, way, second = re.fullmatch(pattern, question).groups()
+        a, b = (next(o for o in objects if o.name.endswith(name)) for name in (first, second))
+        gap = a.center[way == "above"] - b.center[way == "above"]
+        other = {"left": "right", "above": "below"}[way]
+        assert abs(gap) > SIDE / 5 and answer == (way if gap < 0 else other)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,27 +114,6 @@ def test_a_pretraining_writes_a_checkpoint_like_that_in_weights(name, tmp_path):
         assert spec.size == 64 and spec.mean == pytest.approx(pretrain.MEAN)
 
 
-def test_connectors_are_compared_and_finished_runs_are_not_repeated(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("eval.answer", lambda model, images, *_: [""] * len(images))
-    flags = ["--connectors=comm,mlp", "--seeds=1", "--steps1=1", "--steps2=1", "--count=2"]
-    flags += ["--jobs=1", f"--out={tmp_path}"]
-    # comm as if run with this budget
-    result = json.loads((ROOT / "runs" / "findings" / "comm-0.json").read_text())
-    result["budget"] = {"steps1": 1, "steps2": 1, "count": 2}
-    (tmp_path / "comm-0.json").write_text(json.dumps(result))
-    findings.main(flags)
-    printed = capsys.readouterr().out
-    assert "2 of 2, mlp-0: rec" in printed and "| mlp | " in printed and "| comm | " in printed
-    result = json.loads((tmp_path / "mlp-0.json").read_text())
-    assert set(result["scores"]) == set(findings.TASKS) and result["tokens"] == 64
-    findings.main(flags)
-    assert "2 finished before" in capsys.readouterr().out
-    with refused("comm"):
-        findings.main([*flags, "--steps2=2"])
-    with refused("nearest is mlp"):
-        findings.main([*flags, "--connectors=nlp"])
-
-
 def test_the_tables_of_the_page_are_those_of_the_finished_runs(capsys):
     findings.main([f"--out={ROOT / 'runs' / 'findings'}"])
     printed, page = capsys.readouterr().out, (ROOT / "docs" / "findings.md").read_text()
@@ -69,6 +122,8 @@ def test_the_tables_of_the_page_are_those_of_the_finished_runs(capsys):
     rows = [row[1] for name in findings.TABLES for row in findings.rows_of(name)[1:]]
     quick = cli.parse(findings.Config, [str(ROOT / "runs" / "quick.toml")])
     assert set(rows) == set(findings.ARMS) and set(quick.arms) <= set(rows) and quick.seeds == 1
+    for flags in findings.ARMS.values():
+        cli.parse(train.Config, flags.split())
 
 
 def test_pretraining_sees_no_held_out_scene():
