@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 # No test may use the network.
@@ -30,6 +31,16 @@ def real():
     if not folder.is_dir():
         pytest.skip("no real inputs beside this repository (shared/real)")
     return folder
+
+
+@contextmanager
+def refused(match=None):
+    """Expect an InputError of one line in which this regular expression, if any, is found."""
+    from common.errors import InputError
+
+    with pytest.raises(InputError, match=match) as error:
+        yield error
+    assert "\n" not in str(error.value)
 
 
 def relative_error(ours, reference):

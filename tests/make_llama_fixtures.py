@@ -4,8 +4,8 @@
 
 Each folder holds a checkpoint (config.json, model.safetensors) and expected.safetensors: `tokens`
 (B, T), their hidden states (L+1, B, T, C) and `logits` (B, T, V), and `prompts` (B, T), padded on
-the left as `mask` says, with the `greedy` ids (B, 12) that follow. test_llama_live.py compares more
-variants, with new inputs.
+the left as `mask` says, with the `greedy` ids (B, 12) that follow. test_transformers_live.py
+compares the logits of more variants.
 """
 
 from pathlib import Path

@@ -6,8 +6,7 @@ Each folder is a checkpoint (config.json and model.safetensors in float16, whose
 float32) and expected.safetensors, computed in float32. For every resolution R of the variant:
 `R.pixels` uint8 (B, 3, R, R) and `R.hidden.0` to `R.hidden.L` (B, S, D). Some variants also have:
 `R.mask` (B, N) with `R.masked.i`, `R.logits` (B, classes). For CLIP: `tokens` (B, T) with `text.i`
-(B, T, D) and `R.logits` (B, texts). test_towers_live.py compares the same variants with new weights
-and images.
+(B, T, D) and `R.logits` (B, texts).
 """
 
 import json

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, torchrun
+from conftest import ROOT, refused, torchrun
 from PIL import Image
 
+from benchmarks.judged import mathvista_match, mathvista_rule
 from benchmarks.prompts import find_images, open_question
 from benchmarks.readers import BENCHMARKS, read
 from benchmarks.run import Config, main
@@ -87,10 +88,10 @@ def test_a_run_resumes_asks_changed_questions_again_and_refuses_others(here, cap
     assert [line["id"] for line in answers()] == ["1", "2", "3"]
     main(command("pope", "--prompt=Tell me: <question>"))
     assert answers()[0]["prompt"] == "Tell me: Is there a dog?"
-    with pytest.raises(InputError, match="run.json"):
+    with refused("run.json"):
         main(command("pope", "--max_new_tokens=3"))
     os.utime("pope.jsonl", (0, 0))
-    with pytest.raises(InputError, match="run.json"):
+    with refused("run.json"):
         main(command("pope"))
 
 
@@ -117,16 +118,13 @@ def test_what_has_no_readable_image_is_left_out_and_named(here, capsys):
 
 
 def test_llavas_question_files_without_answers_are_read(here):
-    question = (
-        '{"question_id": "0", "image": "0.jpg", "text": "What is it?", "category": "default"}'
-    )
-    Path("file").write_text(f"{question}\n{question}")
+    question = {"question_id": "0", "image": "0.jpg", "text": "What is it?", "category": "default"}
+    write("file", [question] * 2)
     for task in ("pope", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "llava_bench"):
         first, *_ = items = read(parse(Config, [task, "--data=file"]))
-        assert first.prompt.startswith("What is it?") and find_images(items, "images") == (
-            [item._replace(image=Path("images/0.jpg")) for item in items],
-            [],
-        )
+        assert first.prompt.startswith("What is it?")
+        found = [item._replace(image=Path("images/0.jpg")) for item in items]
+        assert find_images(items, "images") == (found, [])
 
 
 def test_without_answers_there_is_the_servers_file_and_frames_must_fit(here):
@@ -135,12 +133,75 @@ def test_without_answers_there_is_the_servers_file_and_frames_must_fit(here):
     assert row["question_id"] == 8 and isinstance(row["answer"], str) and results() == {}
     for i in range(40):
         Image.new("RGB", (8, 8)).save(f"images/video7/{i}.jpg")
-    with pytest.raises(InputError, match="--pool=pairs"):
+    with refused("--pool=pairs"):
         main(command("video", "--frames=20", "--out=frames"))
     main(command("video", "--frames=20", "--pool=grid", "--out=pooled"))
     assert len(answers("pooled")) == 1
     main(command("mmmu", "--out=mmmu"))
     assert json.loads(Path("mmmu/submission.json").read_text())["a"] in ("A", "B")
+
+
+# --- benchmarks that another model judges ---
+
+# Small files, prompts, verdicts and scores as of the official scripts.
+OFFICIAL = json.loads((ROOT / "tests/fixtures/judged.json").read_text())
+
+
+def write(path, values):
+    Path(path).write_text("\n".join(map(json.dumps, values)))
+
+
+def scores_of(task, capsys):
+    """Return {"group | metric": value} as --judged prints it."""
+    capsys.readouterr()
+    main([task, "--data=data", "--judged=verdicts"])
+    lines = capsys.readouterr().out.splitlines()
+    return {f"{line[:40].strip()} | {line[50:70].strip()}": float(line[70:]) for line in lines}
+
+
+@pytest.mark.parametrize("task", OFFICIAL["cases"])
+def test_the_judge_gets_its_file_and_its_answers_are_scored(task, model_folder, capsys):
+    case = OFFICIAL["cases"][task]
+    Image.new("RGB", (8, 8)).save("0.gif")
+    write("data", case["data"])
+    main([task, "--data=data", "--out=out", "--max_new_tokens=2", "--device=cpu"])
+    assert "lower bound" in capsys.readouterr().out
+    (path,) = Path("out").glob("submission.*")
+    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    assert len(lines) == len(case["data"])
+    rows = [json.loads(line) for line in lines]
+    assert set(case["keys"]) <= rows[0].keys()
+    if task == "mathvista":
+        assert [row["query"] for row in rows[0].values()] == OFFICIAL["queries"]
+        assert {"response", "unit"} < rows[0]["1"].keys()
+    if task == "llava_bench":
+        assert rows[0]["prompt"] == "Who?" != rows[0]["text"]
+    write("verdicts", case["verdicts"])
+    scores = scores_of(task, capsys)
+    assert case["scores"] == pytest.approx(
+        {name: scores[name] for name in case["scores"]}, abs=0.051
+    )
+
+
+def test_mathvistas_answers_are_matched_as_officially_or_read_by_a_rule():
+    for case in OFFICIAL["normalize"]:
+        assert not mathvista_match(case["extraction"], case | {"answer": "other"})
+        right = mathvista_match(case["extraction"], case | {"answer": case["normalized"]})
+        assert right == (case["normalized"] is not None), case
+    number = {"choices": None, "answer_type": "integer", "answer": "1200"}
+    choice = {"choices": ["red", "dark blue"], "answer_type": "text", "answer": "dark blue"}
+    assert mathvista_rule("In 2008, it was 1,200.", number)
+    assert mathvista_rule("The answer is B.", choice) and not mathvista_rule("blue", choice)
+
+
+def test_a_wrong_file_of_a_judge_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("data", OFFICIAL["cases"]["mm_vet"]["data"])
+    for verdicts in ({"v1_9": {"score": [1]}}, {"v1_0": {}}, {"v1_0": {"score": "x"}}, []):
+        write("verdicts", [verdicts])
+        for task in ("mm_vet", "gqa"):
+            with refused("verdicts"):
+                main([task, "--data=data", "--judged=verdicts"])
 
 
 # --- wrong input --------------------------------------------------------------------------
@@ -162,7 +223,7 @@ WRONG = [
 def test_a_wrong_file_image_or_option_is_named(here):
     for task, content, place in WRONG:
         Path("file").write_text(content)
-        with pytest.raises(InputError, match=place):
+        with refused(place):
             main([task, "--data=file", "--image_dir=images", "--model=model"])
     for arguments, name in (
         ("pope", "--data=FILE"),

@@ -5,11 +5,10 @@ import shutil
 import struct
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refused
 from tokenizers import Tokenizer
 
 import dialogue
-from common.errors import InputError
 from data import LlavaData
 from dialogue import IGNORE, IMAGE, TEMPLATES, encode, find_template, load_tokenizer, render
 
@@ -62,11 +61,11 @@ def test_layouts_are_those_of_their_authors(world_tokenizer):
     for name, image in (("llama_3", "<image>\n"), ("llama_3_dense", "<image>")):
         assert f"\n\n{image}q<|eot_id|>" in render([("<image>\nq", None)], name)[0]
     assert render(TWO_TURNS, "vicuna_v1", "Be brief.")[0].startswith("Be brief. USER: q1")
-    with pytest.raises(InputError, match="tiny"):
+    with refused("tiny"):
         render(TWO_TURNS, "tiny", "Be brief.")
-    with pytest.raises(InputError, match="vicuna_v1"):
+    with refused("vicuna_v1"):
         render(TWO_TURNS, "vicuna")
-    with pytest.raises(InputError, match="chatml"):
+    with refused("chatml"):
         encode(world_tokenizer, TWO_TURNS, "chatml")
 
 
@@ -161,7 +160,7 @@ def test_the_template_of_a_checkpoint_is_recognized(tmp_path):
     ]:
         assert find(chat) == name and find(chat, '{"template": "tiny"}') == "tiny"
     assert find(config='{"model_type": "phi"}') == "phi"
-    with pytest.raises(InputError, match="config.json"):
+    with refused("config.json"):
         find("### Human: {{ m }}")
     (tmp_path / "chat_template.jinja").write_text("<|im_start|>")
     assert find_template(tmp_path) == "chatml"
@@ -241,7 +240,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path):
         ("tokenizer.json", b'{"model": 3}'),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=name):
+        with refused(name):
             load_tokenizer(tmp_path)
-    with pytest.raises(InputError, match="nowhere"):
+    with refused("nowhere"):
         load_tokenizer(tmp_path / "nowhere")

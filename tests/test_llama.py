@@ -1,6 +1,6 @@
 """llama.py and interop/phi.py: recorded results of transformers, packed rows, generation, configs.
 
-make_llama_fixtures.py writes the fixtures. test_llama_live.py compares more variants.
+make_llama_fixtures.py writes the fixtures. test_transformers_live.py compares more variants.
 """
 
 import json
@@ -8,10 +8,9 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import recorded, relative_error
+from conftest import recorded, refused, relative_error
 from safetensors.torch import load_file, save_file
 
-from common.errors import InputError
 from interop.phi import Phi, PhiConfig
 from llama import KVCache, Llama, LlamaConfig, RMSNorm, sample
 
@@ -181,7 +180,7 @@ def test_a_wrong_request_is_an_error_that_names_the_option():
         ({"tokens": torch.zeros(2, 0, dtype=torch.long)}, "empty prompt"),
         ({"tokens": torch.full((1, 2), 61)}, "vocabulary"),
     ):
-        with pytest.raises(InputError, match=name):
+        with refused(name):
             model.generate(**{"tokens": tokens, "max_new_tokens": 4} | options)
 
 
@@ -215,9 +214,8 @@ def test_a_config_that_cannot_be_computed_is_one_line_that_names_the_key():
         (PhiConfig, phi | {"qk_layernorm": True}, "qk_layernorm"),
         (PhiConfig, phi | {"hidden_act": "relu"}, "relu"),
     ):
-        with pytest.raises(InputError, match=f"somewhere.*{name}") as error:
+        with refused(f"somewhere.*{name}"):
             config_class.from_dict(SHAPE | change, "somewhere")
-        assert "\n" not in str(error.value)
 
 
 def test_a_saved_model_loads_as_it_was(tmp_path):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import train
 from common import lora
+from interop import export
 from interop.phi import Phi, PhiConfig
 from llama import Llama, LlamaConfig
 
@@ -53,3 +54,8 @@ def test_a_run_saves_the_base_with_the_adapters_added(clean_run, flags, tiny_fol
             assert relative_error(weight, base[name]) > 1e-3
         assert relative_error(model["llm." + name.removeprefix("model.")], weight) < 1e-6
     assert not added
+    # A checkpoint has the adapters apart. Exporting adds them.
+    folder = max(Path("run/checkpoints").glob("stage2-*"))
+    export.main([f"--model={folder}", "--to=exported", "--format=llama"])
+    for name, tensor in load_file("exported/model.safetensors").items():
+        assert torch.equal(tensor, model["llm." + name.removeprefix("model.")]), name

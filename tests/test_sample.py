@@ -8,12 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused
 from PIL import Image
 
 import sample
 from common.draw import COLORS, TRUE_COLOR, panel
-from common.errors import InputError
 from common.images import BadImage
 from common.pool import POOLS
 from common.video import ENDINGS, midpoints, open_frames
@@ -127,7 +126,7 @@ def test_frames_come_from_a_folder_an_animation_or_a_video(tmp_path, monkeypatch
     check("clip.png")
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "av", None)
-        with pytest.raises(InputError, match="damaged.mp4.*pip install av"):
+        with refused("damaged.mp4.*pip install av"):
             open_frames(tmp_path / "damaged.mp4", 3)
     av = pytest.importorskip("av", reason="no video file is read: pip install av")
     for ending in ENDINGS:
@@ -168,10 +167,10 @@ def test_bad_input_is_named(model_folder, tmp_path):
     flags += ["image=clip.mp4"]
     for flag in flags:
         name, _, value = flag.partition("=")
-        with pytest.raises(InputError) as error:
+        with refused() as error:
             sample.main(["--prompt=Hi?", f"--{flag}"])
         assert name in str(error.value) or value in str(error.value)
-    with pytest.raises(InputError, match="2 <image> marks"):
+    with refused("2 <image> marks"):
         sample.main(["--prompt=<image> <image>"])
     # without a model
     for command in ("sample.py", "eval.py"):

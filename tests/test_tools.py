@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -12,41 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from common import cli
-from common.errors import InputError
 from data import Batches
 from mllm import MLLM
 from tools import look, plan
 
 # ---- plan ----------------------------------------------------------------------------------------
-
-
-def planned_step(stage, connector, recompute, samples=8):
-    """Return the plan of a step on the toy world, the model, the optimizer and the step itself."""
-    flags = [f"--connector={connector}", f"--activation_checkpointing={recompute}", "--gpus=1"]
-    config = cli.parse(plan.PlanConfig, [*flags, "--device=cpu"])
-    options = config.stage_options(stage)
-    model = train.build_model(config, stage, torch.device("cpu")).train()
-    model.llm.gradient_checkpointing = recompute
-    trainable = train.freeze(model, options["train"])
-    parameters = [p for part in trainable.values() for p in part]
-    optimizer = torch.optim.AdamW(parameters, fused=True)
-    dataset = train.build_dataset(config, stage)
-    template = options.get("template", model.template)
-    batches = Batches(dataset, model.tokenizer, template, model.spec, model.tokens_per_image, 512)
-    batch = batches[range(samples)]
-
-    def step():
-        arguments = batch.pixels, batch.tokens, batch.labels, batch.lengths, batch.image_index
-        loss, number = model(*arguments)
-        (loss / number).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    load = plan.Load.of(batch.lengths, (batch.labels >= 0).sum().item(), len(batch.pixels))
-    shapes = plan.build(config)
-    assert all(p.is_meta for p in shapes.parameters())
-    trains_llm = "llm" in options["train"]
-    return plan.Plan(config, shapes, trains_llm, load, 1, False), model, optimizer, step
 
 
 def most_allocated(step):
@@ -62,81 +32,57 @@ def most_allocated(step):
     return most
 
 
-def test_planned_memory_is_within_15_percent_of_the_allocators():
-    for stage, connector, recompute in ((1, "comm", False), (2, "mlp", False), (2, "dense", True)):
-        step_plan, model, optimizer, step = planned_step(stage, connector, recompute)
+def test_planned_memory_and_flops_are_those_that_pytorch_measures():
+    """Peak memory within 15%. PyTorch counts all pairs of attention, the plan the causal half."""
+    flags = ["--connector=dense", "--activation_checkpointing=true", "--gpus=1", "--device=cpu"]
+    config = cli.parse(plan.PlanConfig, flags)
+    model = train.build_model(config, 2, torch.device("cpu")).train()
+    model.llm.gradient_checkpointing = True
+    trainable = train.freeze(model, config.stage_options(2)["train"])
+    parameters = [p for part in trainable.values() for p in part]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    samples = train.build_dataset(config, 2), model.tokenizer, model.template, model.spec
+    batch = Batches(*samples, model.tokens_per_image, 512)[range(8)]
+
+    def step():
+        arguments = batch.pixels, batch.tokens, batch.labels, batch.lengths, batch.image_index
+        loss, number = model(*arguments)
+        (loss / number).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    load = plan.Load.of(batch.lengths, (batch.labels >= 0).sum().item(), len(batch.pixels))
+    planned = plan.Plan(config, plan.build(config), True, load, 1, False)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        moments = 0
-        for state in optimizer.state.values():
-            moments += sum(x.numel() * x.element_size() for x in state.values() if x.numel() > 1)
-        found = plan.memory(step_plan)
-        assert (found["weights"], found["optimizer"]) == (weights, moments)
-        added = found["peak"] - weights - moments
-        assert added == pytest.approx(most_allocated(step), rel=0.15), (stage, recompute)
+    flops, memory = plan.flops(planned), plan.memory(planned)
+    assert counter.get_total_flops() == sum(flops.values()) + flops["attention"] * 4 // 3
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    moments = 2 * 4 * sum(p.numel() for p in parameters)
+    assert (memory["weights"], memory["optimizer"]) == (weights, moments)
+    added = memory["peak"] - weights - moments
+    assert added == pytest.approx(most_allocated(step), rel=0.15)
 
 
-def test_planned_flops_are_those_that_pytorch_counts():
-    """PyTorch counts all pairs of attention, the plan counts the causal half."""
-    for stage, connector, recompute in ((1, "dense", False), (2, "comm", False), (2, "sti", True)):
-        step_plan, _, _, step = planned_step(stage, connector, recompute, samples=3)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            step()
-        found = plan.flops(step_plan)
-        not_causal = found["attention"] * (4 if recompute else 3) // 3
-        expected = sum(found.values()) + not_causal
-        assert counter.get_total_flops() == expected, (stage, connector, recompute)
-
-
-def rows(text):
-    """Read the plan's tables -> {(stage, name): numbers}."""
-    found, stage = {}, 0
-    for line in text.splitlines():
-        if line.startswith("stage"):
-            stage = int(line.split()[1].rstrip(","))
-        match = re.match(r"  ((?:LoRA )?(?:DDP|FSDP)) +(.*)", line)
-        if match:
-            numbers = match[2].removesuffix("does not fit").split()
-            found[stage, match[1]] = [*map(float, numbers), "does not fit" not in line]
-    return found
-
-
-def test_the_dense_recipe_needs_what_a_hand_count_says(capsys):
+def test_recipes_are_planned_without_their_checkpoints(capsys):
     """Vicuna-7B has 6,738.4M parameters and the connector 29.4M, in float32 with two moments."""
-    plan.main([str(ROOT / "config" / "dense_7b.toml"), "--gpus=8", "--gpu_memory=80"])
-    text = capsys.readouterr().out
-    parameters = (6738.4 + 29.4) / 1000
-    found = rows(text)
-    assert found[2, "DDP"][2] == pytest.approx(8 * parameters, abs=0.01)
-    assert found[2, "FSDP"][2] == pytest.approx(parameters, abs=0.01)
-    assert found[2, "DDP"][5] == pytest.approx(2 * 7 / 8 * 4 * parameters, abs=0.01)
-    assert not found[2, "DDP"][-1] and found[2, "FSDP"][-1] and found[1, "FSDP"][-1]
-    # 128 dialogues of 802 tokens: 2 FLOPs a weight, for three passes and the recomputed forward.
-    tera = float(re.findall(r"([\d,.]+) TFLOP", text)[1].replace(",", ""))
-    assert tera == pytest.approx(8 * 6738.4e6 * 128 * 802 / 1e12, rel=0.07)
-
-
-def test_recipes_are_planned_without_their_checkpoints_and_wrong_ones_are_one_line(capsys):
     for recipe in (ROOT / "config").glob("*.toml"):
-        plan.main([str(recipe), "--gpus=8", "--stage=2"])
-        assert {(2, "DDP"), (2, "FSDP"), (2, "LoRA FSDP")} <= set(rows(capsys.readouterr().out))
+        plan.main([str(recipe), "--gpus=8", "--gpu_memory=80", "--stage=2"])
+        table = dict(
+            re.findall(r"^  ((?:LoRA )?(?:DDP|FSDP)) +(.*)", capsys.readouterr().out, re.M)
+        )
+        assert {"DDP", "FSDP", "LoRA FSDP"} <= table.keys()
+        if recipe.stem == "dense_7b":
+            moments = 8 * (6738.4 + 29.4) / 1000
+            assert float(table["DDP"].split()[2]) == pytest.approx(moments, abs=0.01)
+            assert float(table["FSDP"].split()[2]) == pytest.approx(moments / 8, abs=0.01)
+            assert "not fit" in table["DDP"] and "not fit" not in table["FSDP"]
     for flag, name in (("--llm=no/such", "no/such"), ("--train1=vision,llm", "--train1")):
-        with pytest.raises(InputError) as error:
+        with refused(name):
             plan.main([flag])
-        assert name in str(error.value) and "\n" not in str(error.value)
 
 
 # ---- look ----------------------------------------------------------------------------------------
-
-
-def test_heads_are_ranked_by_what_a_word_gives_to_the_target():
-    target = look.patches_in([0.5, 0, 1, 0.5], 2)
-    assert target.tolist() == [False, True, False, False]
-    # Two blocks of three heads, five words. The fifth patch has no place in the grid.
-    maps = torch.full((2, 3, 5, 5), 0.1)
-    maps[0, 0, 0, 2], maps[1, 2, 4, 1], maps[1, 1, 3, 4] = 0.9, 0.4, 0.9
-    drawn, shares = look.draw_heads(maps, list("abcde"), target, Image.new("RGB", (8, 8)))
-    assert shares.argmax() == 5 and drawn[5][1] == "“e” · 40%"
 
 
 def test_look_draws_models_and_towers(model_folder, tmp_path):
@@ -144,18 +90,16 @@ def test_look_draws_models_and_towers(model_folder, tmp_path):
     comm = MLLM.assemble([weights / "clip", weights / "dinov2"], weights / "llama", "comm")
     comm.save(tmp_path / "comm")
     Image.new("RGB", (90, 60), "blue").save(tmp_path / "photo.png")
-    heights = []
     for flags in (
         ["--image=photo.png", "--prompt=What?"],
         ["--scene=3", "--model=comm", "--html=page.html"],
         [f"--vision={weights / 'clip'},{weights / 'dinov2'}"],
     ):
         look.main([*flags, "--device=cpu", "--out=sheet.png"])
-        heights.append(Image.open(tmp_path / "sheet.png").height)
-    assert heights[1] > heights[0]
+        assert Image.open(tmp_path / "sheet.png").height > 200
     # A slider for each of three questions and for the colors and the attention of two towers.
     page = (tmp_path / "page.html").read_text()
     assert page.count("<input") == 3 + 4 and page.count('alt="block 4, head 4') == 3
     assert page.count('alt="hidden[') == 14 and "weight 0.167" in page
-    with pytest.raises(InputError, match="--out"):
+    with refused("--out"):
         look.main(["--out=sheet.txt"])

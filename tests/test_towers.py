@@ -6,12 +6,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, recorded, relative_error
+from conftest import ROOT, recorded, refused, relative_error
 from safetensors.torch import load_file
 from tower_outputs import CLASSES, outputs, random_pixels
 
 from clip import CLIP, CLIPVision, CLIPVisionConfig, SigLIPVision
-from common.errors import InputError
 from common.images import ImageSpec
 from dinov2 import DINOv2, DINOv2Config
 from vit import ViT, ViTConfig
@@ -54,7 +53,7 @@ def test_layers_come_in_the_order_asked_and_a_range_is_their_mean():
                 mean = torch.stack([every[i] for i in group]).float().mean(0).to(dtype)
                 assert state.dtype == dtype and relative_error(state, mean) < 1e-6
     for wrong in ([-1], [5], [range(-1, 2)], [1, range(3, 6)]):
-        with pytest.raises(InputError):
+        with refused():
             tower(random_pixels(32), wrong)
 
 
@@ -75,10 +74,10 @@ def test_towers_take_their_own_resolution_and_dinov2_any_multiple_of_its_patches
         if tower.any_resolution:
             assert tower(random_pixels(40))[0].shape[1] == 3 + (40 // 8) ** 2
         else:
-            with pytest.raises(InputError, match="40"):
+            with refused("40"):
                 tower.check_size(40)
         for shape in ((2, 3, 36, 36), (2, 3, 0, 0), (2, 3, 32, 40), (3, 32, 32), (2, 1, 32, 32)):
-            with pytest.raises(InputError):
+            with refused():
                 tower(torch.zeros(shape, dtype=torch.uint8))
 
 
@@ -96,10 +95,10 @@ def test_similarity_is_the_scaled_cosine_and_does_not_depend_on_the_other_texts(
     # a text that is too long is cut, and keeps its end
     tokens = clip.tokenize(["a " * 300, "a"])
     assert tokens.shape == (2, 64) and tokens[:, -1].tolist() == [3, 3]
-    with pytest.raises(InputError, match="65"):
+    with refused("65"):
         clip.text(torch.zeros(1, 65, dtype=torch.long))
     clip.tokenizer = None
-    with pytest.raises(InputError, match="tokenizer.json"):
+    with refused("tokenizer.json"):
         clip.similarity(pixels, texts)
 
 
@@ -143,16 +142,16 @@ def test_saving_gives_back_the_checkpoint_and_its_pixel_statistics(variant, tmp_
 def test_another_kind_of_checkpoint_is_an_error(tmp_path):
     wrong = [(ViT, "clip"), (DINOv2, "vit"), (SigLIPVision, "clip")]
     for tower_class, variant in [*wrong, (CLIPVision, "siglip_vision")]:
-        with pytest.raises(InputError, match="model_type"):
+        with refused("model_type"):
             tower_class.from_pretrained(recorded(variant)[0])
-    with pytest.raises(InputError, match="head"):
+    with refused("head"):
         ViT.from_pretrained(recorded("mae")[0]).classify(random_pixels(32))
-    with pytest.raises(InputError, match="deit3"):
+    with refused("deit3"):
         ViT.from_pretrained(recorded("deit3")[0]).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "vit_base"}')
-    with pytest.raises(InputError, match="vit_base"):
+    with refused("vit_base"):
         ViT.from_pretrained(tmp_path)
-    with pytest.raises(InputError, match="swish"):
+    with refused("swish"):
         ViT(ViTConfig(hidden_act="swish"))
 
 

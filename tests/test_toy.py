@@ -1,36 +1,96 @@
-"""Smoke tests of toy/: the five pretrainings, the findings and the video clips."""
+"""toy/: scenes depend on the seed only, splits are disjoint, answers are true; smoke tests."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from tokenizers import Tokenizer
 
+import train
 from clip import CLIP
 from common import cli
-from common.errors import InputError
-from common.images import ImageSpec
+from common.images import ImageSpec, iou, parse_box
 from dialogue import find_template
 from dinov2 import DINOv2
 from llama import Llama
-from toy import findings, language, pretrain, video, world
+from toy import findings, pretrain, video, world
+from toy.world import COLORS, SHAPES, SIDE, World, draw, scene
 from vit import ViT
 
 NAMES = {"clip": CLIP, "dinov2": DINOv2, "mae": ViT, "deit": ViT, "llama": Llama}
+COUNT = 800
 
 
-def test_the_tokenizer_is_that_of_the_checkpoints_and_knows_the_worlds_words():
-    tokenizer = language.make_tokenizer()
-    for name in ("llama", "clip"):
-        saved = Tokenizer.from_file(str(ROOT / "weights" / name / "tokenizer.json"))
-        assert tokenizer.get_vocab() == saved.get_vocab()
-    words = [*world.SHAPES, *world.COLORS, *world.SIZES, "yes", "no", "left", "above", "circles"]
-    for word in [*(f" {word}" for word in words), *(f"{i / 20:.2f}," for i in range(21))]:
-        assert len(language.encode_text(tokenizer, word)) == 1
-    text = "any text: ÄÖ, 漢字 \n 12.5%"
-    assert tokenizer.decode(language.encode_text(tokenizer, text)) == text
+@pytest.fixture(scope="module")
+def scenes():
+    return {split: [scene(split, index) for index in range(COUNT)] for split in ("train", "test")}
+
+
+def kinds(objects):
+    return {(o.color, o.shape) for o in objects}
+
+
+def asked(task, scenes):
+    """Ask about every object of the scenes -> (objects, question, answer)."""
+    for index, objects in enumerate(scenes["train"] + scenes["test"]):
+        for about in range(len(objects)):
+            turn = world.question(task, objects, np.random.default_rng([index, about]), about)
+            if turn:
+                yield objects, *turn
+
+
+def test_a_scene_and_its_image_depend_on_split_and_index_only(scenes):
+    for split, index in (("train", 7), ("test", 7), ("train", 1_000_007)):
+        np.random.seed(index)
+        first, again = scene(split, index), scene(split, index)
+        assert first == again and (draw(first, split, index) == draw(again, split, index)).all()
+    assert scene("train", 7) == scenes["train"][7] != scenes["test"][7]
+    assert World("test", 12)[5].turns == World("test", 12)[5].turns
+
+
+def test_no_set_of_objects_is_in_both_splits(scenes):
+    sets = {split: {frozenset(kinds(objects)) for objects in scenes[split]} for split in scenes}
+    assert not sets["train"] & sets["test"] and len(sets["test"]) > 300
+    assert set().union(*sets["train"]) == {(color, shape) for color in COLORS for shape in SHAPES}
+
+
+def test_answers_about_presence_and_number_are_true_and_balanced(scenes):
+    answers = Counter()
+    for objects, question, answer in asked("presence", scenes):
+        color, shape = re.fullmatch(r"Is there an? (\w+) (\w+)\?", question).groups()
+        assert (answer == "yes") == ((color, shape) in kinds(objects))
+        answers[answer] += 1
+    assert abs(answers["yes"] / answers.total() - 0.5) < 0.055
+    for objects, question, answer in asked("count", scenes):
+        (word,) = re.fullmatch(r"How many (\w+)(?: shapes)? are there\?", question).groups()
+        found = [o for o in objects if word in ("shapes", o.color, o.shape + "s", o.shape + "es")]
+        assert answer == str(len(found))
+
+
+def test_answers_about_places_and_attributes_are_true_and_unique(scenes):
+    for objects, question, answer in asked("rec", scenes):
+        (name,) = re.fullmatch(r"Where is the (.+)\?", question).groups()
+        (meant,) = [o for o in objects if o.name == name]
+        box = parse_box(answer)
+        assert max(abs(a - b) for a, b in zip(box, meant.box, strict=True)) <= 0.025 + 1e-9
+    for objects, question, answer in asked("reg", scenes):
+        box = parse_box(question)
+        assert max(objects, key=lambda o: iou(o.box, box)).name == answer
+    for objects, question, answer in asked("attribute", scenes):
+        asked_for, known = re.fullmatch(r"What (\w+) is the (\w+).*\?", question).groups()
+        found = [o.color if asked_for == "colour" else o.shape for o in objects if known in o.name]
+        assert found == [answer]
+    pattern = r"Is the (\w+ \w+) (left|above) or \w+(?: of)? the (\w+ \w+)\?"
+    for objects, question, answer in asked("relation", scenes):
+        first, way, second = re.fullmatch(pattern, question).groups()
+        a, b = (next(o for o in objects if o.name.endswith(name)) for name in (first, second))
+        gap = a.center[way == "above"] - b.center[way == "above"]
+        other = {"left": "right", "above": "below"}[way]
+        assert abs(gap) > SIDE / 5 and answer == (way if gap < 0 else other)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -44,43 +104,14 @@ def test_a_pretraining_writes_a_checkpoint_like_that_in_weights(name, tmp_path):
         file = Path(name, "tokenizer_config.json")
         written = json.loads((tmp_path / file.name).read_text())
         assert written == json.loads((ROOT / "weights" / file).read_text())
+        tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        saved = Tokenizer.from_file(str(ROOT / "weights" / name / "tokenizer.json"))
+        assert tokenizer.get_vocab() == saved.get_vocab()
     if name == "llama":
         assert find_template(tmp_path) == "tiny"
     else:
         spec = ImageSpec.from_folder(tmp_path)
         assert spec.size == 64 and spec.mean == pytest.approx(pretrain.MEAN)
-
-
-@torch.no_grad()
-def test_the_checkpoints_in_weights_know_the_world():
-    weights = ROOT / "weights"
-    clip = CLIP.from_pretrained(weights / "clip")
-    assert pretrain.clip_scores(clip, count=64)["image to text"] > 0.6
-    for name in ("dinov2", "mae"):
-        scores = pretrain.probe_scores(NAMES[name].from_pretrained(weights / name), count=60)
-        assert scores["hidden[3]"]["color"] > 0.6 and scores["hidden[3]"]["shape"] > 0.3
-    scores = pretrain.llama_scores(Llama.from_pretrained(weights / "llama"), count=12)
-    assert scores["rec"][1] > 0.8 and scores["presence"][0] > 0.9
-
-
-def test_connectors_are_compared_and_finished_runs_are_not_repeated(tmp_path, capsys):
-    flags = ["--connectors=comm,mlp", "--seeds=1", "--steps1=1", "--steps2=1", "--count=2"]
-    flags += ["--jobs=1", f"--out={tmp_path}"]
-    # comm as if run with this budget
-    result = json.loads((ROOT / "runs" / "findings" / "comm-0.json").read_text())
-    result["budget"] = {"steps1": 1, "steps2": 1, "count": 2}
-    (tmp_path / "comm-0.json").write_text(json.dumps(result))
-    findings.main(flags)
-    printed = capsys.readouterr().out
-    assert "2 of 2, mlp-0: rec" in printed and "| mlp | " in printed and "| comm | " in printed
-    result = json.loads((tmp_path / "mlp-0.json").read_text())
-    assert set(result["scores"]) == set(findings.TASKS) and result["tokens"] == 64
-    findings.main(flags)
-    assert "2 finished before" in capsys.readouterr().out
-    with pytest.raises(InputError, match="comm"):
-        findings.main([*flags, "--steps2=2"])
-    with pytest.raises(InputError, match="nearest is mlp"):
-        findings.main([*flags, "--connectors=nlp"])
 
 
 def test_the_tables_of_the_page_are_those_of_the_finished_runs(capsys):
@@ -91,6 +122,8 @@ def test_the_tables_of_the_page_are_those_of_the_finished_runs(capsys):
     rows = [row[1] for name in findings.TABLES for row in findings.rows_of(name)[1:]]
     quick = cli.parse(findings.Config, [str(ROOT / "runs" / "quick.toml")])
     assert set(rows) == set(findings.ARMS) and set(quick.arms) <= set(rows) and quick.seeds == 1
+    for flags in findings.ARMS.values():
+        cli.parse(train.Config, flags.split())
 
 
 def test_pretraining_sees_no_held_out_scene():

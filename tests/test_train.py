@@ -2,20 +2,19 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, losses, records, saved_weights, torchrun
+from conftest import losses, records, refused, saved_weights
 from PIL import Image
 
 import train
 from common.cli import parse
-from common.errors import InputError
 from common.run import Ranks
 from connector import CONNECTORS
 from data import Loader
-from eval import evaluate
 from interop.load import load_model
 
 # Other micro-batches or ranks sum float32 numbers in another order: 1e-7 a step, and it grows.
@@ -97,17 +96,9 @@ def test_micro_batches_workers_and_activation_checkpointing_change_nothing(dialo
     assert losses("recomputed") == losses()
 
 
-def test_two_ranks_give_the_losses_of_one(dialogue_flags):
-    """The batch of 5 is uneven: one rank has 3 samples, the other 2; some have only text."""
-    train.main(dialogue_flags(batch2=5, micro_batch=2))
-    arguments = dialogue_flags(batch2=5, micro_batch=2, out="two")
-    done = torchrun(2, [ROOT / "train.py", *arguments])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_near(losses("two"), losses())
-    assert done.stdout.count("wrote two/model") == 1
-
-
-def test_bfloat16_and_compiled_blocks_give_the_same_losses(flags):
+def test_bfloat16_and_compiled_blocks_give_the_same_losses(flags, monkeypatch):
+    """The compiler only traces the blocks. Code generation takes 20 seconds."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     options = {"stage": 2, "init": "new", "steps2": 3}
     train.main(flags(**options))
     train.main(flags(**options, out="compiled", compile=True))
@@ -132,12 +123,17 @@ def untrained(arguments):
     return train.build_model(parse(train.Config, arguments), 1, torch.device("cpu")).state_dict()
 
 
-def test_stage_1_trains_the_connector_and_stage_2_connector_and_llm(flags):
-    train.main(flags(stage=1, out="one"))
-    before = untrained(flags())
-    assert changed(before, saved_weights("one")) == {k for k in before if "connector." in k}
-    train.main(flags(stage=2, out="two", init="one/model"))
-    after = changed(saved_weights("one"), saved_weights("two"))
+def test_stage_1_trains_all_of_every_connector_and_stage_2_connector_and_llm(flags, tiny_folders):
+    for connector in CONNECTORS:
+        options = {"connector": connector, "stage": 1}
+        if connector == "comm_dino":
+            options["vision"] = tiny_folders["dinov2"]
+        train.main(flags(out=connector, **options))
+        before = untrained(flags(**options))
+        trained = changed(before, saved_weights(connector))
+        assert trained == {name for name in before if name.startswith("connector.")}, connector
+    train.main(flags(stage=2, out="two", init="dense/model"))
+    after = changed(saved_weights("dense"), saved_weights("two"))
     assert {name.partition(".")[0] for name in after} == {"connector", "llm"}
     # A model starts stage 2 whole, with the LLM that was trained.
     train.main(flags(stage=2, out="same", init="two/model", steps2=1, lr2=0, connector_lr2=0))
@@ -155,16 +151,6 @@ def test_a_trained_tower_moves_as_deep_as_it_is_read(flags):
         assert not any("norm_post" in name for name in moved)
 
 
-def test_every_connector_trains_and_its_loss_falls(flags, tiny_folders):
-    for connector in CONNECTORS:
-        options = {"connector": connector, "steps1": 1, "steps2": 12, "out": connector}
-        if connector == "comm_dino":
-            options["vision"] = tiny_folders["dinov2"]
-        train.main(flags(**options))
-        found = [loss for (stage, _), loss in losses(connector).items() if stage == 2]
-        assert sum(found[-3:]) < sum(found[:3])
-
-
 def test_files_are_mixed_by_size_or_equally_and_epochs_count_steps(dialogue_flags, tmp_path):
     flags = dialogue_flags(data2=f"{tmp_path / 'data.json'},world", steps2=7)
     config = parse(train.Config, flags)
@@ -176,7 +162,7 @@ def test_files_are_mixed_by_size_or_equally_and_epochs_count_steps(dialogue_flag
 
 
 def test_a_run_ends_with_scores_and_what_to_do_next(flags, capsys, monkeypatch):
-    monkeypatch.setattr("eval.evaluate", lambda model, count: evaluate(model, count=2))
+    monkeypatch.setattr(train.MLLM, "generate", lambda model, images, *_: ["yes"] * len(images))
     train.main(flags(evaluate=True, steps1=1, steps2=1))
     printed = capsys.readouterr().out
     assert "presence" in printed and "python sample.py --model=run/model" in printed
@@ -189,7 +175,7 @@ def test_stage_2_refuses_a_connector_that_means_something_else(flags):
     folder = next(Path("one/checkpoints").iterdir())
     for connector in ("dense", "mlp", "linear"):
         for init in (folder, "one/model"):
-            with pytest.raises(InputError):
+            with refused():
                 train.main(flags(stage=2, init=init, out="two", connector=connector))
     options = {"stage": 2, "init": folder, "out": "two", "connector": "sci", "steps2": 1}
     train.main(flags(**options))
@@ -197,7 +183,7 @@ def test_stage_2_refuses_a_connector_that_means_something_else(flags):
     assert state["connector"]["layers"] == [[5, 1, 3]]
     state["connector"]["layers"] = [[5, 0, 1]]
     (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(InputError):
+    with refused():
         train.main(flags(**options | {"out": "three"}))
 
 
@@ -222,7 +208,7 @@ def test_bad_steps_are_skipped_and_after_ten_a_lower_learning_rate_continues_fro
     options = {"steps2": 30, "save_every": 3}
     with monkeypatch.context() as patch:
         poison(patch, {1, *range(5, 40)})
-        with pytest.raises(InputError, match="--resume"):
+        with refused("--resume"):
             train.main(dialogue_flags(**options))
     printed = capsys.readouterr().err
     assert "step 1:" in printed and "among s" in printed
@@ -233,16 +219,12 @@ def test_bad_steps_are_skipped_and_after_ten_a_lower_learning_rate_continues_fro
     assert all(tensor.isfinite().all() for tensor in saved_weights().values())
 
 
-def test_a_run_without_a_supervised_token_stops(flags):
-    with pytest.raises(InputError):
-        train.main(flags(max_length=8))
-
-
 WRONG = "connector=dance connector.groups=0 connector.layer=3 vision=nowhere"
 WRONG += " llm=nowhere template=klingon image_size=65 image_mode=squash stage=3 init=run"
 WRONG += " stage=2,init=nowhere train1= train2=towers data1=nowhere.json data2=rec:data.json"
 WRONG += " batch1=0 steps1=-1 steps1=0,epochs1=0 workers=-1 lr1=nan warmup=5.0 adam_beta=1"
-WRONG += " device=abacus data1=text.json"
+# no answer fits into 8 tokens
+WRONG += " device=abacus data1=text.json max_length=8"
 
 
 @pytest.mark.parametrize("options", WRONG.split())
@@ -251,7 +233,6 @@ def test_a_wrong_option_is_one_line_before_anything_is_trained(options, flags, t
     # Without an image the loss does not depend on the connector, which stage 1 trains.
     texts = [entry for entry in json.loads(Path("data.json").read_text()) if "image" not in entry]
     Path("text.json").write_text(json.dumps(texts))
-    with pytest.raises(InputError) as error:
+    with refused():
         train.main(flags(**dict(option.split("=") for option in options.split(","))))
-    assert "\n" not in str(error.value)
     assert not Path("run/checkpoints").exists()
