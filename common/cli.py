@@ -26,6 +26,7 @@ REMEDIES = {
     "out of memory": "use a smaller batch (--micro_batch or --batch, where there is one)",
     "DataLoader worker (pid": "a loader process was killed, mostly for memory: lower --workers",
     "address already in use": "give torchrun another --master_port",
+    "socket has timed out": "no answer from --master_addr: is it the first node's address?",
     "gloo": "contact with another rank was lost: its own message says why",
     "NCCL": "contact with another rank was lost: its own message says why",
     "Connection ": "contact with another rank was lost: its own message says why",
