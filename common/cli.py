@@ -27,10 +27,8 @@ REMEDIES = {
     "DataLoader worker (pid": "a loader process was killed, mostly for memory: lower --workers",
     "address already in use": "give torchrun another --master_port",
     "socket has timed out": "no answer from --master_addr: is it the first node's address?",
-    "gloo": "contact with another rank was lost: its own message says why",
-    "NCCL": "contact with another rank was lost: its own message says why",
-    "Connection ": "contact with another rank was lost: its own message says why",
 }
+REMEDIES |= dict.fromkeys(("gloo", "NCCL", "Connection "), "another rank was lost: see its message")
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -197,7 +195,9 @@ def pick_device(name):
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.tolist()  # the device "meta" has no values
+        return probe.device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0]
         raise InputError(f"--device={name}: cannot be used ({reason})") from None

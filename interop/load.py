@@ -73,17 +73,11 @@ def start_from(model, path, mapped=False):
     LLaVA's mm_projector, is loaded into `model`. mapped: see MLLM.assemble. Raises InputError where
     the connector is another one.
     """
-    path = Path(path)
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+    path = Path(path) if Path(path).is_file() else locate(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files or files[0].suffix != ".safetensors":
         raise InputError(
-            f"{path}: pickled weights can run any code: convert them with "
-            "torch.load(..., weights_only=True) and safetensors.torch.save_file"
-        )
-    path = path if path.suffix == ".safetensors" else locate(path)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files:
-        raise InputError(
-            f"{path}: has no safetensors file; name a connector, a run's model/, or a checkpoint"
+            f"{path}: no safetensors here; a pickle (.bin, .pt) can run any code: convert it first"
         )
     places = {}
     for file in files:
