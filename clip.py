@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from common import layouts
 from common.errors import InputError
-from common.pretrained import load_clip, locate
+from common.pretrained import Pretrained, build_clip, our_name
 from common.save import save_clip
 from vit import VisionTower, make_blocks, prepend, run_blocks
 
@@ -137,8 +137,10 @@ class CLIPText(nn.Module):
         return run_blocks(self.blocks, x, layers, is_causal=True)
 
 
-class CLIP(nn.Module):
+class CLIP(Pretrained):
     """Both towers (.vision and .text) and their similarity."""
+
+    save_pretrained = save_clip
 
     def __init__(self, vision_config, text_config, projection_dim=512, mean=None, std=None):
         super().__init__()
@@ -168,15 +170,14 @@ class CLIP(nn.Module):
     def tokenize(self, texts):
         """Encode a list of texts -> tokens (B, T), cut to the tower's length.
 
-        Rows are padded with end-of-text tokens, which causal attention never looks at. Raises
-        InputError without a tokenizer.
+        Rows are padded with zeros, which causal attention never looks at. Raises InputError
+        without a tokenizer.
         """
         if self.tokenizer is None:
             raise InputError("this CLIP checkpoint has no tokenizer.json: it cannot read texts")
+        self.tokenizer.enable_padding()
         rows = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
-        longest = max(len(row) for row in rows)
-        tokens = [row + row[-1:] * (longest - len(row)) for row in rows]
-        return torch.tensor(tokens, device=self.logit_scale.device)
+        return torch.tensor(rows, device=self.logit_scale.device)
 
     def similarity(self, pixels, texts):
         """Compare images with texts -> logits (B, len(texts)); softmax classifies zero-shot."""
@@ -185,16 +186,13 @@ class CLIP(nn.Module):
         return self.logit_scale.exp() * images @ texts.T
 
     @classmethod
-    def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
-        """Load openai/clip-vit-*, laion/CLIP-* or a folder of that layout. Raises InputError."""
-        folder = locate(folder_or_id)
-        clip = load_clip(cls, CLIPVisionConfig, CLIPTextConfig, folder, dtype, device)
+    def from_folder(cls, folder):
+        """Build openai/clip-vit-*, laion/CLIP-* or a folder of that layout. Raises InputError."""
+        clip = build_clip(cls, CLIPVisionConfig, CLIPTextConfig, folder)
         if (folder / "tokenizer.json").exists():
             clip.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            clip.tokenizer.no_padding()
             clip.tokenizer.enable_truncation(clip.text.config.max_position_embeddings)
         return clip
 
-    def save_pretrained(self, folder):
-        """Write a checkpoint that transformers reads as CLIPModel, without a tokenizer."""
-        save_clip(self, folder)
+    def name_of(self, name):
+        return our_name(layouts.WHOLE_CLIP, name)

@@ -17,7 +17,6 @@ import importlib
 import json
 import math
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 from common.errors import InputError
-from common.layouts import LLAMA, ROPE_KEYS, WHOLE_CLIP
+from common.layouts import LLAMA, ROPE_KEYS
 from common.save import save_llm, save_tower
 
 LARGE = 1e9  # number of parameters from which a second copy in memory is avoided
@@ -165,20 +164,17 @@ def stored(folder_or_id):
 # --- its tensors in a module ---
 
 
-class NoInitialization(TorchFunctionMode):
-    """Skip in-place initialization (normal_, zeros_, ...) of tensors on the meta device.
+class NoRandomNumbers(TorchFunctionMode):
+    """Leave out the random initialization of tensors.
 
-    The first random number on that device would import torch's compiler, which takes longer than
-    loading a model.
+    The first random number on the meta device would import torch's compiler, which takes longer
+    than loading a model.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensor = args[0] if args else kwargs.get("tensor")
-        name = getattr(function, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__")
-        if in_place and getattr(tensor, "is_meta", False):
-            return tensor
+        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
         return function(*args, **kwargs)
 
 
@@ -189,7 +185,7 @@ def on_meta(where="a checkpoint"):
     A config that no module can be built from is an InputError, which names `where`.
     """
     try:
-        with NoInitialization(), torch.device("meta"):
+        with NoRandomNumbers(), torch.device("meta"):
             yield
     except InputError:
         raise
@@ -393,14 +389,12 @@ def our_name(layout, name):
     return name
 
 
-def load_clip(cls, vision_class, text_class, folder, dtype, device):
-    """Load a new `cls`, which clip.CLIP is, with configs of these classes. Raises InputError."""
+def build_clip(cls, vision_class, text_class, folder):
+    """Build a `cls`, which is clip.CLIP, with configs of these classes. Raises InputError."""
     config = read_config(folder)
-    with on_meta(folder):
-        vision = fields_of(vision_class, config.get("vision_config", {}), folder)
-        text = fields_of(text_class, config.get("text_config", {}), folder)
-        clip = cls(vision, text, config.get("projection_dim", 512), *read_statistics(folder))
-    return load_weights(clip, folder, partial(our_name, WHOLE_CLIP), dtype, device).eval()
+    vision = fields_of(vision_class, config.get("vision_config", {}), folder)
+    text = fields_of(text_class, config.get("text_config", {}), folder)
+    return cls(vision, text, config.get("projection_dim", 512), *read_statistics(folder))
 
 
 class PretrainedLLM(Pretrained):

@@ -94,7 +94,7 @@ def test_similarity_is_the_scaled_cosine_and_does_not_depend_on_the_other_texts(
         assert relative_error(clip.similarity(pixels, [text])[:, 0], logits[:, i]) < TOLERANCE
     # a text that is too long is cut, and keeps its end
     tokens = clip.tokenize(["a " * 300, "a"])
-    assert tokens.shape == (2, 64) and tokens[:, -1].tolist() == [3, 3]
+    assert tokens.shape == (2, 64) and tokens[0, -1] == 3
     with refused("65"):
         clip.text(torch.zeros(1, 65, dtype=torch.long))
     clip.tokenizer = None
