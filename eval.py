@@ -22,7 +22,6 @@ from common import cli
 from common.cli import option
 from common.errors import InputError
 from common.images import iou, parse_box
-from common.speed import speed_up
 from toy.scenes import normalize, object_f1, task_questions
 from toy.world import TASKS
 
@@ -59,7 +58,7 @@ def yes_or_no(answer):
 
 def presence_scores(answers, targets):
     """Compute POPE's scores. "yes" is the positive class; what cannot be read is wrong."""
-    answers = [yes_or_no(answer) for answer in answers]
+    answers = list(map(yes_or_no, answers))
     pairs = list(zip(answers, targets, strict=True))
     hits, yes, present = pairs.count(("yes", "yes")), answers.count("yes"), targets.count("yes")
     return {
@@ -149,7 +148,6 @@ def main(arguments):
 
     config = cli.parse(Config, arguments, __doc__)
     name, model = load_to_answer(config.model, config.device, config.bf16)
-    speed_up(model, "chat")
     results = evaluate(model, config.count, config.batch, config.blind, config.seed)
     print(f"{name}: {config.count} questions per task on held-out scenes\n")
     print(table(results))

@@ -21,8 +21,6 @@ from common.cli import option
 from common.draw import COLORS, TRUE_COLOR, check_name, panel, save_image
 from common.errors import InputError
 from common.images import parse_boxes, read_image
-from common.pool import pool_tokens
-from common.speed import speed_up
 from common.video import ENDINGS, open_frames
 from dialogue import MARK
 
@@ -126,10 +124,9 @@ def main(arguments):
     config.out = config.out or ("out/chat.png" if config.chat else "out/sample.png")
     check_name(config.out)
     images = open_images(config.image, config.frames)
-    _, model = load_to_answer(config.model, config.device, config.bf16)
-    speed_up(model, "chat", compile=config.fast)
-    if config.pool:
-        pool_tokens(model, config.pool)
+    _, model = load_to_answer(
+        config.model, config.device, config.bf16, pool=config.pool, compile=config.fast
+    )
     options = ("max_new_tokens", "temperature", "top_k", "top_p")
     sampling = {key: getattr(config, key) for key in options}
     sampling["generator"] = torch.Generator().manual_seed(config.seed)
@@ -138,8 +135,7 @@ def main(arguments):
     name, questions = ", ".join(config.image), QUESTIONS
     if not config.image:
         name = f"test scene {config.seed} of the toy world, {config.out}"
-        image, questions = scene_to_ask(config.seed)
-        images = [image]
+        images, questions = scene_to_ask(config.seed)
     print(f"image: {name}", file=sys.stderr)
     if images:
         # now, so that a folder without write access does not interrupt a conversation

@@ -4,7 +4,7 @@ newest_model     finds the model that was trained last
 dtype_to_answer  chooses its dtype
 load_model       -> MLLM: a folder of ours, LLaVA-1.5 or 1.6 (llava-hf's or the authors' layout),
                  or the Dense Connector's release
-load_to_answer   the same, by what --model, --device and --bf16 say
+load_to_answer   the same, made fast, by what --model, --device, --bf16, --pool and --fast say
 start_from       what train.py --init=PATH means: a whole model, or a connector alone
 """
 
@@ -15,7 +15,9 @@ import torch
 
 from common.cli import pick_device
 from common.errors import InputError
+from common.pool import pool_tokens
 from common.pretrained import load_weights, locate, open_safetensors, read_config, stored
+from common.speed import speed_up
 from mllm import MLLM
 
 
@@ -54,16 +56,20 @@ def load_model(folder_or_id, dtype=torch.float32, device="cpu"):
     return MLLM.from_pretrained(folder, dtype, device)
 
 
-def load_to_answer(name, device="auto", bf16=None):
+def load_to_answer(name, device="auto", bf16=None, pool="", compile=False):
     """Load a model that only answers -> its name, the model. Raises InputError.
 
     name: empty for the newest under out/; device: see common.cli.pick_device; bf16: see
-    dtype_to_answer.
+    dtype_to_answer; pool: see common.pool; compile: see common.speed.
     """
     device = pick_device(device)
     name = str(name or newest_model())
     print(f"model: {name}", file=sys.stderr)
-    return name, load_model(name, dtype_to_answer(name, device, bf16), device)
+    model = load_model(name, dtype_to_answer(name, device, bf16), device)
+    speed_up(model, "chat", compile)
+    if pool:
+        pool_tokens(model, pool)
+    return name, model
 
 
 def start_from(model, path, mapped=False):

@@ -47,10 +47,10 @@ def scene_questions(objects, index):
 
 
 def scene_to_ask(index):
-    """Draw a test scene -> a PIL image, three questions about it."""
+    """Draw a test scene -> a list of its PIL image, three questions about it."""
     objects, image = test_scene(index)
     questions = [question for question, _ in scene_questions(objects, index)]
-    return image, [questions[0], questions[1], questions[-1]]
+    return [image], [*questions[:2], questions[-1]]
 
 
 def named_objects(caption):
