@@ -2,7 +2,7 @@
 
 read_answers(folder, items)      earlier answers: {id: {"id", "prompt", "answer", "target"}}
 write_lines(path, lines)         after every batch, each process to its own file
-merge(folder, items, known)      answers.jsonl, in the order of the questions
+merge(folder, items)             answers.jsonl, in the order of the questions; {id: answer}
 answer_file, texts_by_id, ...    the file for the server or the judge's script
 """
 
@@ -41,16 +41,18 @@ def write_lines(path, lines, mode="a"):
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def merge(folder, items, known):
+def merge(folder, items):
     """Write the answers of all processes to answers.jsonl, in the order of the questions.
 
-    Answers beyond --limit are kept at the end.
+    Answers beyond --limit are kept at the end. -> {id: answer} of the questions that have one.
     """
-    lines = {item.id: known[item.id] for item in items} | known
-    write_lines(folder / "answers.partial", lines.values(), "w")
+    known = read_answers(folder, items)
+    lines = {item.id: known[item.id] for item in items if item.id in known}
+    write_lines(folder / "answers.partial", (lines | known).values(), "w")
     os.replace(folder / "answers.partial", folder / "answers.jsonl")
     for path in folder.glob("answers.rank*.jsonl"):
         path.unlink()
+    return {name: line["answer"] for name, line in lines.items()}
 
 
 # --- for servers and judges ---------------------------------------------------------------

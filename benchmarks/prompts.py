@@ -31,7 +31,7 @@ DAMAGE = (LookupError, TypeError, ValueError, AttributeError, OSError, SyntaxErr
 
 
 class Item(NamedTuple):
-    # Names the answer.
+    # Names the answer: text, once readers.read has it.
     id: str
     # Its image or video: the names that it may have in --image_dir, or bytes, or None.
     image: object

@@ -97,7 +97,7 @@ def read_caption(path, config):
         if "caption" in record:
             captions[name].append(record["caption"])
         names = (f"{record.get('filepath', '.')}/{image}", image)
-        items[name] = Item(str(name), names, "", captions[name], record=record)
+        items[name] = Item(name, names, "", captions[name], record=record)
     return items.values()
 
 
@@ -124,7 +124,7 @@ def read_questions(path, config):
         record |= by_text or annotations.get(record.id, {})
         target = people(record) or record.get("label") or record.get("answer")
         names, groups = names_of(record), types_of(record)
-        yield Item(str(record.id), names, text, target, groups, record, frames=frames)
+        yield Item(record.id, names, text, target, groups, record, frames=frames)
 
 
 def people(record):
@@ -176,7 +176,7 @@ def read_mme(path, config):
     """
     answers = mme_answers(config.annotations)
     for record in records(path):
-        category, image, name = record["category"], record["image"], str(record.id)
+        category, image, name = record["category"], record["image"], record.id
         answer = answers.get((category, Path(name).stem, mme_question(record.question)))
         target = {"answer": answer, "image": name, "category": category} if answer else None
         names = (image, f"{category}/images/{Path(image).name}")
@@ -218,7 +218,7 @@ def read_scienceqa(path, config):
         target = scores.scienceqa_letter(answers[0]) if answers else None
         image = (record["image"],) if record.get("image") else None
         groups = ("image", "all") if image else ("all",)
-        yield Item(str(record.id), image, question.replace(MARK, ""), target, groups)
+        yield Item(record.id, image, question.replace(MARK, ""), target, groups)
 
 
 EMPTY = (None, "", "nan", "NaN", "None", "none")
@@ -273,7 +273,7 @@ def read_mmmu(path, config):
         target = question if options and letter else None
         names = image if isinstance(image, list) else [image]
         text = f"{record.question}\n\n{end}"
-        yield Item(str(record.id), names[:1], text, target, types_of(record), question)
+        yield Item(record.id, names[:1], text, target, types_of(record), question)
 
 
 # MathVista's hints, by the type of the answer and its decimals.
@@ -299,7 +299,7 @@ def read_mathvista(path, config):
         if record["choices"]:
             text += "\nChoices:" + lettered(record["choices"], "\n({}) {}")
         target = record if record.get("answer") else None
-        yield Item(str(record.id), [record["image"]], text, target, types_of(record), record)
+        yield Item(record.id, [record["image"]], text, target, types_of(record), record)
 
 
 # --- all of them --------------------------------------------------------------------------
@@ -388,7 +388,7 @@ def read(config):
             raise InputError(f"{path}: is this {config.task}'s file? ({error!r})") from error
         stem = Path(path).stem
         for item in found:
-            name = f"{stem}/{item.id}" if len(config.data) > 1 else item.id
+            name = f"{stem}/{item.id}" if len(config.data) > 1 else str(item.id)
             # Files may ask one question twice.
             seen[name] += 1
             name = f"{name}#{seen[name]}" if seen[name] > 1 else name

@@ -30,10 +30,8 @@ from common import cli
 from common.cli import option
 from common.errors import InputError, printable
 from common.images import BadImage
-from common.pool import pool_tokens
 from common.pretrained import locate, read_json
 from common.save import write_json
-from common.speed import speed_up
 from interop.load import load_to_answer, newest_model
 
 
@@ -56,21 +54,6 @@ class Config:
     bf16: bool | None = option(None, "bfloat16; default: on CUDA or if the checkpoint is 16-bit")
 
 
-# --- the model ----------------------------------------------------------------------------
-
-
-def load(config, name):
-    """Load the model. With --pool eight frames of 576 tokens fit into the context of most LLMs."""
-    _, model = load_to_answer(name, config.device, config.bf16)
-    speed_up(model, "chat")
-    if config.pool:
-        pool_tokens(model, config.pool)
-    return model
-
-
-# --- the run ------------------------------------------------------------------------------
-
-
 def benchmark(config, rank, size):
     """Read, answer, merge and score. Every process answers its share, the first one scores."""
     items, task = readers.read(config), readers.BENCHMARKS[config.task]
@@ -90,25 +73,22 @@ def benchmark(config, rank, size):
     known = read_answers(folder, items)
     # All processes have read before one writes.
     barrier()
-    open_questions = [item for item in items if item.id not in known]
-    if open_questions[rank::size]:
-        answer_all(config, name, folder, open_questions[rank::size], rank, size)
+    share = [item for item in items if item.id not in known][rank::size]
+    if share:
+        answer_all(config, name, folder, share, rank)
     # All answers are written.
     barrier()
     if rank == 0:
-        known = read_answers(folder, items)
-        answered = [item for item in items if item.id in known]
-        merge(folder, answered, known)
-        answers = {item.id: known[item.id]["answer"] for item in answered}
-        report(config, name, folder, answered, answers, total)
+        report(config, name, folder, items, merge(folder, items), total)
 
 
-def answer_all(config, name, folder, items, rank, size):
+def answer_all(config, name, folder, items, rank):
     """Answer these questions, and append the answers to this process's file after every batch.
 
     A question with an image that cannot be read is named and skipped.
     """
-    model = load(config, name)
+    # With --pool eight frames of 576 tokens fit into the context of most LLMs.
+    _, model = load_to_answer(name, config.device, config.bf16, config.pool)
     start = time.time()
     # A new file, since that of a killed run may end in half a line.
     path = folder / f"answers.rank{rank}-{start:.0f}.jsonl"
@@ -159,8 +139,9 @@ def check_same_run(config, name, folder, rank):
 def report(config, name, folder, items, answers, total):
     """Print the scores, and write them and the file for the server."""
     task = readers.BENCHMARKS[config.task]
-    known = {item.id: answers[item.id] for item in items if item.target}
-    results = score(task.score, items, known) if task.score else {}
+    items = [item for item in items if item.id in answers]
+    published = [item for item in items if item.target]
+    results = score(task.score, published, answers) if task.score else {}
     summary = {"task": config.task, "model": name, "results": results}
     write_json(folder / "scores.json", summary | {"lower bound": bool(task.judge)})
     print(f"{name}: {config.task}, {len(items):,} of {total:,} questions answered\n")
