@@ -15,13 +15,14 @@ import math
 import os
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 
 from common import anyres
 from common.errors import BadImage, InputError, printable
@@ -31,16 +32,6 @@ from common.pretrained import read_processor
 # Only these are opened: for EPS, whatever a file's name is, Pillow would start Ghostscript. AVIF is
 # last, since Pillow before 11.3 does not know it.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF")
-# EXIF orientation -> how to turn the image upright
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 LARGEST_DOWNLOAD = 50_000_000  # bytes
 # some servers, Wikimedia's for one, refuse the default one of requests
 USER_AGENT = "nanoMLLM/1.0 (educational code for multimodal LLMs)"
@@ -245,14 +236,9 @@ def to_rgb(image):
         if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise InputError("an image should be PIL's, or a uint8 array (H, W, 3)")
         image = Image.fromarray(image)
-    # a TIFF turns itself upright while it loads
     image.load()
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # damaged EXIF raises many kinds: take the image as it is
-        turn = None
-    if turn is not None:
-        image = image.transpose(turn)
+    with suppress(Exception):  # damaged EXIF raises many kinds: take the image as it is
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise BadImage("its pixels are floats, of unknown range: save it with 8 bits per color")
     if image.mode.startswith("I"):
