@@ -63,7 +63,7 @@ def fields(message):
         elif wire_type == 5:
             yield number, struct.unpack("<f", stream.read(4))[0]
         else:
-            length = read_varint(stream) if wire_type == 2 else 8
+            length = read_varint(stream)
             value = stream.read(length)
             if len(value) < length:
                 raise IndexError("ends within a field")
@@ -75,24 +75,21 @@ def read_pieces(message):
 
     The dictionaries are the specifications of the trainer and of the normalizer.
     """
-    pieces, trainer, normalizer = [], {}, {}
+    pieces, specifications = [], {2: {}, 3: {}}
     for number, value in fields(message):
         if number == 1:
             piece = dict(fields(value))
             pieces.append((piece[1].decode("utf-8"), piece.get(2, 0.0), piece.get(3, NORMAL)))
-        elif number == 2:
-            trainer = dict(fields(value))
-        elif number == 3:
-            normalizer = dict(fields(value))
-    return pieces, trainer, normalizer
+        elif number in specifications:
+            specifications[number] = dict(fields(value))
+    return pieces, *specifications.values()
 
 
-def merges_of(pieces):
-    """List the merges (left, right), best first.
+def merges_of(pieces, ids):
+    """List the merges (left, right), best first. ids: {piece: its id}.
 
     Equal scores keep the order of the pieces. Cuts of one piece are in the order of their ids.
     """
-    ids = {piece: i for i, (piece, _, _) in enumerate(pieces)}
     scored = []
     for piece, score, _ in pieces:
         cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
@@ -115,19 +112,17 @@ def load_tokenizer_model(folder):
     if trainer.get(3) != BPE or normalizer.get(2) or not normalizer.get(3, 1):
         raise InputError(f"{path}: not a sentencepiece BPE model: take one with a tokenizer.json")
     unknown = next((piece for piece, _, type_ in pieces if type_ == UNKNOWN), None)
-    vocabulary = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+    ids = {piece: i for i, (piece, _, _) in enumerate(pieces)}
     options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges_of(pieces), **options))
+    tokenizer = Tokenizer(models.BPE(ids, merges_of(pieces, ids), **options))
     steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence(steps)
     back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)])
     for piece, _, type_ in pieces:
-        token = AddedToken(piece, normalized=False)
-        if type_ in (UNKNOWN, CONTROL):
-            tokenizer.add_special_tokens([token])
-        elif type_ == USER_DEFINED:
-            tokenizer.add_tokens([token])
+        if type_ in (UNKNOWN, CONTROL, USER_DEFINED):
+            is_special = type_ != USER_DEFINED
+            tokenizer.add_tokens([AddedToken(piece, normalized=False, special=is_special)])
     add_tokens(tokenizer, path.with_name("added_tokens.json"))
     set_prefix(tokenizer, folder)
     return tokenizer

@@ -27,8 +27,9 @@ def write_stories(real, folder):
     pieces = [p if p.startswith("<0x") else p.replace(" ", "▁") for p in pieces]
     pieces[1:3] = ["<s>", "</s>"]
     tokenizer = json.loads((real / "tokenizers" / "llama2" / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"] = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer["model"]["merges"] = merges_of([(piece, -i, 1) for i, piece in enumerate(pieces)])
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    merges = merges_of([(piece, -i, 1) for i, piece in enumerate(pieces)], ids)
+    tokenizer["model"] |= {"vocab": ids, "merges": merges}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     encoding = load_tokenizer(folder).encode(expected["greedy_text"], add_special_tokens=False)
     assert encoding.ids == expected["greedy_ids_with_bos"][1:]
