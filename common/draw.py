@@ -72,12 +72,9 @@ def save_image(panels, path):
 
 def draw_losses(run):
     """Draw the mean losses in a run's log.jsonl into its loss.png, one stage after the other."""
-    records = []
-    for line in (run / "log.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if record["mean_loss"] is not None:
-            records.append(record)
-    highest = max((record["mean_loss"] for record in records), default=1) or 1
+    lines = (run / "log.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if record["mean_loss"]]
+    highest = max((record["mean_loss"] for record in records), default=1)
     steps = {record["stage"]: record["step"] + 1 for record in records}
     left, top, width, height = 60, 40, 620, 300
     canvas = Image.new("RGB", (left + width + 20, top + height + 40), "white")

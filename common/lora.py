@@ -18,6 +18,7 @@ Left out: LLaVA's dropout of 0.05 before A. With it, losses would depend on the 
 and on the micro-batch.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,18 +67,20 @@ class LoRALinear(nn.Module):
 
 def adapt(llm, rank, alpha):
     """Give every linear layer in the blocks of a Llama or Phi an adapter, in place."""
-    for parent in list(llm.layers.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, LoRALinear(child, rank, alpha))
+    replace(llm, nn.Linear, partial(LoRALinear, rank=rank, alpha=alpha))
 
 
 def merge(llm):
     """Add every adapter to its linear layer, in place."""
+    replace(llm, LoRALinear, LoRALinear.merged)
+
+
+def replace(llm, cls, make):
+    """Put make(module) in the place of every module of a class in the blocks."""
     for parent in list(llm.layers.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, LoRALinear):
-                setattr(parent, name, child.merged())
+            if isinstance(child, cls):
+                setattr(parent, name, make(child))
 
 
 def adapters(llm):

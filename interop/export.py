@@ -29,7 +29,7 @@ from clip import CLIPVision
 from common import checkpoint, cli, lora
 from common.cli import option
 from common.errors import InputError
-from common.pretrained import locate, on_meta, read_json
+from common.pretrained import locate, read_json
 from common.run import Ranks
 from common.save import (
     dtype_name,
@@ -112,7 +112,6 @@ def llava_hf(model):
         "text_config": text_config,
         "tie_word_embeddings": text_config.get("tie_word_embeddings", False),
         "vision_config": vision_config,
-        "template": model.template,
     }
     processor = {
         "processor_class": "LlavaProcessor",
@@ -150,7 +149,6 @@ def llava(model):
         "mm_use_im_patch_token": False,
         "is_video": False,
         "image_aspect_ratio": "pad" if model.spec.mode == "pad" else "square",
-        "template": model.template,
     }
     if config["mm_vision_tower"] == tower.config.model_type:
         # A key of ours, for a tower that has no public name.
@@ -163,8 +161,7 @@ def llava(model):
 
 def llama(model):
     """Write the LLM alone, with its tokenizer and template."""
-    config = model.llm.config.to_dict() | {"template": model.template}
-    return tokenizer_files(model), llm_tensors(model.llm), config
+    return tokenizer_files(model), llm_tensors(model.llm), model.llm.config.to_dict()
 
 
 FORMATS = {"llava-hf": llava_hf, "llava": llava, "llama": llama}
@@ -180,10 +177,9 @@ def check_connector(model, layout, names):
         raise InputError(f"--format={layout}: not for --image_mode=anyres; --format=llama is")
     if name not in names:
         raise InputError(f"--format={layout}: not for connector {name}, only {', '.join(names)}")
-    c = model.vision[0].config
-    shape = Tower(c.num_hidden_layers, c.hidden_size, (model.spec.size // c.patch_size) ** 2)
-    with on_meta():
-        usual = make_connector(name, [shape], llm_width=1)
+    # Only the depth decides which layers are read.
+    tower = Tower(model.vision[0].config.num_hidden_layers, width=1, num_patches=1)
+    usual = make_connector(name, [tower], llm_width=1)
     if connector.layers != usual.layers:
         raise InputError(
             f"--format={layout}: this model's connector reads the layers {connector.layers}, and "
@@ -289,7 +285,8 @@ def export(model, folder, format=""):
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     dtype = dtype_name(model.llm)
-    save_checkpoint(partial, tensors, config | {"dtype": dtype, "torch_dtype": dtype})
+    config |= {"template": model.template, "dtype": dtype, "torch_dtype": dtype}
+    save_checkpoint(partial, tensors, config)
     for name, content in files.items():
         if isinstance(content, str):
             (partial / name).write_text(content, encoding="utf-8")
