@@ -379,7 +379,7 @@ def our_name(layout, name):
     """Translate a tensor's name in a layout into ours. None: a tensor that is not loaded."""
     for prefix in layout.prefixes:
         name = name.removeprefix(prefix)
-    if name.startswith(layout.ignored):
+    if name.startswith(tuple(layout.ignored)):
         return None
     for theirs, ours in layout.names.items():
         name = name.replace(theirs, ours)
