@@ -4,11 +4,14 @@ layouts.toml has it for google/vit-*, facebook/deit-*, timm/deit3_*, facebook/vi
 facebook/dinov2-*, openai/clip-vit-*, laion/CLIP-*, google/siglip-*, LLaMA, Mistral and Qwen2.
 """
 
+import json
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 FILE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+# What config.json of some public checkpoints holds: {Hugging Face id: dict}.
+SHAPES = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

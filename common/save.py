@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -82,6 +83,16 @@ def save_safetensors(tensors, path):
     partial.replace(path)
 
 
+@contextmanager
+def whole(folder):
+    """Yield an empty folder to write to, which takes the place of `folder` at the end."""
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    replace_folder(partial, folder)
+
+
 def replace_folder(partial, folder):
     """Move the finished folder `partial` to `folder`, replacing what is there.
 
@@ -107,8 +118,9 @@ def dtype_name(module):
 
 
 def statistics(tower):
-    """Return the mean and std of a tower's pixels, two lists of three numbers."""
-    return tower.normalize.mean.flatten().tolist(), tower.normalize.std.flatten().tolist()
+    """Return {"mean", "std"} of a tower's pixels, lists of three numbers."""
+    normalize = tower.normalize
+    return {"mean": normalize.mean.flatten().tolist(), "std": normalize.std.flatten().tolist()}
 
 
 def save_tower(tower, folder):
@@ -125,10 +137,9 @@ def hugging_face(tower):
 
     Raises InputError if transformers has no class for it.
     """
-    layout = tower.layout
+    layout, model_type = tower.layout, tower.config.model_type
     if not layout.architecture:
-        kind = tower.config.model_type
-        raise InputError(f"a {kind} tower cannot be written: transformers has no class for it")
+        raise InputError(f"transformers has no class for {model_type}, so it cannot be written")
     config = {"architectures": [layout.architecture], "dtype": dtype_name(tower)} | layout.fixed
     for key, value in asdict(tower.config).items():
         if value is not None and key not in HEADS:
@@ -151,14 +162,14 @@ def save_processor(tower, folder):
     """Write preprocessor_config.json: how images are resized, their mean and std."""
     R, processor = tower.config.image_size, tower.layout.processor
     square = {"height": R, "width": R}
-    mean, std = statistics(tower)
+    numbers = statistics(tower)
     config = {
         "image_processor_type": processor,
         "size": {"shortest_edge": R} if processor == "CLIPImageProcessor" else square,
         "do_center_crop": True,
         "crop_size": square,
-        "image_mean": mean,
-        "image_std": std,
+        "image_mean": numbers["mean"],
+        "image_std": numbers["std"],
     }
     write_json(Path(folder) / "preprocessor_config.json", config)
 
@@ -207,9 +218,6 @@ def save_mllm(model, folder, tensors=None):
 
     tensors: pairs (name, tensor) instead of the model's own.
     """
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     config = {
         "model_type": "mllm",
         "template": model.template,
@@ -217,11 +225,8 @@ def save_mllm(model, folder, tensors=None):
         "vision": [asdict(tower.config) for tower in model.vision],
         "llm": model.llm.config.to_dict(),
     }
-    save_in_files(partial, tensors or model.state_dict().items(), config)
-    model.tokenizer.save(str(partial / "tokenizer.json"))
-    towers = []
-    for tower in model.vision:
-        mean, std = statistics(tower)
-        towers.append({"mean": mean, "std": std})
-    write_json(partial / "preprocessor_config.json", model.spec.config() | {"towers": towers})
-    replace_folder(partial, folder)
+    processor = model.spec.config() | {"towers": [statistics(tower) for tower in model.vision]}
+    with whole(folder) as partial:
+        save_in_files(partial, tensors or model.state_dict().items(), config)
+        model.tokenizer.save(str(partial / "tokenizer.json"))
+        write_json(partial / "preprocessor_config.json", processor)

@@ -7,15 +7,9 @@ config.json there names an architecture. `model_args` holds what differs from it
 import re
 
 from common.errors import InputError
+from common.layouts import FILE
 
-# size -> width D, depth L, heads H
-SIZES = {
-    "small": (384, 12, 6),
-    "medium": (512, 12, 8),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "huge": (1280, 32, 16),
-}
+SIZES = FILE["deit3_sizes"]
 
 
 def read(config, folder):

@@ -15,9 +15,8 @@ common.save.save_tower(model.vision[0], FOLDER) writes a tower alone.
 """
 
 import json
-import shutil
 import string
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,20 +28,21 @@ from clip import CLIPVision
 from common import checkpoint, cli, lora
 from common.cli import option
 from common.errors import InputError
+from common.layouts import SHAPES
 from common.pretrained import locate, read_json
 from common.run import Ranks
 from common.save import (
     dtype_name,
     hugging_face,
     llm_tensors,
-    replace_folder,
     save_checkpoint,
     statistics,
+    whole,
     write_json,
 )
 from connector import Tower, make_connector
 from dialogue import MARK, named
-from interop.llava import DENSE, KNOWN_TOWERS, TOWER
+from interop.llava import DENSE, TOWER
 from interop.load import load_model, newest_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -110,12 +110,11 @@ def llava_hf(model):
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": strategy,
         "text_config": text_config,
-        "tie_word_embeddings": text_config.get("tie_word_embeddings", False),
+        "tie_word_embeddings": text_config["tie_word_embeddings"],
         "vision_config": vision_config,
     }
     processor = {
         "processor_class": "LlavaProcessor",
-        "image_token": MARK,
         "patch_size": tower.config.patch_size,
         "num_additional_image_tokens": tower.num_prefix_tokens,
         "vision_feature_select_strategy": strategy,
@@ -134,13 +133,13 @@ def llava(model):
     vision, vision_config = hugging_face(tower)
     tensors = {TOWER + key: tensor for key, tensor in vision.items()} | llm_tensors(model.llm)
     tensors |= {f"model.{key}": tensor for key, tensor in model.connector.state_dict().items()}
-    public_names = (key for key, shape in KNOWN_TOWERS.items() if shape == tower.config)
+    shape = asdict(tower.config).items()
+    public_names = (key for key, public in SHAPES.items() if public.items() <= shape)
     llm_config = model.llm.config.to_dict()
     family = llm_config["model_type"].replace("qwen2", "qwen")
     config = llm_config | {
         "architectures": [f"Llava{family.capitalize()}ForCausalLM"],
         "model_type": f"llava_{family}",
-        "use_mm_proj": True,
         "mm_vision_tower": next(public_names, tower.config.model_type),
         "mm_hidden_size": next(model.connector.parameters()).shape[1],
         "mm_projector_type": "linear" if name == "linear" else "mlp2x_gelu",
@@ -189,8 +188,8 @@ def check_connector(model, layout, names):
 
 def image_files(model):
     """Return preprocessor_config.json with the tower's mean and standard deviation."""
-    mean, std = statistics(model.vision[0])
-    return {"preprocessor_config.json": replace(model.spec, mean=mean, std=std).config()}
+    spec = replace(model.spec, **statistics(model.vision[0]))
+    return {"preprocessor_config.json": spec.config()}
 
 
 def tokenizer_files(model, tokenizer=None):
@@ -203,9 +202,12 @@ def tokenizer_files(model, tokenizer=None):
     if template.keeps_questions:
         files["chat_template.jinja"] = chat_template(template, has_bos=tokenizer is None)
     tokenizer = Tokenizer.from_str((tokenizer or model.tokenizer).to_str())
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    # A prompt in a batch ends at the right, where its answer begins.
-    settings["padding_side"] = "left"
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        # A prompt in a batch ends at the right, where its answer begins.
+        "padding_side": "left",
+    }
     for bos in template.bos:
         bos_id = tokenizer.token_to_id(bos)
         if bos_id is not None:
@@ -278,21 +280,18 @@ def export(model, folder, format=""):
 
     format: one of FORMATS. Raises InputError if it cannot represent the model.
     """
-    folder = Path(folder)
     if not format:
         format = "llava-hf" if model.connector.name in ("linear", "mlp") else "llava"
     files, tensors, config = FORMATS[format](model)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     dtype = dtype_name(model.llm)
     config |= {"template": model.template, "dtype": dtype, "torch_dtype": dtype}
-    save_checkpoint(partial, tensors, config)
-    for name, content in files.items():
-        if isinstance(content, str):
-            (partial / name).write_text(content, encoding="utf-8")
-        else:
-            write_json(partial / name, content)
-    replace_folder(partial, folder)
+    with whole(folder) as partial:
+        save_checkpoint(partial, tensors, config)
+        for name, content in files.items():
+            if isinstance(content, str):
+                (partial / name).write_text(content, encoding="utf-8")
+            else:
+                write_json(partial / name, content)
     return format
 
 

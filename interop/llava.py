@@ -18,18 +18,19 @@ that mm_vision_tower names. The Dense Connector's releases use SigLIP-so400m at 
 is in no file, since no connector reads it.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
+from clip import CLIPVision, SigLIPVision
 from common.errors import InputError
 from common.images import ImageSpec
+from common.layouts import FILE, SHAPES
 from common.pretrained import (
     build_part,
-    import_class,
     load_weights,
     locate,
     on_meta,
@@ -43,33 +44,6 @@ from mllm import LLMS, MLLM, TOWERS
 
 # values of mm_dense_connector_type and our names; efficient is ours
 DENSE = {"sti": "sti", "sci": "sci", "dci": "dense", "efficient": "efficient"}
-# What a text_config leaves out: the defaults of transformers' LlamaConfig, Mistral's too.
-VICUNA_7B = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-}
-LLM_TYPES = {
-    "llava": "llama",
-    "llava_llama": "llama",
-    "llava_mistral": "mistral",
-    "llava_qwen": "qwen2",
-    "llava_phi": "phi",
-}
-# Towers that LLaVA's configs name without describing them: width, depth, heads, MLP, R, P.
-KNOWN_TOWERS = {
-    "openai/clip-vit-large-patch14": CLIPVisionConfig(
-        1024, 24, 16, 4096, image_size=224, patch_size=14
-    ),
-    "openai/clip-vit-large-patch14-336": CLIPVisionConfig(
-        1024, 24, 16, 4096, image_size=336, patch_size=14
-    ),
-    "google/siglip-so400m-patch14-384": SigLIPVisionConfig(
-        1152, 27, 16, 4304, image_size=384, patch_size=14
-    ),
-}
 TOWER = "model.vision_tower.vision_tower."
 
 
@@ -100,32 +74,46 @@ def read(folder, config, names):
         check_identity(folder)
     with on_meta(folder):
         if "mm_vision_tower" in config:
-            return read_llava(folder, config, names)
-        return read_llava_hf(folder, config)
+            model, tower_folder = read_llava(folder, config, names)
+        else:
+            model, tower_folder = read_llava_hf(folder, config), None
+    return model, partial(rename, model), tower_folder
 
 
 def expect(folder, config, key, default, *others):
     """Return config[key]. InputError unless it is `default`, which it is if absent, or an other."""
     value, known = config.get(key, default), [default, *others]
     if value not in known:
-        known = " or ".join(repr(value) for value in known)
+        known = " or ".join(map(repr, known))
         raise InputError(f"{folder}/config.json: {key} is {value!r}; only {known} can be read")
     return value
 
 
-def renamer(parts):
-    """Make the `rename` of load_weights.
+def rename(model, name):
+    """Translate a tensor's name in either layout into ours. None: a tensor that is not loaded."""
+    name = name.removeprefix("model.")
+    if model.connector.name == "linear":
+        if "linear_2" in name:
+            # the identity
+            return None
+        name = name.replace("multi_modal_projector.linear_1", "mm_projector")
+    if name.startswith("vision_tower."):
+        part, rest = "vision.0", model.vision[0].name_of(name.replace("vision_tower.", ""))
+    elif connector_name(name) or name == "image_newline":
+        part, rest = "connector", connector_name(name) or name
+    else:
+        part, rest = "llm", model.llm.name_of(name.removeprefix("language_model."))
+    return rest and f"{part}.{rest}"
 
-    parts: (their prefix, our prefix or None, what renames the rest); None: not loaded.
-    """
 
-    def rename(name):
-        for theirs, ours, rename_rest in parts:
-            if name.startswith(theirs):
-                rest = rename_rest(name.removeprefix(theirs))
-                return None if None in (ours, rest) else ours + rest
-
-    return rename
+def connector_name(name):
+    """Translate a tensor's name in any layout into the connector's; None for other parts."""
+    name = name.removeprefix("model.")
+    name = name.replace("multi_modal_projector.linear_1", "mm_projector.0")
+    name = name.replace("multi_modal_projector.linear_2", "mm_projector.2")
+    if name.startswith("mm_projector."):
+        return name
+    return name.removeprefix("connector.") if name.startswith("connector.") else None
 
 
 # ---- llava-hf ------------------------------------------------------------------------------------
@@ -137,13 +125,10 @@ def read_llava_hf(folder, config):
         expect(folder, config, "use_image_newline_parameter", True)
     text, vision = config["text_config"], config["vision_config"]
     if text.get("model_type", "llama") in ("llama", "mistral"):
-        text = VICUNA_7B | text
+        text = FILE["text_config"] | text
     # This key may be the whole model's.
     text = {"tie_word_embeddings": config.get("tie_word_embeddings")} | text
     act = expect(folder, config, "projector_hidden_act", "gelu", "linear")
-    places = "connector.mm_projector.0.", "connector.mm_projector.2."
-    if act == "linear":
-        places = "connector.mm_projector.", None
     vision = {"model_type": "clip_vision_model"} | vision
     tower = build_part(TOWERS, vision, folder, spec.mean, spec.std)
     expect(folder, config, "vision_feature_layer", -2, len(tower.blocks) - 1)
@@ -155,17 +140,7 @@ def read_llava_hf(folder, config):
     if spec.mode == "anyres" and template == "chatml":
         template = "chatml_direct"
     connector = "linear" if act == "linear" else "mlp"
-    model = MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
-    parts = [
-        ("vision_tower.", "vision.0.", tower.name_of),
-        ("multi_modal_projector.linear_1.", places[0], str),
-        ("multi_modal_projector.linear_2.", places[1], str),
-        ("image_newline", "connector.image_newline", str),
-        ("language_model.", "llm.", llm.name_of),
-        ("", "llm.", llm.name_of),
-    ]
-    rename = renamer(parts)
-    return model, lambda name: rename(name.removeprefix("model.")), None
+    return MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
 
 
 def check_identity(folder):
@@ -191,10 +166,7 @@ def read_llava(folder, config, names):
     dense = expect(folder, config, "mm_dense_connector_type", None, "none", *DENSE)
     expect(folder, config, "mm_vision_select_feature", "patch")
     expect(folder, config, "mm_use_im_start_end", False, None)
-    connector = "linear" if projector == "linear" else "mlp"
-    if dense in DENSE:
-        expect(folder, {"mm_projector_type": projector}, "mm_projector_type", "mlp2x_gelu")
-        connector = DENSE[dense]
+    connector = "linear" if projector == "linear" else DENSE.get(dense, "mlp")
     is_inside = any(name.startswith(TOWER) for name in names)
     tower, tower_folder = describe_tower(folder, config, is_inside)
     is_siglip = isinstance(tower, SigLIPVision)
@@ -205,7 +177,8 @@ def read_llava(folder, config, names):
         spec = ImageSpec.from_folder(tower_folder)
     else:
         mode = "stretch" if is_siglip else "crop"
-        spec = ImageSpec(tower.config.image_size, mode, *tower.layout.statistics)
+        statistics = map(tuple, tower.layout.statistics)
+        spec = ImageSpec(tower.config.image_size, mode, *statistics)
     mode = expect(folder, config, "image_aspect_ratio", None, "pad", "square", "anyres")
     if mode in ("pad", "anyres"):
         spec = replace(spec, mode=mode, resize_to=None)
@@ -214,7 +187,7 @@ def read_llava(folder, config, names):
             folder, {"mm_patch_merge_type": "flat"} | config, "mm_patch_merge_type", "spatial_unpad"
         )
         # (width, height) here, (height, width) in llava-hf
-        pinpoints = tuple((w, h) for w, h in config["image_grid_pinpoints"])
+        pinpoints = tuple(map(tuple, config["image_grid_pinpoints"]))
         spec = replace(spec, pinpoints=pinpoints)
     is_mistral = config["model_type"] == "llava_mistral"
     template = find_template(folder) or ("mistral_instruct" if is_mistral else "vicuna_v1")
@@ -224,17 +197,10 @@ def read_llava(folder, config, names):
             template = "chatml_direct"
         if template == "llama_3" and dense in DENSE:
             template = "llama_3_dense"
-    llm_type = LLM_TYPES.get(config["model_type"], config["model_type"])
+    llm_type = FILE["llava_llms"].get(config["model_type"], config["model_type"])
     llm = build_part(LLMS, config | {"model_type": llm_type}, folder)
     model = MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
-
-    parts = [
-        (TOWER, "vision.0.", tower.name_of),
-        ("model.mm_projector.", "connector.mm_projector.", str),
-        ("model.image_newline", "connector.image_newline", str),
-        ("", "llm.", llm.name_of),
-    ]
-    return model, renamer(parts), None if is_inside else tower_folder
+    return model, None if is_inside else tower_folder
 
 
 def describe_tower(folder, config, is_inside):
@@ -244,18 +210,17 @@ def describe_tower(folder, config, is_inside):
     """
     name, tower_folder = config["mm_vision_tower"], folder
     # interop.export describes towers that have no public name.
-    stated = config.get("mm_vision_config")
-    for public_name, tower_config in KNOWN_TOWERS.items():
-        if not stated and Path(public_name).name == Path(name).name:
-            stated = asdict(tower_config)
+    named = {Path(public).name: shape for public, shape in SHAPES.items()}
+    stated = config.get("mm_vision_config") or named.get(Path(name).name)
     if not (is_inside and stated):
         tower_folder = folder / name if (folder / name).is_dir() else locate(name)
         stated = read_config(tower_folder)
-    tower_class = import_class(TOWERS, stated, tower_folder)
-    if not issubclass(tower_class, CLIPVision):
-        model_type = stated["model_type"]
-        raise InputError(f"{folder}: its tower {name} is {model_type}, not CLIP or SigLIP")
-    return tower_class.from_config(stated, folder, *read_statistics(tower_folder)), tower_folder
+    tower = build_part(TOWERS, stated, tower_folder, *read_statistics(tower_folder))
+    if not isinstance(tower, CLIPVision):
+        raise InputError(
+            f"{folder}: its tower {name} is {type(tower).__name__}, not CLIP or SigLIP"
+        )
+    return tower, tower_folder
 
 
 def lacks_last_block(tower, names):

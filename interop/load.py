@@ -91,6 +91,8 @@ def start_from(model, path, mapped=False):
             places |= dict.fromkeys(opened.keys(), file)
     device = next(model.connector.parameters()).device
     if not any(name.endswith("embed_tokens.weight") for name in places):
+        from interop.llava import connector_name
+
         # its modules, without image_newline, which LLaVA-NeXT's stage 1 does not train
         modules = torch.nn.ModuleDict(model.connector.named_children())
         load_weights(modules, path, connector_name, torch.float32, device, places)
@@ -109,13 +111,3 @@ def start_from(model, path, mapped=False):
     whole.base = str(path)  # of LoRA adapters
     print(f"starting from the model {path}: its towers, LLM, template and image size")
     return whole
-
-
-def connector_name(name):
-    """Translate a checkpoint's tensor name into the connector's; None for other parts."""
-    name = name.removeprefix("model.")
-    name = name.replace("multi_modal_projector.linear_1", "mm_projector.0")
-    name = name.replace("multi_modal_projector.linear_2", "mm_projector.2")
-    if name.startswith("mm_projector."):
-        return name
-    return name.removeprefix("connector.") if name.startswith("connector.") else None

@@ -51,7 +51,8 @@ def test_planned_memory_and_flops_are_those_that_pytorch_measures():
         optimizer.step()
         optimizer.zero_grad()
 
-    load = plan.Load.of(batch.lengths, (batch.labels >= 0).sum().item(), len(batch.pixels))
+    supervised, squared = (batch.labels >= 0).sum().item(), sum(n**2 for n in batch.lengths)
+    load = plan.Load(sum(batch.lengths), squared, supervised, len(batch.pixels))
     planned = plan.Plan(config, plan.build(config), True, load, 1, False)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()

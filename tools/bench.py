@@ -41,6 +41,7 @@ from common import cli
 from common.cli import option
 from common.errors import InputError
 from common.images import ImageSpec
+from common.layouts import SHAPES
 from common.pretrained import on_meta
 from common.speed import speed_up
 from dialogue import IGNORE, IMAGE
@@ -55,13 +56,12 @@ PROMPT, ANSWER = 700, 64
 # Text tokens of eight of LLaVA's dialogues, and the share of them that are answers.
 TEXTS = (212, 472, 154, 271, 310, 71, 211, 105)
 SUPERVISED = 0.6
-KNOWN = plan.KNOWN["checkpoints"]
 CLIP_B = {"image_size": 224, "patch_size": 16}
-CLIP_L = KNOWN["openai/clip-vit-large-patch14-336"]
+CLIP_L = SHAPES["openai/clip-vit-large-patch14-336"]
 SIZES = {
-    "160m": (CLIP_B, KNOWN["JackFram/llama-160m"]),
-    "1b": (CLIP_L, KNOWN["TinyLlama/TinyLlama-1.1B-Chat-v1.0"]),
-    "7b": (CLIP_L, KNOWN["lmsys/vicuna-7b-v1.5"]),
+    "160m": (CLIP_B, SHAPES["JackFram/llama-160m"]),
+    "1b": (CLIP_L, SHAPES["TinyLlama/TinyLlama-1.1B-Chat-v1.0"]),
+    "7b": (CLIP_L, SHAPES["lmsys/vicuna-7b-v1.5"]),
 }
 
 

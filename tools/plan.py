@@ -3,7 +3,7 @@
     python -m tools.plan config/dense_7b.toml --gpus=8 --gpu_memory=80
 
 The model is built on the meta device (shapes without storage), so it needs config.json files only.
-tools/shapes.json has those of the recipes in config/, which need no download. The plan follows
+common/shapes.json has those of the recipes in config/, which need no download. The plan follows
 train.py: packed dialogues without padding, float32 trained weights, AdamW's two moments in float32,
 bf16 autocast, a frozen LLM in bf16, and logits at supervised positions only.
 
@@ -50,6 +50,7 @@ from common import cli
 from common.cli import option, parse_options
 from common.errors import InputError
 from common.images import ImageSpec, prepare
+from common.layouts import SHAPES
 from common.pretrained import build_part, on_meta, read_config, read_json
 from common.run import PARTS, Config
 from connector import CONNECTORS
@@ -58,9 +59,9 @@ from train import WEIGHTS
 
 # The share of a GPU's memory that may be planned for.
 ROOM = 0.9
-# "checkpoints": what the plan reads in a config.json. "data": the papers' files and mixtures, their
-# number of samples (0: unknown) and the assumed text tokens and supervised tokens of a dialogue.
-KNOWN = read_json(Path(__file__).with_name("shapes.json"))
+# The papers' files and mixtures: their number of samples (0: unknown), and the assumed text tokens
+# and supervised tokens of a dialogue.
+DATA = read_json(Path(__file__).with_name("data.json"))
 
 
 @dataclass
@@ -78,10 +79,6 @@ class Load(NamedTuple):
     squared: float  # the sum of T² over the dialogues
     supervised: float  # n
     images: float  # I
-
-    @classmethod
-    def of(cls, lengths, supervised, images):
-        return cls(sum(lengths), sum(length**2 for length in lengths), supervised, images)
 
     def times(self, factor):
         return Load(*(value * factor for value in self))
@@ -130,9 +127,9 @@ def read_shape(name):
     """Return a checkpoint's config.json: from its folder, shapes.json or the hub."""
     name = str(name)
     if Path(name).is_dir():
-        return read_config(Path(name))
-    if name in KNOWN["checkpoints"]:
-        return KNOWN["checkpoints"][name]
+        return read_config(name)
+    if name in SHAPES:
+        return SHAPES[name]
     from huggingface_hub import hf_hub_download
 
     try:
@@ -160,11 +157,11 @@ def read_data(config, stage, model):
     names = " ".join(
         Path(name.rpartition(":")[2]).name for name in config.stage_options(stage)["data"]
     )
-    known = KNOWN["data"].get(names, KNOWN["data"]["other"])
+    known = DATA.get(names, DATA["other"])
     photograph = prepare(Image.new("RGB", (640, 480)), model.spec, model.tokens_per_image)
     tokens, images = known["text_tokens"] + len(photograph.rows), len(photograph.pixels)
-    max_length = min(config.max_length, model.llm.config.context)
-    return known["samples"], Load.of([min(tokens, max_length)], known["supervised"], images)
+    length = min(tokens, config.max_length, model.llm.config.context)
+    return known["samples"], Load(length, length**2, known["supervised"], images)
 
 
 # ---- memory, FLOPs, communication ----------------------------------------------------------------
@@ -391,8 +388,6 @@ def main(arguments):
     config.connector_options = parse_options(
         CONNECTORS, config.connector, config.connector_options, "--connector"
     )
-    if config.gpus < 1:
-        raise InputError(f"--gpus={config.gpus}: must be 1 or more")
     for stage in [config.stage] if config.stage else [1, 2]:
         plan_stage(config, stage)
 
