@@ -26,20 +26,15 @@ from common import layouts
 from common.errors import InputError
 from common.pretrained import Pretrained, build_clip, our_name
 from common.save import save_clip
-from vit import VisionTower, make_blocks, prepend, run_blocks
+from vit import TowerConfig, VisionTower, make_blocks, prepend, run_blocks
 
 
 @dataclass
-class CLIPVisionConfig:
-    """`vision_config` of config.json, with Hugging Face's defaults."""
+class CLIPVisionConfig(TowerConfig):
+    """`vision_config` of config.json: ViT's keys, where Hugging Face has other defaults."""
 
-    hidden_size: int = 768  # D
-    num_hidden_layers: int = 12  # L
-    num_attention_heads: int = 12  # H
-    intermediate_size: int = 3072  # width inside the MLP
     hidden_act: str = "quick_gelu"  # OpenAI's; LAION's checkpoints say gelu
     layer_norm_eps: float = 1e-5
-    image_size: int = 224  # R
     patch_size: int = 32  # P
     model_type: str = "clip_vision_model"
 
@@ -85,6 +80,7 @@ class CLIPVision(VisionTower):
         has_class_token = self.num_prefix_tokens == 1
         super().__init__(config, mean, std, patch_bias=not has_class_token)
         c, D = config, config.hidden_size
+        self.norm_pre = nn.Identity()
         if has_class_token:
             self.class_embedding = nn.Parameter(torch.empty(D).normal_(std=0.02))
             self.norm_pre = nn.LayerNorm(D, eps=c.layer_norm_eps)
@@ -103,9 +99,7 @@ class CLIPVision(VisionTower):
         if self.num_prefix_tokens:
             x = prepend(self.class_embedding.to(x.dtype)[None, None], x)
         x = x + self.position_embedding  # (B, S, D)
-        if self.num_prefix_tokens:
-            x = self.norm_pre(x)
-        return run_blocks(self.blocks, x, layers)
+        return run_blocks(self.blocks, self.norm_pre(x), layers)
 
 
 class SigLIPVision(CLIPVision):

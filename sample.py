@@ -132,11 +132,10 @@ def main(arguments):
     sampling["generator"] = torch.Generator().manual_seed(config.seed)
     if not (config.image or config.prompt or config.chat):
         return show_scenes(model, config, sampling)
-    name, questions = ", ".join(config.image), QUESTIONS
+    questions = QUESTIONS
     if not config.image:
-        name = f"test scene {config.seed} of the toy world, {config.out}"
         images, questions = scene_to_ask(config.seed)
-    print(f"image: {name}", file=sys.stderr)
+        print(f"image: test scene {config.seed} of the toy world, {config.out}", file=sys.stderr)
     if images:
         # now, so that a folder without write access does not interrupt a conversation
         save_image([panel(image, [], [], 768) for image in images], config.out)

@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common.cli import find_class
 from common.errors import InputError
 from common.images import Normalize
 from common.layouts import VIT
@@ -70,9 +71,7 @@ class MLP(nn.Module):
 
     def __init__(self, width, hidden_width, act="gelu"):
         super().__init__()
-        if act not in ACTIVATIONS:
-            raise InputError(f"hidden_act {act!r} is not one of {', '.join(ACTIVATIONS)}")
-        self.act = ACTIVATIONS[act]
+        self.act = find_class(ACTIVATIONS, act, "hidden_act")
         self.fc1 = nn.Linear(width, hidden_width)
         self.fc2 = nn.Linear(hidden_width, width)
 
@@ -175,8 +174,8 @@ class VisionTower(PretrainedTower, nn.Module):
 
 
 @dataclass
-class ViTConfig:
-    """The keys of config.json that a ViT needs, with Hugging Face's defaults."""
+class TowerConfig:
+    """The keys of config.json that ViT and CLIP need, with Hugging Face's defaults for ViT."""
 
     hidden_size: int = 768  # D
     num_hidden_layers: int = 12  # L
@@ -186,8 +185,14 @@ class ViTConfig:
     layer_norm_eps: float = 1e-12
     image_size: int = 224  # R
     patch_size: int = 16  # P
-    qkv_bias: bool = True
     model_type: str = "vit"  # vit, deit, deit3, vit_mae
+
+
+@dataclass
+class ViTConfig(TowerConfig):
+    """The keys that only a ViT has."""
+
+    qkv_bias: bool = True
     mask_ratio: float | None = None  # MAE's share of hidden patches, kept for transformers
     num_labels: int = 0  # classes of the head; 0: no head
     distilled_head: bool = False  # DeiT trained with a teacher: two heads, averaged

@@ -27,30 +27,13 @@ from llama import Llama, LlamaConfig, rope_frequencies
 
 
 @dataclass
-class PhiConfig:
-    """Keys of config.json. A default is what a missing key means."""
+class PhiConfig(LlamaConfig):
+    """Keys of config.json, besides LLaMA's. A default is what a missing key means."""
 
-    vocab_size: int  # V; the tokenizer uses 50295 of Phi-2's 51200
-    hidden_size: int  # C
-    intermediate_size: int  # width inside the MLP
-    num_hidden_layers: int  # L
-    num_attention_heads: int  # H, query heads
-    num_key_value_heads: int = None  # G, key/value heads; None: H
-    head_dim: int = None  # width of a head; None: C / H
     partial_rotary_factor: float = 0.5  # the part of a head's channels that RoPE rotates
     layer_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: dict = None
-    max_position_embeddings: int = 2048  # tokens of the trained context
     hidden_act: str = "gelu_new"  # GELU's tanh approximation, or "gelu"
-    bos_token_id: int = 1
-    eos_token_id: int | list = 2  # 50256, <|endoftext|>, in Phi-2's file
-
-    # No keys of a Phi, but Llama reads them.
-    tie_word_embeddings, sliding_window, max_window_layers = False, None, 0
-    attention_bias = True
-    __post_init__ = LlamaConfig.__post_init__
-    context = LlamaConfig.context
+    attention_bias: bool = True
 
     @classmethod
     def from_dict(cls, config, where):
@@ -73,8 +56,7 @@ class PhiConfig:
 
     def to_dict(self):
         """Return what config.json holds for this model. transformers reads it, too."""
-        fixed = {"architectures": ["PhiForCausalLM"], "model_type": "phi"}
-        return fixed | {"tie_word_embeddings": False} | asdict(self)
+        return {"architectures": ["PhiForCausalLM"], "model_type": "phi"} | asdict(self)
 
     @property
     def rotary_dim(self):
@@ -83,8 +65,6 @@ class PhiConfig:
 
 class Attention(llama.Attention):
     """LLaMA's attention with biases. The output layer is named `dense`."""
-
-    window = None
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
