@@ -8,6 +8,7 @@ answer_file, texts_by_id, ...    the file for the server or the judge's script
 
 import json
 import os
+from contextlib import suppress
 
 from benchmarks.prompts import SECOND
 from benchmarks.scores import mmbench_letter, mmmu_parse
@@ -26,13 +27,10 @@ def read_answers(folder, items):
     prompts, known = {item.id: item.prompt for item in items}, {}
     for path in sorted(folder.glob("answers*.jsonl")):
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
+            with suppress(ValueError, KeyError, TypeError):
                 line = json.loads(text)
-                name, prompt = line["id"], line["prompt"]
-            except (ValueError, KeyError, TypeError):
-                continue
-            if prompts.get(name, prompt) == prompt:
-                known[name] = line
+                if prompts.get(line["id"], line["prompt"]) == line["prompt"]:
+                    known[line["id"]] = line
     return known
 
 

@@ -365,7 +365,7 @@ BENCHMARKS = {
         None, TO_LLAVA_BENCH, read_questions, BARE, 1024, "tuple", judged.llava_bench_scores
     ),
     "video": Benchmark(
-        scores.exact(EVALAI, EVALAI), TO_VIDEO, read_questions, BARE, 512, 0, judged.video_scores
+        scores.exact(EVALAI), TO_VIDEO, read_questions, BARE, 512, 0, judged.video_scores
     ),
     "video_chatgpt": Benchmark(
         None, TO_VIDEO, read_video_chatgpt, BARE, 512, 0, judged.video_points

@@ -35,9 +35,9 @@ def accuracy(match):
     return score
 
 
-def exact(read, read_target=str):
-    """Return a scorer: the share of answers that are, once read, equal to their target."""
-    return accuracy(lambda answer, target: read(answer) == read_target(target))
+def exact(read):
+    """Return a scorer: the share of answers that, once both are read, are equal to their target."""
+    return accuracy(lambda answer, target: read(answer) == read(target))
 
 
 # --- boxes: RefCOCO, RefCOCO+, RefCOCOg ---------------------------------------------------
