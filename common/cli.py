@@ -29,7 +29,7 @@ REMEDIES = {
     "socket has timed out": "no answer from --master_addr: is it the first node's address?",
 }
 REMEDIES |= dict.fromkeys(("gloo", "NCCL", "Connection "), "another rank was lost: see its message")
-BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+BOOLS = {"true": True, "false": False}
 
 
 def option(default, help, section=None):
@@ -70,10 +70,8 @@ def read_recipe(path):
     """Return the options of a TOML file as flags. The table [NAME_options] is --NAME.KEY=VALUE."""
     try:
         recipe = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{path}: no such recipe; recipes are in config/") from None
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read as TOML ({error})") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no recipe in TOML ({error}); recipes are in config/") from None
     flags = []
     for key, value in recipe.items():
         if isinstance(value, dict):
@@ -137,9 +135,10 @@ def describe(config):
         name, default = each.name, as_text(getattr(config, each.name))
         if name.endswith("_options"):
             name, default = name.removesuffix("_options") + ".KEY", "VALUE"
-        if each.metadata.get("section"):
+        if each.metadata["section"]:
             lines.append(f"\n{each.metadata['section']}")
-        lines.append(f"  --{name}={default}".ljust(30) + "  " + each.metadata.get("help", ""))
+        flag = f"--{name}={default}"
+        lines.append(f"  {flag:28}  {each.metadata['help']}")
     return "\n".join(lines)
 
 

@@ -46,9 +46,9 @@ def panel(image, boxes, lines, side=448):
 
 def draw_dashed(canvas, box):
     """Draw white dashes on a black rectangle: they can be seen on any background."""
-    ImageDraw.Draw(canvas).rectangle(box, outline="black", width=2)
     outline = Image.new("L", canvas.size)
     ImageDraw.Draw(outline).rectangle(box, outline="white", width=2)
+    canvas.paste("black", mask=outline)
     y, x = np.indices((canvas.height, canvas.width))
     dashes = np.asarray(outline) * ((x + y) // DASH % 2 == 0)
     canvas.paste(TRUE_COLOR, mask=Image.fromarray(dashes))

@@ -31,7 +31,7 @@ from common.pretrained import read_processor
 
 # Only these are opened: for EPS, whatever a file's name is, Pillow would start Ghostscript. AVIF is
 # last, since Pillow before 11.3 does not know it.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF")
+FORMATS = "JPEG PNG GIF WEBP BMP TIFF JPEG2000 AVIF".split()
 LARGEST_DOWNLOAD = 50_000_000  # bytes
 # some servers, Wikimedia's for one, refuse the default one of requests
 USER_AGENT = "nanoMLLM/1.0 (educational code for multimodal LLMs)"
@@ -84,11 +84,10 @@ class ImageSpec:
         default = "CLIP" if "crop_size" in config else "ViT"
         kind = config.get("image_processor_type") or config.get("feature_extractor_type") or default
         size = config["size"]
+        # a number is the side of a square for these, else the shorter side
+        is_square = kind.startswith(("ViT", "DeiT", "Siglip"))
         if isinstance(size, dict):
             is_square = "height" in size
-        else:
-            # a number: the square for these, else the shorter side
-            is_square = kind.startswith(("ViT", "DeiT", "Siglip"))
         mode = "stretch" if is_square else "pad" if config.get("do_pad") else "crop"
         pinpoints = tuple((w, h) for h, w in config.get("image_grid_pinpoints") or ())
         mode = "anyres" if pinpoints else mode
@@ -115,9 +114,9 @@ class ImageSpec:
             "size": stretched if self.mode == "stretch" else {"shortest_edge": side},
             "do_center_crop": True,
             "crop_size": {"height": self.size, "width": self.size},
-            "resample": int(self.resample),
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
+            "resample": self.resample,
+            "image_mean": self.mean,
+            "image_std": self.std,
         }
         if self.mode == "anyres":
             config["image_processor_type"] = "LlavaNextImageProcessor"
@@ -127,13 +126,10 @@ class ImageSpec:
 
 def side_of(size):
     """Read 224, {"shortest_edge": 224} or {"height": 224, "width": 224} -> 224."""
-    if not isinstance(size, dict):
-        return size
-    if "shortest_edge" in size:
-        return size["shortest_edge"]
-    if size["height"] != size["width"]:
+    sides = set(size.values()) if isinstance(size, dict) else {size}
+    if len(sides) > 1:
         raise ValueError("only square images are supported")
-    return size["height"]
+    return sides.pop()
 
 
 # --- open ---
@@ -157,7 +153,7 @@ def open_file(path_or_file, name=None, choose=lambda total: [0]):
                 frames = []
                 for i in choose(getattr(image, "n_frames", 1)):
                     image.seek(i)
-                    frames.append(to_rgb(image).copy())
+                    frames.append(to_rgb(image))
                 return frames
     except Exception as error:  # on damaged files, decoders raise many kinds
         where = printable(name or path_or_file, 300)
@@ -248,10 +244,10 @@ def to_rgb(image):
         bits = int(gray.max()).bit_length()
         depth = next((depth for depth in (8, 12, 16) if bits <= depth), bits)
         image = Image.fromarray((gray >> (depth - 8)).astype(np.uint8))
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 def to_pixels(image, spec):
@@ -264,7 +260,6 @@ def to_pixels(image, spec):
     if spec.mode == "pad":
         check_area([max(image.size)] * 2, image)
         image = pad_to_square(image, spec.mean)
-        size = [spec.size] * 2
     elif spec.mode == "crop":
         size = [int(size[0] * edge / min(image.size)) for edge in image.size]
         check_area(size, image)

@@ -19,7 +19,6 @@ and on the micro-batch.
 """
 
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -58,8 +57,7 @@ class LoRALinear(nn.Module):
 
     def merged(self):
         """Return the plain nn.Linear with the merged weight."""
-        out_features, in_features = self.weight.shape
-        linear = nn.Linear(in_features, out_features, bias=self.bias is not None, device="meta")
+        linear = nn.Linear(*reversed(self.weight.shape), device="meta")
         linear.weight = nn.Parameter(self.merged_weight())
         linear.bias = self.bias
         return linear
@@ -93,7 +91,6 @@ def save(adapters, folder, rank, alpha, base):
 
     base: the name of the LLM that they belong to.
     """
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.model.{name}": p for name, p in adapters.items()}
     save_safetensors(tensors, folder / "adapter_model.safetensors")
@@ -104,8 +101,5 @@ def save(adapters, folder, rank, alpha, base):
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted({name.split(".")[-3] for name in adapters}),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
     }
     write_json(folder / "adapter_config.json", config)

@@ -13,9 +13,9 @@ any code.
 Towers, LLMs and whole models inherit from_pretrained from here. save.py writes them.
 """
 
-import importlib
 import json
 import math
+import pkgutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -152,13 +152,9 @@ def open_safetensors(path):
 
 def stored(folder_or_id):
     """Read file headers -> (number of parameters, whether the largest tensor has 16 bits)."""
-    total, largest, is_16_bit = 0, 0, False
-    for _, shape, dtype in headers(tensor_files(locate(folder_or_id))):
-        count = math.prod(shape)
-        total += count
-        if count > largest:
-            largest, is_16_bit = count, dtype in ("BF16", "F16")
-    return total, is_16_bit
+    found = headers(tensor_files(locate(folder_or_id)))
+    sizes = [(math.prod(shape), dtype) for _, shape, dtype in found]
+    return sum(size for size, _ in sizes), max(sizes)[1] in ("BF16", "F16")
 
 
 # --- its tensors in a module ---
@@ -200,8 +196,7 @@ def import_class(classes, config, where):
     model_type = config.get("model_type")
     for path, model_types in classes.items():
         if model_type in model_types:
-            module, _, name = path.rpartition(".")
-            return getattr(importlib.import_module(module), name)
+            return pkgutil.resolve_name(path)
     known = ", ".join(name for names in classes.values() for name in names if name)
     raise InputError(f"{where}: model_type {model_type!r} is not one of {known}")
 
@@ -327,8 +322,7 @@ class PretrainedTower(Pretrained):
         """Build a tower from config.json's object, that of a whole CLIP too. Raises InputError."""
         model_type = config.get("model_type")
         if model_type not in cls.layouts:
-            known = ", ".join(cls.layouts)
-            raise InputError(f"{where}: model_type {model_type!r}: {cls.__name__} reads {known}")
+            raise InputError(f"{where}: model_type {model_type!r}, not {' or '.join(cls.layouts)}")
         layout = cls.layouts[model_type]
         config = layout.defaults | config.get("vision_config", config) | layout.fixed
         return cls(fields_of(cls.config_class, config, where), mean, std)
@@ -417,8 +411,8 @@ class PretrainedLLM(Pretrained):
         # Some chat models list their end tokens only here.
         generation = folder / "generation_config.json"
         if generation.exists():
-            ids = read_json(generation).get("eos_token_id", model.config.eos_token_id)
-            model.config.eos_token_id = ids
+            c = model.config
+            c.eos_token_id = read_json(generation).get("eos_token_id", c.eos_token_id)
         return model
 
     def name_of(self, name):

@@ -26,7 +26,7 @@ class Recipe:
 
 
 def test_flags_set_fields_of_every_type(monkeypatch, tmp_path):
-    flags = ["--steps=1_000", "--lr=5", "--resume", "--bf16=no", "--names=a,b"]
+    flags = ["--steps=1_000", "--lr=5", "--resume", "--bf16=False", "--names=a,b"]
     assert parse(Recipe, flags) == Recipe("", 1000, 5.0, ["a", "b"], True, False)
     flags = ["--bf16=none", "--names=", "--steps=1", "--steps=2"]
     assert parse(Recipe, flags) == Recipe(steps=2, names=[])

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data import NothingToLearn, Sample
+from data import Sample
 
 # Side of an image in pixels.
 SIDE = 64
@@ -39,7 +39,7 @@ COLORS = {
 NAMES = tuple(COLORS)
 # Range of an object's side in pixels.
 SIZES = {"small": (13, 17), "large": (20, 25)}
-TASKS = ("caption", "presence", "count", "rec", "reg", "attribute", "relation")
+TASKS = "caption presence count rec reg attribute relation".split()
 
 
 # --- scenes -------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def dialogue(objects, rng):
     if chance < 0.25:
         return [("List the shapes.", listing(left_to_right(objects)))]
     turns = [question("count", objects, rng, about=rng.integers(len(objects)))]
-    tasks = ["rec"] * 2 + ["reg"] * 2 + ["presence"] * 3 + ["attribute", "relation"]
+    tasks = "rec rec reg reg presence presence presence attribute relation".split()
     for i in range(len(objects)):
         turns.append(question(tasks[rng.integers(9)], objects, rng, about=i))
     return [turns[i] for i in rng.permutation(len(turns)) if turns[i]]
@@ -305,7 +305,8 @@ class World:
     """The world as a dataset of `size` samples.
 
     The style "caption" is stage 1: an image and its caption, or in half of them a list with boxes.
-    "dialogue" is stage 2: several questions. A task's name gives one question of that task.
+    "dialogue" is stage 2: several questions. A task's name gives one question of that task, or a
+    caption if the scene has none.
     """
 
     def __init__(self, split, size, style="dialogue"):
@@ -325,10 +326,7 @@ class World:
             return [("", whole)]
         if self.style == "dialogue":
             return dialogue(objects, rng)
-        turn = any_question(self.style, objects, rng)
-        if turn is None:
-            raise NothingToLearn(f"{self.split} scene {index} gives no {self.style} question")
-        return [turn]
+        return [any_question(self.style, objects, rng) or question("caption", objects, rng)]
 
     def __getitem__(self, index):
         objects = scene(self.split, index)
