@@ -338,8 +338,7 @@ def parse_boxes(text):
 
 def parse_box(text):
     """Find the first box in a text -> [x1, y1, x2, y2], or None."""
-    boxes = parse_boxes(text)
-    return boxes[0] if boxes else None
+    return next(iter(parse_boxes(text)), None)
 
 
 def iou(a, b):

@@ -35,11 +35,15 @@ def read(model_type):
     return replace(read(keys["like"]), **keys) if "like" in keys else Layout(**keys)
 
 
-# for each class of tower: model_type -> Layout
-VIT = {name: read(name) for name in ("vit", "deit", "deit3", "vit_mae")}
-DINOV2 = {name: read(name) for name in ("dinov2", "dinov2_with_registers")}
-CLIP = {name: read(name) for name in ("clip", "clip_vision_model")}
-SIGLIP = {name: read(name) for name in ("siglip", "siglip_vision_model")}
+def layouts(*model_types):
+    """Return {model_type: Layout} of a class of towers."""
+    return {model_type: read(model_type) for model_type in model_types}
+
+
+VIT = layouts("vit", "deit", "deit3", "vit_mae")
+DINOV2 = layouts("dinov2", "dinov2_with_registers")
+CLIP = layouts("clip", "clip_vision_model")
+SIGLIP = layouts("siglip", "siglip_vision_model")
 WHOLE_CLIP = read("whole_clip")
 # mean and std of OpenAI's CLIP
 OPENAI = tuple(map(tuple, CLIP["clip"].statistics))

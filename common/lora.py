@@ -39,9 +39,10 @@ class LoRALinear(nn.Module):
         self.bias = linear.bias
         self.scale = alpha / rank
         # Drawn on the CPU, so that training starts the same on every device.
-        self.lora_A = nn.Linear(linear.in_features, rank, bias=False).to(linear.weight.device)
-        self.lora_B = nn.Linear(rank, linear.out_features, bias=False).to(linear.weight.device)
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
         nn.init.zeros_(self.lora_B.weight)
+        self.to(linear.weight.device)
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias) + self.lora_B(self.scale * self.lora_A(x))
