@@ -35,7 +35,11 @@ def speed_up(model, use, compile=False):
             module.sdpa = attention
         if hasattr(module, "attend_packed"):
             module.attend_packed = packed_attention(module.attend_packed, device, compile)
-    exchange(model)
+        if type(module) is nn.Linear and gains(module.weight):
+            # The object stays the same: FSDP refers to it.
+            module.__class__ = FastLinear
+        if hasattr(module, "tied_head") and gains(module.embed_tokens.weight):
+            module.tied_head = linear
     if use == "train" and compile:
         compile_blocks(model)
     elif compile and device == "cuda":
@@ -130,20 +134,8 @@ def attend_in_one_kernel(plain, sdpa, q, k, v, starts, longest, window):
 # --- linear layers on a CPU -------------------------------------------------------------------
 
 
-def exchange(model):
-    """Let the large bfloat16 layers read their weight directly for one row, in place."""
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return
-    for module in model.modules():
-        if type(module) is nn.Linear and gains(module.weight):
-            # The object stays the same: FSDP refers to it.
-            module.__class__ = FastLinear
-        if hasattr(module, "tied_head") and gains(module.embed_tokens.weight):
-            module.tied_head = linear
-
-
 def gains(weight):
-    """Tell whether the faster form is worth it for this weight."""
+    """Tell whether `linear` is worth it for this weight: a large one in bfloat16 on a CPU."""
     is_large = min(weight.shape) >= WIDE
     return is_large and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 

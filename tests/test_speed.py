@@ -55,8 +55,7 @@ def test_attention_by_matmuls_is_the_fused_one_with_its_gradients():
 
 
 @pytest.mark.parametrize("settings", ({"qkv_bias": True}, TIED), ids=str)
-def test_a_fast_llama_learns_and_answers_as_the_plain_one(monkeypatch, settings):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+def test_a_fast_llama_learns_and_answers_as_the_plain_one(settings):
     row, lengths = prompts(1, 700), [300, 1, 399]
     plain = model_of(**settings)
     fast = copy.deepcopy(plain)
