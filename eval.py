@@ -35,15 +35,12 @@ blind      the same questions, each with the image of another question"""
 
 
 @dataclass
-class Config:
-    model: str = option("", "folder or hub id of a model; empty: the newest under out/")
+class Config(cli.ModelConfig):  # --model, --device and --bf16
     count: int = option(200, "questions per task")
     batch: int = option(50, "questions answered at once")
     blind: bool = option(True, "score with exchanged images too (doubles the time)")
     seed: int = option(0, "of the exchange of images")
     json: bool = option(False, "print one JSON object as the last line")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps")
-    bf16: bool | None = option(None, "bfloat16; default: on CUDA and for 16-bit checkpoints")
 
 
 def mean(values):

@@ -26,8 +26,7 @@ from dialogue import MARK
 
 
 @dataclass
-class Config:
-    model: str = option("", "folder or hub id of a model; empty: the newest under out/")
+class Config(cli.ModelConfig):  # --model, --device and --bf16
     image: list[str] = option([], "files or URLs; empty: a scene of the toy world; none: no image")
     frames: int = option(0, "show this many frames of each file, a video or a folder of frames")
     pool: str = option("", "fewer tokens an image: grid (a quarter) or pairs (half, for video)")
@@ -40,8 +39,6 @@ class Config:
     top_k: int | None = option(None, "sample from the k most likely tokens only")
     top_p: float | None = option(None, "sample from the most likely tokens with this probability")
     seed: int = option(0, "of the sampling; the first test scene")
-    device: str = option("auto", "auto (CUDA or CPU), cpu, cuda, cuda:1 or mps")
-    bf16: bool | None = option(None, "bfloat16; default: on CUDA and for 16-bit checkpoints")
     fast: bool = option(False, "on CUDA: compile the decoding step first")
 
 

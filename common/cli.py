@@ -16,7 +16,7 @@ import tomllib
 import types
 import typing
 from contextlib import suppress
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from common.errors import InputError
@@ -38,6 +38,15 @@ def option(default, help, section=None):
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    """The options of a command that asks a trained model."""
+
+    model: str = option("", "folder or hub id of a model; empty: the newest under out/")
+    device: str = option("auto", "auto (CUDA or CPU), cpu, cuda, cuda:1 or mps")
+    bf16: bool | None = option(None, "bfloat16; default: on CUDA and for 16-bit checkpoints")
 
 
 def parse(cls, arguments, about=""):
