@@ -1,16 +1,8 @@
 """Read a checkpoint's chat template, and recognize which of ours it is."""
 
 from common.errors import InputError, printable
+from common.layouts import FILE
 from common.pretrained import read_json
-
-# What a chat template must contain to be one of ours.
-RECOGNIZED = [
-    ("llama_3", ["<|start_header_id|>"]),
-    ("chatml", ["<|im_start|>"]),
-    ("llama_2", ["[INST]", "<<SYS>>"]),
-    ("mistral_instruct", ["[INST]"]),
-    ("vicuna_v1", ["ASSISTANT:"]),
-]
 
 
 def chat_template(folder):
@@ -31,7 +23,7 @@ def recognize(folder, model_type):
     chat = chat_template(folder)
     if not chat:
         return "phi" if model_type == "phi" else None
-    for name, marks in RECOGNIZED:
+    for name, marks in FILE["chat_templates"].items():
         if all(mark in chat for mark in marks):
             return name
     raise InputError(

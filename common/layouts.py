@@ -6,33 +6,32 @@ facebook/dinov2-*, openai/clip-vit-*, laion/CLIP-*, google/siglip-*, LLaMA, Mist
 
 import json
 import tomllib
-from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 FILE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 # What config.json of some public checkpoints holds: {Hugging Face id: dict}.
 SHAPES = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How the checkpoints of one model_type are written."""
 
     like: str = ""  # the model_type whose layout this one is, but for its own keys
     architecture: str = ""  # transformers' class of the tower; none: it cannot be written
     processor: str = "CLIPImageProcessor"  # transformers' class that prepares images
     statistics: list = ()  # mean and std of the pixels if the checkpoint gives none
-    names: dict = field(default_factory=dict)  # their part of a tensor name -> ours
+    names: dict = {}  # their part of a tensor name -> ours
     prefixes: list = ()  # beginnings of their tensor names that are dropped
     ignored: list = ()  # beginnings of the names of their tensors that are not loaded
     saved_prefix: str = ""  # beginning of the tensor names that are written
-    defaults: dict = field(default_factory=dict)  # config keys, where ours differ from theirs
-    fixed: dict = field(default_factory=dict)  # config keys with only one value
+    defaults: dict = {}  # config keys, where ours differ from theirs
+    fixed: dict = {}  # config keys with only one value
 
 
 def read(model_type):
     keys = FILE["towers"][model_type]
-    return replace(read(keys["like"]), **keys) if "like" in keys else Layout(**keys)
+    return read(keys["like"])._replace(**keys) if "like" in keys else Layout(**keys)
 
 
 def layouts(*model_types):
