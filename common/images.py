@@ -229,7 +229,7 @@ def to_rgb(image):
     Raises InputError for another type.
     """
     if not isinstance(image, Image.Image):
-        if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        if getattr(image, "dtype", None) != np.uint8 or image.shape[2:] != (3,):
             raise InputError("an image should be PIL's, or a uint8 array (H, W, 3)")
         image = Image.fromarray(image)
     image.load()
@@ -349,7 +349,7 @@ def iou(a, b):
     top_left = map(max, a[:2], b[:2])
     bottom_right = map(min, a[2:], b[2:])
     both = area([*top_left, *bottom_right])
-    return both / (area(a) + area(b) - both) if both > 0 else 0.0
+    return both / (area(a) + area(b) - both) if both else 0.0
 
 
 def area(box):
