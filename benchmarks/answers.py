@@ -7,7 +7,6 @@ answer_file, texts_by_id, ...    the file for the server or the judge's script
 """
 
 import json
-import os
 from contextlib import suppress
 
 from benchmarks.prompts import SECOND
@@ -47,7 +46,7 @@ def merge(folder, items):
     known = read_answers(folder, items)
     lines = {item.id: known[item.id] for item in items if item.id in known}
     write_lines(folder / "answers.partial", (lines | known).values(), "w")
-    os.replace(folder / "answers.partial", folder / "answers.jsonl")
+    (folder / "answers.partial").replace(folder / "answers.jsonl")
     for path in folder.glob("answers.rank*.jsonl"):
         path.unlink()
     return {name: line["answer"] for name, line in lines.items()}

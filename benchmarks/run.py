@@ -105,8 +105,10 @@ def answer_all(config, name, folder, items, rank):
         try:
             answers = model.generate(images, prompts, config.max_new_tokens) if batch else []
         except InputError as error:
-            hint = "--max_new_tokens, --frames and --pool=pairs make it shorter"
-            raise InputError(f"questions from {batch[0].id} on: {error} ({hint})") from None
+            raise InputError(
+                f"questions from {batch[0].id} on: {error} (--max_new_tokens, --frames and "
+                "--pool=pairs make it shorter)"
+            ) from None
         lines = [
             {"id": item.id, "prompt": item.prompt, "answer": answer, "target": item.target}
             for item, answer in zip(batch, answers, strict=True)

@@ -10,7 +10,6 @@ Captions are in captions.py, and what another model judges is in judged.py. The 
 tests/test_scores.py compares it with recorded results of the official scorers.
 """
 
-import itertools
 import random
 import re
 
@@ -97,7 +96,7 @@ def mme_scores(answers, targets):
         images = categories.setdefault(target["category"], {})
         correct = read_mme(answer) == target["answer"]
         images.setdefault(target["image"], []).append(correct)
-    single = [mean(itertools.chain(*images.values())) for images in categories.values()]
+    single = [mean(sum(images.values(), [])) for images in categories.values()]
     pairs = [mean(map(all, images.values())) for images in categories.values()]
     return {"score": sum(single + pairs), "accuracy": mean(single), "accuracy+": mean(pairs)}
 

@@ -23,7 +23,7 @@ def find(name):
     Raises InputError.
     """
     repository, _, revision = name.partition("@")
-    if Path(name).is_file() or name.startswith((".", "/", "~")) or repository.count("/") != 1:
+    if name.startswith((".", "/", "~")) or repository.count("/") != 1:
         raise InputError(f"{name}: no such folder (and not a Hugging Face id, which is owner/name)")
     try:
         return download(repository, revision or None)

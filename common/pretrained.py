@@ -101,7 +101,6 @@ def read_statistics(folder):
 
 def tensor_files(folder):
     """Find the file of each tensor of a checkpoint -> {tensor name: path}. Raises InputError."""
-    folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         with open_safetensors(single) as file:
@@ -355,11 +354,12 @@ class PretrainedTower(Pretrained):
     def check_size(self, side):
         """Raise InputError unless this tower takes images of side x side pixels."""
         R, P = self.config.image_size, self.config.patch_size
-        name = type(self).__name__
         if self.any_resolution and (side % P or not side):
-            raise InputError(f"image size {side}: should be a multiple of {name}'s patches of {P}")
+            raise InputError(
+                f"image size {side}: should be a multiple of this tower's patches of {P}"
+            )
         if not self.any_resolution and side != R:
-            raise InputError(f"image size {side}: this {name} takes only {R}, as in its training")
+            raise InputError(f"image size {side}: this tower takes only {R}, as in its training")
 
     def freeze_above(self, deepest):
         """Set requires_grad to False for all parameters that hidden[deepest] does not depend on."""

@@ -64,7 +64,7 @@ def collect(named, limit):
             yield group
             group.clear()
             size = 0
-        group[name] = tensor.detach().cpu()
+        group[name] = tensor.cpu()
         size += tensor.nbytes
     yield group
 

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from common.errors import InputError
 from common.pretrained import read_json
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of pieces
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = range(1, 5)  # types of pieces
 BPE = 2  # the trainer's model_type; 1 is unigram
 
 

@@ -67,8 +67,9 @@ def llava_hf(model):
     tower, name = model.vision[0], model.connector.name
     check_connector(model, "llava-hf", ("linear", "mlp"))
     if tower.num_prefix_tokens > 1 or tower.config.model_type == "vit_mae":
-        name = tower.config.model_type
-        raise InputError(f"--format=llava-hf: not for {name}, which has several prefix tokens")
+        raise InputError(
+            f"--format=llava-hf: not for the prefix tokens of {tower.config.model_type}"
+        )
     llm = llm_tensors(model.llm)
     if "lm_head.bias" in llm:
         raise InputError("--format=llava-hf: not for Phi, whose lm_head has a bias")
@@ -107,7 +108,6 @@ def llava_hf(model):
         "image_token_index": image_id,
         "image_seq_length": model.tokens_per_image,
         "projector_hidden_act": "linear" if name == "linear" else "gelu",
-        "vision_feature_layer": -2,
         "vision_feature_select_strategy": strategy,
         "text_config": text_config,
         "tie_word_embeddings": text_config["tie_word_embeddings"],

@@ -153,8 +153,8 @@ def check_identity(folder):
             continue
         with open_safetensors(file) as opened:
             tensor = opened.get_tensor(name)
-        identity = torch.eye(len(tensor)) if tensor.dim() == 2 else torch.zeros(len(tensor))
-        if not torch.equal(tensor, identity.to(tensor.dtype)):
+        identity = torch.eye(len(tensor)) if tensor.dim() == 2 else 0
+        if (tensor != identity).any():
             raise InputError(f"{file}: {name} is not the identity; such a connector is not known")
 
 
@@ -177,8 +177,7 @@ def read_llava(folder, config, names):
         spec = ImageSpec.from_folder(tower_folder)
     else:
         mode = "stretch" if is_siglip else "crop"
-        statistics = map(tuple, tower.layout.statistics)
-        spec = ImageSpec(tower.config.image_size, mode, *statistics)
+        spec = ImageSpec(tower.config.image_size, mode, *map(tuple, tower.layout.statistics))
     mode = expect(folder, config, "image_aspect_ratio", None, "pad", "square", "anyres")
     if mode in ("pad", "anyres"):
         spec = replace(spec, mode=mode, resize_to=None)

@@ -38,11 +38,10 @@ class PhiConfig(LlamaConfig):
     @classmethod
     def from_dict(cls, config, where):
         """Read config.json's object. `where` names the folder in errors (InputError)."""
-        model_type = config.get("model_type")
-        if model_type != "phi":
+        if config.get("model_type") != "phi":
             raise InputError(
-                f"{where}: model_type is {model_type!r}, not phi (phi-msft: an early file with its "
-                "own code, download the newest revision)"
+                f"{where}: model_type is {config.get('model_type')!r}, not phi (phi-msft: an early "
+                "file with its own code, download the newest revision)"
             )
         for key in ("qk_layernorm", "tie_word_embeddings"):
             if config.get(key):

@@ -20,6 +20,7 @@ weights/ have learned these questions word for word.
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import ImageColor
 
 from data import Sample
 
@@ -27,14 +28,14 @@ from data import Sample
 SIDE = 64
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = {
-    "red": (214, 40, 40),
-    "green": (46, 160, 67),
-    "blue": (45, 90, 220),
-    "yellow": (240, 210, 50),
-    "purple": (150, 60, 190),
-    "cyan": (60, 200, 215),
-    "orange": (245, 135, 30),
-    "white": (240, 240, 240),
+    "red": "#d62828",
+    "green": "#2ea043",
+    "blue": "#2d5adc",
+    "yellow": "#f0d232",
+    "purple": "#963cbe",
+    "cyan": "#3cc8d7",
+    "orange": "#f5871e",
+    "white": "#f0f0f0",
 }
 NAMES = tuple(COLORS)
 # Range of an object's side in pixels.
@@ -154,7 +155,7 @@ def draw(objects, split, index):
         y = np.arange(top, bottom)[:, None] + 0.5 - o.y - half
         # 1 inside, 0 outside, in between on the edge.
         cover = np.clip(0.5 - distance(o.shape, x, y, half), 0, 1)[..., None]
-        shade = np.array(COLORS[o.color]) * rng.uniform(0.85, 1.0)
+        shade = np.array(ImageColor.getrgb(COLORS[o.color])) * rng.uniform(0.85, 1.0)
         region = image[top:bottom, left:right]
         region += cover * (shade - region)
     return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
