@@ -54,18 +54,22 @@ def draw_dashed(canvas, box):
     canvas.paste(TRUE_COLOR, mask=Image.fromarray(dashes))
 
 
-def save_image(panels, path):
-    """Save panels, two in a row, as one image file. Raises InputError."""
-    columns = min(2, len(panels))
+def arrange(panels, columns):
+    """Arrange panels in rows, as one image."""
     rows = -(-len(panels) // columns)
     width = max(image.width for image in panels)
     height = max(image.height for image in panels)
     sheet = Image.new("RGB", (width * columns, height * rows), "#202020")
     for i, image in enumerate(panels):
         sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def save_image(panels, path):
+    """Save panels, two in a row, as one image file. Raises InputError."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        arrange(panels, min(2, len(panels))).save(path)
     except (OSError, ValueError) as error:
         raise InputError(f"--out={path}: cannot be written ({error})") from None
 

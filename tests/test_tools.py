@@ -14,7 +14,7 @@ import train
 from common import cli
 from data import Batches
 from mllm import MLLM
-from tools import look, plan
+from tools import look, plan, web
 
 # ---- plan ----------------------------------------------------------------------------------------
 
@@ -93,14 +93,20 @@ def test_look_draws_models_and_towers(model_folder, tmp_path):
     Image.new("RGB", (90, 60), "blue").save(tmp_path / "photo.png")
     for flags in (
         ["--image=photo.png", "--prompt=What?"],
-        ["--scene=3", "--model=comm", "--html=page.html"],
         [f"--vision={weights / 'clip'},{weights / 'dinov2'}"],
+        ["--scene=3", "--model=comm"],
     ):
         look.main([*flags, "--device=cpu", "--out=sheet.png"])
         assert Image.open(tmp_path / "sheet.png").height > 200
     # A slider for each of three questions and for the colors and the attention of two towers.
-    page = (tmp_path / "page.html").read_text()
+    page = (tmp_path / "sheet.html").read_text(encoding="utf-8")
     assert page.count("<input") == 3 + 4 and page.count('alt="block 4, head 4') == 3
     assert page.count('alt="hidden[') == 14 and "weight 0.167" in page
     with refused("--out"):
         look.main(["--out=sheet.txt"])
+
+
+def test_without_gradio_the_page_names_what_to_install(monkeypatch):
+    monkeypatch.setattr(web, "gr", None)
+    with refused("requirements-extra.txt"):
+        web.main([])

@@ -1,10 +1,9 @@
-"""Draw what vision towers and LLM compute from an image, as one PNG sheet.
+"""Draw what vision towers and LLM compute from an image: a sheet, and a page with sliders.
 
     python -m tools.look --scene=3                              a test scene of the toy world
     python -m tools.look --image=photo.jpg --prompt='Where is the dog?'    a file or a URL
     python -m tools.look --model=llava-hf/llava-1.5-7b-hf --image=photo.jpg
     python -m tools.look --vision=weights/clip,weights/dinov2   towers without an LLM
-    python -m tools.look --html=look.html                       also a page with a slider a section
 
     pixels (1, 3, R, R) uint8
       | each tower       hidden[0..L] (N, D)  -> principal_colors -> (N, 3)   a color a patch
@@ -35,11 +34,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from common import cli
 from common.cli import option
-from common.draw import COLORS, MARGIN, TRUE_COLOR, check_name, panel, save_image
+from common.draw import COLORS, MARGIN, TRUE_COLOR, arrange, check_name, panel, save_image
 from common.errors import InputError
 from common.images import ImageSpec, parse_boxes, read_image, to_pixels
 from common.pretrained import LARGE, load_part, locate
@@ -48,20 +47,22 @@ from interop.load import dtype_to_answer, load_to_answer
 from mllm import TOWERS
 from toy.scenes import test_scene
 
-NEAREST = Image.Resampling.NEAREST
-# The sheet, in pixels.
-WIDTH, EDGE, GAP = 1400, 28, 12
-COLUMNS, SIDE = 7, 181
-INK, FAINT, USED = "#1a1a1a", "#777777", "#0b62d6"
-LEGEND = (
-    "Bright is strong attention, within one panel. Lines: edges of the image.",
-    "Patches with similar features have similar colors, within one panel.",
-    "hidden[0] enters the first block, hidden[i] is the output of block i.",
-    "Blue: layers that the connector reads.",
-    "Under a question: attention of one head of the LLM, from the word of the question or answer",
-    "that attends most to the true box (else the answer's box, else the image). %: how much.",
-    "Picked: the head that attends most, mean over the questions. Untrained: the same rule,",
-    "for an LLM with random weights.",
+# The sheet: panels in a row, the pixels of a panel's side, and those of a row.
+COLUMNS, SIDE = 8, 168
+WIDTH = COLUMNS * (SIDE + 2 * MARGIN) - 2 * MARGIN
+HEADS_NOTE = (
+    "Attention of a head of the LLM, from the word of the question or answer that attends most to "
+    "the true box (else the answer's box, else the image). %: how much. Picked: the head that "
+    "attends most, mean over the questions. Untrained: the same rule, for random weights."
+)
+COLORS_NOTE = (
+    "Patches with similar features have similar colors, within one panel: the first three "
+    "principal components are red, green and blue. %: their share of the variance. hidden[0] "
+    "enters the first block, hidden[i] is the output of block i. Read: by the connector."
+)
+ATTENTION_NOTE = (
+    "The last block. Bright is strong attention, within one panel. Lines: edges of the image. "
+    "%: the share that goes to the patches."
 )
 
 
@@ -72,8 +73,7 @@ class Config:
     prompt: str = option("", "default: where the scene's objects are, or a description")
     model: str = option("", "folder or hub id; default: the newest under out/")
     vision: list[str] = option([], "towers to draw instead of a model: folders or hub ids")
-    out: str = option("out/look.png", "the sheet")
-    html: str = option("", "also write this page: a slider over layers, one over blocks and heads")
+    out: str = option("out/look.png", "the sheet; beside it a page with sliders, out/look.html")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
@@ -107,28 +107,25 @@ def principal_colors(features, before=None):
 def recorded_attention(modules, rows):
     """Record these rows of the attention weights of modules in a list, (B, H, rows, T) float32.
 
-    scaled_dot_product_attention never stores its softmax, so compute it once more.
+    scaled_dot_product_attention never stores its softmax. For one-hot values it returns it.
     """
     recorded = []
 
-    def sdpa(q, k, v, attn_mask=None, is_causal=False, **options):
-        # H / G query heads share each key head.
-        keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        scores = q.float() @ keys.float().mT / math.sqrt(q.shape[-1])
-        if is_causal:
-            attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
-        if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask, -torch.inf)
-        recorded.append(scores.softmax(dim=-1)[:, :, rows].cpu())
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
+    def sdpa(q, k, v, **options):
+        B, G, T, _ = k.shape
+        one_hot = torch.eye(T, device=k.device).expand(B, G, T, T)
+        weights = F.scaled_dot_product_attention(q.float(), k.float(), one_hot, **options)
+        recorded.append(weights[:, :, rows].cpu())
+        return F.scaled_dot_product_attention(q, k, v, **options)
 
+    former = [module.sdpa for module in modules]
     for module in modules:
         module.sdpa = sdpa
     try:
         yield recorded
     finally:
-        for module in modules:
-            del module.sdpa
+        for module, function in zip(modules, former, strict=True):
+            module.sdpa = function
 
 
 @torch.no_grad()
@@ -176,35 +173,12 @@ def patches_in(box, grid):
 # ---- drawing -------------------------------------------------------------------------------------
 
 
-def write(draw, position, text, size=13, color=INK):
-    """Write one line of at most 90 characters and return where it ends."""
-    font, text = ImageFont.load_default(size=size), textwrap.shorten(text, 90, placeholder="...")
-    draw.text(position, text, color, font)
-    return position[0] + draw.textlength(text, font)
-
-
-def mosaic(values, side):
+def mosaic(values, side=SIDE):
     """Draw a square grid, (N,) or (N, 3) from 0 to 1, as an image of this side."""
     grid = math.isqrt(len(values))
     values = values.reshape(grid, grid, -1).squeeze(-1) * 255
-    return Image.fromarray(values.round().byte().numpy()).resize((side, side), NEAREST)
-
-
-def heatmap(image, weights):
-    """Draw attention to patches, (N,), and the edges of the image, but not the image itself.
-
-    A bright object below the colors would look like attention.
-    """
-    light = mosaic(weights / weights.max().clamp(min=1e-12), SIDE)
-    light = ImageOps.colorize(light, "#160b39", "#fdf3a5", mid="#e0463f")
-    smooth = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).filter(
-        ImageFilter.GaussianBlur(1)
-    )
-    slopes = np.gradient(np.asarray(smooth, dtype=float), axis=(0, 1))
-    edges = np.hypot(*slopes).max(axis=2)
-    strong = edges > max(0.2 * edges.max(), np.quantile(edges, 0.85))
-    light.paste("white", mask=Image.fromarray(strong))
-    return light
+    image = Image.fromarray(values.round().byte().numpy())
+    return image.resize((side, side), Image.Resampling.NEAREST)
 
 
 def show(pixels):
@@ -212,64 +186,51 @@ def show(pixels):
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
+def find_edges(pixels):
+    """Find the edges of an image uint8 (3, R, R) -> a mask, a PIL image."""
+    image = show(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    smooth = np.asarray(image.filter(ImageFilter.GaussianBlur(1)), dtype=float)
+    edges = np.hypot(*np.gradient(smooth, axis=(0, 1))).max(axis=2)
+    return Image.fromarray(edges > max(0.2 * edges.max(), np.quantile(edges, 0.85)))
+
+
+def heatmap(weights, edges):
+    """Draw attention to patches, (N,), and the edges of the image, but not the image itself.
+
+    A bright object below the colors would look like attention.
+    """
+    light = mosaic(weights / weights.max().clamp(min=1e-12))
+    light = ImageOps.colorize(light, "#160b39", "#fdf3a5", mid="#e0463f")
+    light.paste("white", mask=edges)
+    return light
+
+
 def with_boxes(image, boxes, side):
     """Draw boxes [(color, box)] in an image whose longer side becomes `side`."""
-    drawn = panel(image, boxes, [], side)
-    return ImageOps.crop(drawn, MARGIN)
+    return ImageOps.crop(panel(image, boxes, [], side), MARGIN)
 
 
-def draw_section(title, note, panels):
-    """Arrange panels [(image, caption, color)] under a title."""
-    height = max(image.height for image, _, _ in panels) + 30
-    rows = math.ceil(len(panels) / COLUMNS)
-    canvas = Image.new("RGB", (WIDTH, 50 + rows * height), "white")
-    draw = ImageDraw.Draw(canvas)
-    end = write(draw, (EDGE, 14), title, 19)
-    write(draw, (end + 14, 18), note, 15, FAINT)
-    for i, (image, caption, color) in enumerate(panels):
-        x, y = EDGE + i % COLUMNS * (SIDE + GAP), 46 + i // COLUMNS * height
-        canvas.paste(image, (x, y))
-        write(draw, (x, y + height - 26), caption, 13, color)
-    return canvas
-
-
-def make_sheet(image, title, legend, sections):
-    """Draw the image, the text at its right, and the sections below each other."""
-    top = Image.new("RGB", (WIDTH, image.height + 50), "white")
-    left = EDGE + image.width + 28
-    top.paste(image, (EDGE, EDGE))
-    draw = ImageDraw.Draw(top)
-    write(draw, (left, EDGE), title, 26)
-    font = ImageFont.load_default(size=16)
-    draw.multiline_text((left, EDGE + 70), "\n".join(legend), INK, font, spacing=12)
-    parts = [draw_section(name, note, panels[:shown]) for name, note, panels, shown in sections]
-    return Image.fromarray(np.vstack([top, *parts]))
-
-
-# ---- the sections: (title, note, [(image, caption, color)], how many of them the sheet shows) ----
+# ---- the sections: (title, note, [(image, caption)], how many of these the sheet shows) ----------
 
 
 def tower_sections(tower, pixels, notes):
     """Return a tower's hidden states and its class token; notes: {layer: what is added}."""
-    name, image = type(tower).__name__.removesuffix("Vision"), show(pixels)
+    name, edges = type(tower).__name__.removesuffix("Vision"), find_edges(pixels)
     hidden, attention = look_through(tower, pixels)
-    panels, colors = [], None
+    layers, heads, colors = [(show(pixels), "the image")], [(show(pixels), "the image")], None
     for i, features in enumerate(hidden):
         colors, share = principal_colors(features, colors)
-        caption = f"hidden[{i}] · {share:.0%}{notes.get(i, '')}"
-        panels.append((mosaic(colors, SIDE), caption, USED if i in notes else INK))
-    note = "red, green, blue: the first three principal components; %: their share of the variance"
-    sections = [(f"{name}: patches as colors", note, panels, len(panels))]
-    if not len(attention):
-        return sections
-    maps = {"class token, mean": attention[0].mean(dim=0)}
-    maps |= {f"head {i}": weights for i, weights in enumerate(attention[0], 1)}
-    panels = []
-    for caption, weights in maps.items():
-        weights = weights[len(attention) :]
-        panels.append((heatmap(image, weights), f"{caption} · {weights.sum():.0%}", INK))
-    note = f"block {len(tower.blocks)}, the last; %: the share that goes to the patches"
-    return [*sections, (f"{name}: attention of the class token", note, panels, len(panels))]
+        layers.append((mosaic(colors), f"hidden[{i}] · {share:.0%}\n{notes.get(i, '')}"))
+    sections = [(f"{name}: patches as colors", COLORS_NOTE, layers, len(layers))]
+    # SigLIP has no class token.
+    for row in attention[:1]:
+        for i, weights in enumerate([row.mean(dim=0), *row]):
+            weights = weights[len(attention) :]
+            caption = f"{f'head {i}' if i else 'mean'} · {weights.sum():.0%}"
+            heads.append((heatmap(weights, edges), caption))
+        title = f"{name}: attention of the class token"
+        sections.append((title, ATTENTION_NOTE, heads, len(heads)))
+    return sections
 
 
 def untrained_like(llm):
@@ -279,99 +240,112 @@ def untrained_like(llm):
         return type(llm)(llm.config).to(llm.embed_tokens.weight.dtype)
 
 
-def ask(model, image, question, truth, colors):
-    """Ask a question about an image -> the answer, its ids, boxes [(color, box)], target.
-
-    truth: the true box or None. target: bool (N,), the patches in the true box, else in the
-    answer's, else all.
-    """
-    ids = [token.item() for token in model.stream([image], [question], 64)]
-    answer = model.text(ids)
-    print(f"{question}  {answer}")
-    boxes = [(TRUE_COLOR, truth)] if truth else []
-    boxes += zip(colors, parse_boxes(answer), strict=False)
-    num_patches = (model.spec.size // model.vision[0].config.patch_size) ** 2
-    # The further tokens of `sti` have no place in the grid, `efficient` has a smaller grid.
-    grid = math.isqrt(min(num_patches, model.tokens_per_image))
-    _, target = (boxes or [(INK, (0, 0, 1, 1))])[0]
-    return answer, ids, boxes, patches_in(target, grid)
-
-
-def draw_heads(maps, words, target, seen):
+def draw_heads(maps, words, target, edges):
     """Draw each head's attention from the word that attends most to the target, bool (N,).
 
     maps: (L, H, n, N or more). words: n. -> [(image, caption)] and shares, both of L·H heads.
     """
-    maps = maps[..., : len(target)].flatten(0, 1)
+    maps = maps[..., : len(target)]
     shares, best = maps[..., target].sum(dim=-1).max(dim=-1)
     drawn = []
-    for weights, share, word in zip(maps, shares, best, strict=True):
-        caption = f"“{words[word]}” · {share:.0%}"
-        drawn.append((heatmap(seen, weights[word]), caption))
-    return drawn, shares
+    for block, head in np.ndindex(*shares.shape):
+        word, share = best[block, head], shares[block, head]
+        caption = f"block {block + 1}, head {head + 1}\n“{words[word]}” · {share:.0%}"
+        drawn.append((heatmap(maps[block, head, word], edges), caption))
+    return drawn, shares.flatten()
 
 
 def answer_sections(model, image, questions):
-    """Ask questions -> sections and all boxes. The sheet shows picked heads, the page all."""
-    llms, seen, found, boxes = {"picked": model.llm}, show(to_pixels(image, model.spec)), [], []
+    """Ask questions [(text, true box or None)] -> a section each."""
+    llms, found, sections = {"picked": model.llm}, [], []
     if sum(p.numel() for p in model.llm.parameters()) < LARGE:
         llms["untrained"] = untrained_like(model.llm)
     totals = dict.fromkeys(llms, 0)
-    for i, (question, truth) in enumerate(questions):
-        answer, ids, own, target = ask(model, image, question, truth, COLORS[i:])
-        drawn = {}
+    edges = find_edges(to_pixels(image, model.spec))
+    # The further tokens of `sti` have no place in the grid, `efficient` has a smaller grid.
+    num_patches = (model.spec.size // model.vision[0].config.patch_size) ** 2
+    grid = math.isqrt(min(num_patches, model.tokens_per_image))
+    for question, truth in questions:
+        ids = [token.item() for token in model.stream([image], [question], 64)]
+        answer = model.text(ids)
+        boxes = [(TRUE_COLOR, truth)] if truth else []
+        boxes += zip(COLORS, parse_boxes(answer), strict=False)
+        target = patches_in(boxes[0][1] if boxes else (0, 0, 1, 1), grid)
+        heads = {}
         for name, llm in llms.items():
             maps, words = look_back(model, llm, image, question, ids)
-            drawn[name], shares = draw_heads(maps, words, target, seen)
+            heads[name], shares = draw_heads(maps, words, target, edges)
             totals[name] += shares
-        found.append((question, answer, with_boxes(image, own, SIDE), drawn))
-        boxes += own
-    heads = np.ndindex(*maps.shape[:2])
-    labels = [f"block {block + 1}, head {head + 1}" for block, head in heads]
-    picked = {name: total.argmax().item() for name, total in totals.items()}
-    note = "; ".join(f"{name}: {labels[i]}" for name, i in picked.items())
-    sections = []
-    for question, answer, boxed, drawn in found:
-        panels = [(boxed, "solid: answer, dashed: true")]
-        for name, i in picked.items():
-            panels.append((drawn[name][i][0], f"{name}, {drawn[name][i][1]}"))
-        for label, (heat, caption) in zip(labels, drawn["picked"], strict=True):
-            panels.append((heat, f"{label}, {caption}"))
-        panels = [(*panel, INK) for panel in panels]
-        sections.append((question, f"{answer} · {note}", panels, 1 + len(llms)))
-    return sections, boxes
+        panels = [(with_boxes(image, boxes, SIDE), "solid: answer\ndashed: true")]
+        found.append((question, answer, panels, heads))
+    for question, answer, panels, heads in found:
+        for name, total in totals.items():
+            drawn, caption = heads[name][total.argmax()]
+            panels.append((drawn, f"{name}: {caption}"))
+        note = f"{answer}\n{HEADS_NOTE}"
+        sections.append((question, note, panels + heads["picked"], len(panels)))
+    return sections
 
 
 def layer_notes(connector):
-    """Return {layer: its weight in COMM, else nothing} of the layers read, for each tower."""
+    """Return {layer that is read: "read", or its weight in COMM}, for each tower."""
     notes = []
-    for layers in connector.layers:
+    for tower, layers in enumerate(connector.layers):
         flat = [i for x in layers for i in (x if isinstance(x, range) else [x])]
-        notes.append(dict.fromkeys(flat, ""))
-    if hasattr(connector, "layer_weights"):
-        for note, weights in zip(notes, connector.layer_weights(), strict=True):
-            texts = [f" · weight {weight:.3f}" for weight in weights.tolist()]
-            note.update(zip(note, texts, strict=True))
+        texts = ["read"] * len(flat)
+        if hasattr(connector, "layer_weights"):
+            texts = [f"weight {x:.3f}" for x in connector.layer_weights()[tower].tolist()]
+        notes.append(dict(zip(flat, texts, strict=True)))
     return notes
 
 
-# ---- the page -----------------------------------------------------------------------------------
+def model_sections(model, image, questions):
+    """Return the sections of the answers to questions [(text, true box or None)], and of towers."""
+    sections = answer_sections(model, image, questions)
+    for tower, notes in zip(model.vision, layer_notes(model.connector), strict=True):
+        sections += tower_sections(tower, to_pixels(image, model.spec), notes)
+    return sections
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>{0}</title>
-<style>body {{ font: 16px sans-serif; margin: 2em }} figure {{ display: inline-block }}
-img {{ width: 320px; image-rendering: pixelated }} input {{ width: 320px }}</style>
+
+# ---- the sheet and the page ----------------------------------------------------------------------
+
+
+def write(title, note=""):
+    """Draw a title and a note as a strip of the sheet."""
+    lines = [(TRUE_COLOR, title)]
+    for paragraph in note.splitlines():
+        lines += [("#aaaaaa", line) for line in textwrap.wrap(paragraph, 180)]
+    return panel(Image.new("RGB", (WIDTH, 1)), [], lines, WIDTH)
+
+
+def make_sheet(title, sections):
+    """Draw the sections below each other, as one image."""
+    parts = [write(title)]
+    for name, note, panels, shown in sections:
+        cells = []
+        for image, caption in panels[:shown]:
+            lines = [(TRUE_COLOR, line) for line in caption.splitlines()]
+            cells.append(panel(image, [], lines, SIDE))
+        parts += [write(name, note), arrange(cells, COLUMNS)]
+    return Image.fromarray(np.vstack(parts))
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>nanoMLLM: {0}</title>
+<style>body {{ font: 15px sans-serif; display: flex; flex-wrap: wrap; gap: 24px }}
+h1 {{ width: 100%; margin: 0; font-size: 20px }}
+figure {{ width: 280px; margin: 0 }} img, input {{ width: 100% }}
+p {{ white-space: pre; margin: 4px 0 }} small {{ color: #666; white-space: pre-line }}</style>
 <h1>{0}</h1>{1}<script>
 for (const figure of document.querySelectorAll("figure")) {{
   const slider = figure.querySelector("input"), images = figure.querySelectorAll("img")
   slider.max = images.length - 1
   slider.oninput = () => images.forEach((image, i) => {{
     image.hidden = i != slider.value
-    if (!image.hidden) figure.querySelector("b").textContent = image.alt
+    if (!image.hidden) figure.querySelector("p").textContent = image.alt
   }})
   slider.oninput()
 }}</script>"""
-FIGURE = """<figure><figcaption>{}<br>{}<br><b></b></figcaption>
-<input type="range" value="0"><br>{}</figure>"""
+FIGURE = """<figure><b>{}</b><input type="range" value="1">{}<p></p><small>{}</small></figure>"""
 
 
 def make_page(title, sections):
@@ -379,12 +353,12 @@ def make_page(title, sections):
     figures = ""
     for name, note, panels, _ in sections:
         images = ""
-        for image, caption, _ in panels:
+        for image, caption in panels:
             file = io.BytesIO()
             image.save(file, "png")
             data = base64.b64encode(file.getvalue()).decode()
             images += f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-        figures += FIGURE.format(escape(name), escape(note), images)
+        figures += FIGURE.format(escape(name), images, escape(note))
     return PAGE.format(escape(title), figures)
 
 
@@ -393,34 +367,27 @@ def main(arguments):
     if config.scene < 0:
         raise InputError(f"--scene={config.scene}: must be 0 or more")
     check_name(config.out)
+    objects, image = test_scene(config.scene)
+    title = f"test scene {config.scene}"
+    questions = [(f"Where is the {x.name}?", x.box) for x in objects[:3]]
     if config.image:
         image, title = read_image(config.image), config.image
         questions = [("Describe the image.", None)]
-    else:
-        objects, image = test_scene(config.scene)
-        title = f"test scene {config.scene}"
-        questions = [(f"Where is the {x.name}?", x.box) for x in objects[:3]]
     if config.prompt:
         questions = [(config.prompt, None)]
-    device, towers, model, name = cli.pick_device(config.device), [], None, ""
+    name, sections = ", ".join(config.vision), []
     for folder in map(locate, config.vision):
-        towers.append(load_part(TOWERS, folder, dtype_to_answer(folder, device), device))
-    if not towers:
+        device = cli.pick_device(config.device)
+        tower = load_part(TOWERS, folder, dtype_to_answer(folder, device), device)
+        sections += tower_sections(tower, to_pixels(image, ImageSpec(tower.config.image_size)), {})
+    if not sections:
         name, model = load_to_answer(config.model, config.device)
-        towers = model.vision
-    sections, boxes, notes, legend = [], [], [{}] * len(towers), LEGEND[:3]
-    if model:
-        sections, boxes = answer_sections(model, image, questions)
-        notes, legend = layer_notes(model.connector), LEGEND
-    for tower, note in zip(towers, notes, strict=True):
-        spec = model.spec if model else ImageSpec(tower.config.image_size)
-        sections += tower_sections(tower, to_pixels(image, spec), note)
-    title = f"{name or ', '.join(config.vision)}: {title}"
-    sheet = make_sheet(with_boxes(image, boxes, 280), title, legend, sections)
-    save_image([sheet], config.out)
-    print(f"{config.out} shows {title}")
-    if config.html:
-        Path(config.html).write_text(make_page(title, sections), encoding="utf-8")
+        sections = model_sections(model, image, questions)
+    title = f"{name}: {title}"
+    save_image([make_sheet(title, sections)], config.out)
+    page = Path(config.out).with_suffix(".html")
+    page.write_text(make_page(title, sections), encoding="utf-8")
+    print(f"{config.out} and {page} show {title}")
 
 
 if __name__ == "__main__":
