@@ -282,7 +282,7 @@ def answer_sections(model, image, questions):
         for name, total in totals.items():
             drawn, caption = heads[name][total.argmax()]
             panels.append((drawn, f"{name}: {caption}"))
-        note = f"{answer}\n{HEADS_NOTE}"
+        note = answer if sections else f"{answer}\n{HEADS_NOTE}"
         sections.append((question, note, panels + heads["picked"], len(panels)))
     return sections
 
@@ -333,7 +333,7 @@ def make_sheet(title, sections):
 PAGE = """<!doctype html><meta charset="utf-8"><title>nanoMLLM: {0}</title>
 <style>body {{ font: 15px sans-serif; display: flex; flex-wrap: wrap; gap: 24px }}
 h1 {{ width: 100%; margin: 0; font-size: 20px }}
-figure {{ width: 280px; margin: 0 }} img, input {{ width: 100% }}
+figure {{ width: 240px; margin: 0 }} img, input {{ width: 100% }}
 p {{ white-space: pre; margin: 4px 0 }} small {{ color: #666; white-space: pre-line }}</style>
 <h1>{0}</h1>{1}<script>
 for (const figure of document.querySelectorAll("figure")) {{

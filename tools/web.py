@@ -86,7 +86,7 @@ def add_answers(models, inputs):
     button = gr.Button("Ask", variant="primary")
     with gr.Row():
         for name, model in models:
-            with gr.Column():
+            with gr.Column(min_width=160):
                 text = gr.Textbox(label=name)
                 image = gr.Image(
                     label="Boxes of the answer",
@@ -99,7 +99,7 @@ def add_answers(models, inputs):
 
 def build(models):
     """Build the page of models [(name, MLLM)]."""
-    with gr.Blocks(title="nanoMLLM", analytics_enabled=False) as page:
+    with gr.Blocks(title="nanoMLLM", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown("# nanoMLLM")
         with gr.Row():
             with gr.Column():
