@@ -25,6 +25,7 @@ from common import checkpoint, cli, fsdp, lora
 from common.distributed import data_parallel
 from common.draw import draw_losses
 from common.errors import InputError
+from common.mix import whole_names
 from common.records import check_images
 from common.run import (
     PARTS,
@@ -91,7 +92,7 @@ def build_dataset(config, stage):
     """Read the data of a stage. Errors name file and line before anything is trained."""
     options = config.stage_options(stage)
     datasets = []
-    for name in options["data"]:
+    for name in whole_names(options["data"]):
         kind, _, path = name.partition(":")
         if name == "world":
             from toy.world import World
@@ -101,10 +102,9 @@ def build_dataset(config, stage):
             continue
         if kind not in DATASETS:
             kind, path = "llava", name
-        elif kind != "llava" and config.image_mode != "pad":
+        if DATASETS[kind].has_boxes and config.image_mode != "pad":
             raise InputError(f"--image_mode={config.image_mode}: the boxes of {name} need pad")
-        image_dir = config.image_dir or Path(path).parent
-        datasets.append(DATASETS[kind](path, image_dir))
+        datasets.append(DATASETS[kind](path, config.image_dir))
         check_images(datasets[-1])
     if "llm" not in options["train"] and not any(num_with_images(each) for each in datasets):
         raise InputError(f"--data{stage}: has no images, so --train{stage} must contain llm")

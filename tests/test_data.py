@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import losses, refused
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
+import train
 from common.images import BadImage, ImageSpec, prepare
 from common.records import check_images
 from data import DATASETS, Batches, LlavaData, Loader, Sample, collate, num_with_images, order
@@ -73,6 +74,26 @@ BAD_BOXES = ([1, 2, 3], None, [1, 1, "2", 2], [3, 1, 2, 2], [1, 10, 2, 99], [-4,
 BAD_BOXES += ([0.1, 0.2, 0.3, 1], [1, 1, 2, float("inf")], [1, 1, 2, 10**400])
 BAD_CHANGES = [{"bbox": box} for box in BAD_BOXES]
 BAD_CHANGES += [{"width": 0}, {"height": None}, {"expression": None}, {"img_path": "../a.jpg"}]
+BAD_CHANGES += [{"expression": "a <boxes>"}, {"expression": "an <image>"}]
+
+# the formats of COMM's mix, about an image of 100 x 50 pixels
+NAME = "COCO_train2014_000000000007.jpg"
+LEFT, RIGHT, WHOLE = [10, 0, 30, 50], [50.5, 10, 120, 30], [0, 0, 100, 50]
+REC = {"img_path": NAME, "expression": "it", "bbox": LEFT, "width": 100, "height": 50}
+QUESTIONS = {"questions": [{"question_id": 5, "image_id": 7, "question": "What?"}]}
+ANNOTATIONS = {"annotations": [{"question_id": 5, "image_id": 7, "multiple_choice_answer": "cat"}]}
+COCO = {"images": [{"id": 7, "file_name": NAME}]}
+COCO["annotations"] = [{"id": 1, "image_id": 7, "caption": "a cat "}]
+CAPTION = {"img_path": NAME, "caption": "a cat"}
+V7W = {"file_path": NAME, "question": "Which?", "candidates": [RIGHT, LEFT], "answer": RIGHT}
+RD = {"img_path": NAME, "boxes": [LEFT, RIGHT], "answer": "no"}
+RD |= {"question": "Is <ph_st>it<ph_ed> red?", "question_boxes_seq": [[1]]}
+RD |= {"cot_with_ans": "<ph_st>both<ph_ed>: no", "answer_boxes_seq": [[0, 1]]}
+BAD_TASKS = {"caption": (CAPTION, [{"caption": 3}, {"img_path": None}, {"caption": "<image>"}])}
+V7W_CHANGES = [{"answer": [1, 2]}, {"candidates": 3}, {"candidates": [LEFT, "box"]}]
+BAD_TASKS["v7w"] = V7W, [*V7W_CHANGES, {"question": "\ud83d"}, {"file_path": ["a.jpg", "b.jpg"]}]
+RD_CHANGES = [{"boxes": [LEFT]}, {"boxes": None}, {"answer_boxes_seq": [[0], [1]]}, {"boxes": {}}]
+BAD_TASKS["rd"] = RD, [*RD_CHANGES, {"question": None}, {"question_boxes_seq": 1}]
 
 
 def test_a_bad_record_or_file_is_named_in_one_line(tmp_path):
@@ -81,6 +102,10 @@ def test_a_bad_record_or_file_is_named_in_one_line(tmp_path):
     for cls, good, records in (
         (LlavaData, GOOD, BAD_RECORDS),
         (DATASETS["rec"], BOX, [BOX | change for change in BAD_CHANGES]),
+        *(
+            (DATASETS[kind], good, [good | change for change in changes])
+            for kind, (good, changes) in BAD_TASKS.items()
+        ),
     ):
         for record in records:
             with refused() as error:
@@ -116,6 +141,75 @@ def test_shikra_asks_for_the_box_or_gives_it(loader, tmp_path):
     Image.new("RGB", (50, 100)).save(tmp_path / "a.jpg")
     with refused("a.jpg.*50x100.*100x50"):
         take(loader(rec), 1)
+
+
+@pytest.fixture
+def mix(tmp_path):
+    """Write a file of each format, and its image -> {kind: the text behind "KIND:"}."""
+    Image.new("RGB", (100, 50)).save(tmp_path / NAME)
+    contents = {"q": QUESTIONS, "a": ANNOTATIONS, "caption": COCO, "v7w": V7W, "rd": RD, "rec": REC}
+    files = {name: write(tmp_path / f"{name}.json", each) for name, each in contents.items()}
+    files["vqa"] = f"{files.pop('q')},{files.pop('a')}"
+    return files | {"reg": files["rec"]}
+
+
+# 25 rows of padding above; what is outside the image is cut off
+LEFT_TEXT, RIGHT_TEXT = "[0.100,0.250,0.300,0.750]", "[0.505,0.350,1.000,0.550]"
+TURNS = {
+    "vqa": ("What?\nAnswer the question using a single word or phrase.", "cat"),
+    "caption": ("Describe the image in one sentence.", "a cat"),
+    "v7w": (f"Which? Choose from {LEFT_TEXT} {RIGHT_TEXT}", RIGHT_TEXT),
+    "rd": (
+        f"Is it{RIGHT_TEXT} red? Explain it, with the box [x1,y1,x2,y2] of each object.",
+        f"both{LEFT_TEXT[:-1]};{RIGHT_TEXT[1:]}: no",
+    ),
+    "rec": ("Where is it? Answer with the box [x1,y1,x2,y2].", LEFT_TEXT),
+    "reg": (f"What is in the box {LEFT_TEXT}? Tell it from everything else.", "it"),
+}
+PLACES = {"rec": "<expr>", "reg": "<objs>", "caption": "", "vqa": "<question>", "v7w": "<question>"}
+
+
+def test_a_format_of_the_mix_gives_image_question_answer_and_boxes(mix, loader, tmp_path):
+    assert TURNS.keys() | {"llava"} == DATASETS.keys()
+    for kind, (question, answer) in TURNS.items():
+        dataset = DATASETS[kind](mix[kind])
+        assert list(map(tuple, dataset[0].turns)) == [(f"<image>\n{question}", answer)]
+        (batch,) = take(loader(dataset, 1, 1, max_length=500), 1)[0]
+        assert batch.ids == [f"{NAME}#0"] and len(batch.pixels) == 1
+    # Shikra's lines, as COCO's object
+    dataset = DATASETS["caption"](write(tmp_path / "c.jsonl", [CAPTION] * 2, lines=True))
+    assert dataset[1].turns == DATASETS["caption"](mix["caption"])[0].turns
+
+
+def test_templates_give_the_words_of_the_question(mix, tmp_path):
+    for kind, place in PLACES.items():
+        wordings = [f"In <image>, {place}?", f"{place} <image>"]
+        file = write(tmp_path / "t.json", wordings)
+        records = write(tmp_path / "r.jsonl", [REC] * 3, lines=True)
+        path = records if kind in ("rec", "reg") else mix[kind]
+        dataset = DATASETS[kind](f"{path}@{file}")
+        text = {"rec": "it", "reg": LEFT_TEXT, "vqa": "What?", "caption": ""}
+        text["v7w"] = TURNS["v7w"][0]
+        questions = [sample.turns[0][0] for sample in dataset]
+        expected = [wording.replace(place, text[kind]) for wording in wordings]
+        assert questions == [*expected, expected[0]][: len(questions)]
+        for bad in ([], {}, ["no place"], ["<image> <image>" + place], [3], [wordings[0] * 2]):
+            with refused("t.json"):
+                DATASETS[kind](f"{path}@{write(file, bad)}")
+
+
+def test_the_mix_trains_and_boxes_need_padding(mix, flags, clean_run, tmp_path):
+    names = {kind: f"{kind}:{path}" for kind, path in mix.items()}
+    options = dict(template1="tiny", train1="connector,llm", stage=1, batch1=6)
+    train.main(flags(data1=",".join(names.values()), **options))
+    assert [*losses()] == [(1, 0), (1, 1)] and all(map(math.isfinite, losses().values()))
+    for kind, name in names.items():
+        wrong = flags(data1=name, image_mode="crop", out=f"crop-{kind}", **options)
+        if kind in ("vqa", "caption"):
+            train.main(wrong)
+        else:
+            with refused("pad"):
+                train.main(wrong)
 
 
 # --- the loader ---
