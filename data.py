@@ -6,12 +6,13 @@
       |  Loader        order from (seed, epoch), starting at any sample
     [Batch, Batch]     the micro-batches of an optimizer step, for this rank
 
-Formats: LLaVA's (arXiv 2304.08485, 2310.03744) and Shikra's (arXiv 2306.15195). A new format is one
-class and one line in DATASETS, at the end of this file.
+Formats: LLaVA's (arXiv 2304.08485, 2310.03744), and those of COMM's mix (common/mix.py). A new
+format is one class and one line in DATASETS, at the end of this file.
 """
 
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -274,3 +275,8 @@ DATASETS = {
     "v7w": mix.Visual7W,
     "rd": mix.ShikraRD,
 }
+
+
+def whole_names(names):
+    """Join vqa:QUESTIONS and ANNOTATIONS again, which the command line splits at the comma."""
+    return re.findall("vqa:[^,]+,[^,]+|[^,]+", ",".join(names))

@@ -25,7 +25,6 @@ from common import checkpoint, cli, fsdp, lora
 from common.distributed import data_parallel
 from common.draw import draw_losses
 from common.errors import InputError
-from common.mix import whole_names
 from common.records import check_images
 from common.run import (
     PARTS,
@@ -40,7 +39,7 @@ from common.run import (
 )
 from common.speed import speed_up
 from connector import CONNECTORS
-from data import DATASETS, Loader, num_with_images
+from data import DATASETS, Loader, num_with_images, whole_names
 from mllm import MLLM
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"

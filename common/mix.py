@@ -11,18 +11,12 @@ The .jsonl files are Shikra's. KIND:FILE@TEMPLATES.json asks in the words of a J
 Shikra's REC.json: ["Where is <expr> in the image <image>?", ...]. A sample's index chooses one.
 """
 
-import re
 from pathlib import Path
 
 from common.errors import InputError, printable
 from common.images import open_image
 from common.records import MARK, FileData, Sample, image_paths, is_text, read_records, read_values
 from common.shikra import is_box, shikra_fields, write_boxes
-
-
-def whole_names(names):
-    """Join vqa:QUESTIONS and ANNOTATIONS again, which the command line splits at the comma."""
-    return re.findall("vqa:[^,]+,[^,]+|[^,]+", ",".join(names))
 
 
 def join(records, key, others, other_key):
@@ -41,6 +35,7 @@ class Task(FileData):
     """
 
     has_boxes = True
+    # as in Shikra's templates
     place = "<question>"
     questions = ("<image>\n<question>",)
 
@@ -100,7 +95,7 @@ class Comprehension(Task):
 
 
 class Generation(Comprehension):
-    """The reverse task."""
+    """{"img_path", "expression", "bbox", "width", "height"}, for the reverse task."""
 
     place = "<objs>"
     questions = (
