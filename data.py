@@ -6,35 +6,28 @@
       |  Loader        order from (seed, epoch), starting at any sample
     [Batch, Batch]     the micro-batches of an optimizer step, for this rank
 
-Formats: LLaVA's (arXiv 2304.08485, 2310.03744) and Shikra's (arXiv 2306.15195). A new format is one
-class and one line in DATASETS, at the end of this file.
+Formats: LLaVA's (arXiv 2304.08485, 2310.03744), and those of COMM's mix (common/mix.py). A new
+format is one class and one line in DATASETS, at the end of this file.
 """
 
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from common import mix
 from common.errors import InputError, printable
 from common.images import BadImage, ImageSpec, join, prepare
-from common.records import Packed, check_folder, image_paths, llava_fields, read_records
-from common.shikra import check_size, shikra_turn
-from dialogue import IGNORE, IMAGE, LONGEST_TOKEN, MARK, cut_to_length, encode, repeats
-
-
-class Sample(NamedTuple):
-    images: list  # one for each "<image>": a path, a PIL image or uint8 (H, W, 3)
-    turns: list  # (question, answer), in order
-    id: str  # names the sample in messages
-    system: str = ""  # system prompt; "": the template's
-    size: list = None  # [width, height] of the image that the boxes in the text were made for
+from common.records import FileData, Sample, llava_fields
+from common.shikra import check_size
+from dialogue import IGNORE, IMAGE, LONGEST_TOKEN, cut_to_length, encode, repeats
 
 
 @dataclass
@@ -258,7 +251,7 @@ class Loader(Batches):
 # --- datasets: len(dataset), dataset[i] -> Sample, dataset.length(i), dataset.num_with_images ---
 
 
-class LlavaData:
+class LlavaData(FileData):
     """LLaVA's format, a JSON array or JSONL; the whole file is checked at once.
 
     {"id", "image": a name or a list of names, or none, "conversations": [{"from": "human" or "gpt",
@@ -267,53 +260,23 @@ class LlavaData:
     end. Raises InputError, also where an image is outside image_dir.
     """
 
-    def __init__(self, path, image_dir):
-        self.image_dir = os.path.abspath(image_dir)
-        records = enumerate(read_records(path))
-        samples = [self.parse(record, where, index) for index, (where, record) in records]
-        self.num_with_images = sum(bool(sample.images) for sample in samples)
-        if self.num_with_images:
-            check_folder(self.image_dir, path)
-        self.samples = Packed(samples)
-
     def parse(self, record, where, index):
-        """Turn a record into a Sample."""
-        images, turns, system = llava_fields(record, self.image_dir, MARK, where)
+        images, turns, system = llava_fields(record, self.image_dir, where)
         return Sample(images, turns, printable(record.get("id", index)), system)
 
-    def __len__(self):
-        return len(self.samples)
 
-    def __getitem__(self, index):
-        return Sample(*self.samples[index])
-
-    def length(self, index):
-        """Estimate the length of a sample in characters; an image counts as 2000."""
-        sample = self[index]
-        return sum(len(text) for turn in sample.turns for text in turn) + 2000 * len(sample.images)
-
-
-class ShikraData(LlavaData):
-    """Shikra's JSONL: {"img_path", "expression", "bbox": [x1, y1, x2, y2], "width", "height"}.
-
-    Boxes are in pixels. The task is comprehension: expression -> box. The index chooses the
-    question.
-    """
-
-    task = "rec"
-
-    def parse(self, record, where, index):
-        name, size, question, answer = shikra_turn(record, self.task, index, where)
-        images = image_paths(name, self.image_dir, where)
-        turn = (f"{MARK}\n{question}", answer)
-        return Sample(images, [turn], f"{printable(name)}#{index}", size=size)
+# --data1=KIND:FILE; without KIND: llava
+DATASETS = {
+    "llava": LlavaData,
+    "rec": mix.Comprehension,
+    "reg": mix.Generation,
+    "vqa": mix.VQA,
+    "caption": mix.Captions,
+    "v7w": mix.Visual7W,
+    "rd": mix.ShikraRD,
+}
 
 
-class ShikraReg(ShikraData):
-    """The reverse task, generation: box -> expression."""
-
-    task = "reg"
-
-
-# --data1=KIND:FILE
-DATASETS = {"llava": LlavaData, "rec": ShikraData, "reg": ShikraReg}
+def whole_names(names):
+    """Join vqa:QUESTIONS and ANNOTATIONS again, which the command line splits at the comma."""
+    return re.findall("vqa:[^,]+,[^,]+|[^,]+", ",".join(names))

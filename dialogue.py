@@ -19,11 +19,11 @@ from tokenizers import Tokenizer
 from common.chat_template import recognize
 from common.errors import InputError
 from common.pretrained import read_config, read_json
+from common.records import MARK
 from common.tokenizer import load_tokenizer_model, set_prefix
 
 IMAGE = -200  # LLaVA's placeholder id for an image
 IGNORE = -100  # the label of a token that is not supervised
-MARK = "<image>"  # an image in the text
 LONGEST_TOKEN = 512  # characters; the longest of LLaMA-3's has 128
 
 

@@ -16,7 +16,6 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch.utils.data import ConcatDataset
@@ -40,7 +39,7 @@ from common.run import (
 )
 from common.speed import speed_up
 from connector import CONNECTORS
-from data import DATASETS, Loader, num_with_images
+from data import DATASETS, Loader, num_with_images, whole_names
 from mllm import MLLM
 
 # ---- model and data ------------------------------------------------------------------------------
@@ -87,7 +86,7 @@ def read_data(config, stage, names, split="train"):
     """Open the files of --data1 or another such option. Errors name file and line."""
     options = config.stage_options(stage)
     datasets = []
-    for name in names:
+    for name in whole_names(names):
         kind, _, path = name.partition(":")
         if name == "world":
             from toy.world import World
@@ -98,9 +97,9 @@ def read_data(config, stage, names, split="train"):
             continue
         if kind not in DATASETS:
             kind, path = "llava", name
-        elif kind != "llava" and options.image_mode != "pad":
+        if DATASETS[kind].has_boxes and options.image_mode != "pad":
             raise InputError(f"--image_mode={options.image_mode}: the boxes of {name} need pad")
-        datasets.append(DATASETS[kind](path, options.image_dir or Path(path).parent))
+        datasets.append(DATASETS[kind](path, options.image_dir))
         check_images(datasets[-1])
     return datasets
 

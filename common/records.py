@@ -10,12 +10,14 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from common.errors import InputError, printable
 from common.images import BadImage, open_image
 
+MARK = "<image>"  # an image in the text
 # Half a character, as of an emoji that was cut: JSON can hold it, UTF-8 and tokenizers cannot.
 SURROGATE = re.compile("[\ud800-\udfff]")
 # LLaVA's names of the roles in other words
@@ -26,23 +28,81 @@ OTHERS = ("img", "img_path", "image_path", "image_file", "image_url", "picture",
 OTHERS += ("video_path", "frames", "audio", "system", "system_prompt")
 
 
-def read_records(path):
-    """Read a data file -> [(where, object), ...]; `where` names a record in messages."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    if text.lstrip().startswith("["):
-        records = [(f"{path}, sample {i}", record) for i, record in enumerate(parse(text, path, 1))]
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        records = [(f"{path}, line {i}", parse(line, path, i)) for i, line in lines if line.strip()]
-    if not records:
-        raise InputError(f"{path}: holds no samples")
+class Sample(NamedTuple):
+    images: list  # one for each "<image>": a path, a PIL image or uint8 (H, W, 3)
+    turns: list  # (question, answer), in order
+    id: str  # names the sample in messages
+    system: str = ""  # system prompt; "": the template's
+    size: list = None  # [width, height] of the image that the boxes in the text were made for
+
+
+class FileData:
+    """The samples of a data file, which is checked as a whole. A subclass is a format.
+
+    It has parse(record, where, index) -> the fields of a Sample, and more if it likes. The images
+    are in image_dir; default: the folder of the file.
+    """
+
+    # with boxes in the text, images have to be padded
+    has_boxes = False
+
+    def __init__(self, path, image_dir=""):
+        self.image_dir = os.path.abspath(image_dir or Path(path).parent)
+        records = enumerate(self.read(path))
+        samples = [self.parse(record, where, index) for index, (where, record) in records]
+        self.num_with_images = sum(bool(images) for images, *_ in samples)
+        # now, not at the first image
+        if self.num_with_images and not os.path.isdir(self.image_dir):
+            raise InputError(
+                f"{self.image_dir}: no such folder; the images of {path} should be in it"
+            )
+        self.samples = Packed(samples)
+
+    def read(self, path):
+        return read_records(path)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return Sample(*self.samples[index])
+
+    def length(self, index):
+        """Estimate the length of a sample in characters; an image counts as 2000."""
+        images, turns, *_ = self.samples[index]
+        return sum(len(text) for turn in turns for text in turn) + 2000 * len(images)
+
+
+def read_records(path, table=None):
+    """Read the objects of a data file -> [(where, object), ...]; see read_values."""
+    records = read_values(path, table)
     for where, record in records:
         if not isinstance(record, dict):
             raise InputError(f"{where}: should be an object, is a {type(record).__name__}")
     return records
+
+
+def read_values(path, table=None):
+    """Read a JSON array or JSONL -> [(where, value), ...]; `where` names a value in messages.
+
+    table: read this list of a file that is one object, such as COCO's "annotations".
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    if text.startswith("{") and "\n{" in text:
+        lines = enumerate(text.split("\n"), start=1)
+        values = [(f"{path}, line {i}", parse(line, path, i)) for i, line in lines if line.strip()]
+    else:
+        content = parse(text, path, 1)
+        if isinstance(content, dict):
+            content = content.get(table, [content])
+        content = content if isinstance(content, list) else [content]
+        values = [(f"{path}, sample {i}", each) for i, each in enumerate(content)]
+    if not values:
+        raise InputError(f"{path}: holds no samples")
+    return values
 
 
 def parse(text, path, number):
@@ -131,7 +191,7 @@ def read_turns(record, where):
     return list(zip(questions, answers, strict=False)), system
 
 
-def llava_fields(record, image_dir, mark, where):
+def llava_fields(record, image_dir, where):
     """Check a record of LLaVA's -> paths of its images, turns, system prompt; see LlavaData.
 
     There must be as many marks as images. Without images a mark may be text within a message.
@@ -141,10 +201,10 @@ def llava_fields(record, image_dir, mark, where):
     names = record.get("image") or record.get("images") or []
     images = image_paths(names, image_dir, where) if turns else []
     texts = [text.strip() for turn in turns for text in turn]
-    marks = sum(text.count(mark) for text in texts)
-    at_an_end = any(text.startswith(mark) or text.endswith(mark) for text in texts)
+    marks = sum(text.count(MARK) for text in texts)
+    at_an_end = any(text.startswith(MARK) or text.endswith(MARK) for text in texts)
     if marks != len(images) and (images or at_an_end):
-        raise InputError(f"{where}: {marks} {mark} marks but {len(images)} images")
+        raise InputError(f"{where}: {marks} {MARK} marks but {len(images)} images")
     return images, turns, system
 
 
@@ -164,24 +224,20 @@ def image_paths(names, folder, where):
     return paths
 
 
-def check_folder(folder, path):
-    """Check the image folder of a data file at once, not at the first image."""
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder; the images of {path} should be in it")
-
-
 def check_images(dataset):
     """Open the images of 100 random samples before a run, so that it need not end days later.
 
     As in the loader, three may be bad. Raises InputError.
     """
     indices = np.random.default_rng(0).permutation(len(dataset))[:100].tolist()
-    files = [file for i in indices for file in dataset[i].images if isinstance(file, str)]
     bad = []
-    for file in files:
+    for index in indices:
         try:
-            open_image(file)
+            # some datasets open an image for its size
+            for image in dataset[index].images:
+                if isinstance(image, str):
+                    open_image(image)
         except BadImage as error:
             bad.append(error)
     if len(bad) > 3:
-        raise InputError(f"{len(bad)} of {len(files)} random images are bad, such as {bad[-1]}")
+        raise InputError(f"{len(bad)} of {len(indices)} random samples are bad, such as {bad[-1]}")

@@ -68,7 +68,7 @@ class Config:
     )
     train1: list[str] = option(["connector"], "trainable parts: vision, connector, llm")
     train2: list[str] = option(["connector", "llm"], "the same for stage 2")
-    data1: list[str] = option(["world"], "LLaVA's .json or .jsonl, rec:FILE, reg:FILE, or world")
+    data1: list[str] = option(["world"], "LLaVA's .json or .jsonl, world, or KIND:FILE (mix.py)")
     data2: list[str] = option(["world"], "several files are mixed in proportion to their size")
     eval_data1: list[str] = option([], "held-out files; their loss is logged at each checkpoint")
     eval_data2: list[str] = option([], "the same for stage 2")

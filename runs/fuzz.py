@@ -10,6 +10,7 @@ printed with the file that caused it.
 
 import argparse
 import copy
+import functools
 import json
 import shutil
 import sys
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from clip import CLIPVision  # noqa: E402
 from common.errors import InputError  # noqa: E402
-from data import LlavaData, ShikraData  # noqa: E402
+from data import DATASETS  # noqa: E402
 from dialogue import load_tokenizer  # noqa: E402
 from llama import Llama  # noqa: E402
 from mllm import MLLM  # noqa: E402
@@ -40,7 +41,24 @@ LLAVA = [
         ],
     }
 ]
-SHIKRA = {"img_path": "a.png", "expression": "a cat", "bbox": [1, 2, 3, 4], "width": 9, "height": 9}
+BOX = {"img_path": "a.png", "expression": "a cat", "bbox": [1, 2, 3, 4], "width": 9, "height": 9}
+COCO = {
+    "questions": [{"question_id": 1, "image_id": 2, "question": "What?"}],
+    "annotations": [
+        {"question_id": 1, "image_id": 2, "multiple_choice_answer": "a cat", "caption": "a cat"}
+    ],
+    "images": [{"id": 2, "file_name": "a.png"}],
+}
+POINT = {"file_path": "a.png", "question": "Which?", "answer": [1, 2, 3, 4]}
+POINT["candidates"] = [[0, 1, 2, 8], [1, 2, 3, 4]]
+RD = {
+    "img_path": "a.png",
+    "question": "Is it red?",
+    "question_boxes_seq": [],
+    "boxes": [[1, 2, 3, 4]],
+}
+RD |= {"cot_with_ans": "<ph_st>The cat<ph_ed> is.", "answer_boxes_seq": [[0]]}
+FORMATS = {"llava": LLAVA, "rec": BOX, "vqa": COCO, "caption": COCO, "v7w": POINT, "rd": RD}
 ODD = st.one_of(
     st.none(),
     st.booleans(),
@@ -80,7 +98,9 @@ def damaged(draw, text):
     return json.dumps(value)
 
 
-def read_all(dataset):
+def read_all(kind, path):
+    files = f"{path},{path}" if kind == "vqa" else path
+    dataset = DATASETS[kind](files, path.parent)
     for index in range(len(dataset)):
         dataset[index], dataset.length(index)
 
@@ -92,11 +112,11 @@ def targets(folder):
     towers = [weights / "clip", weights / "dinov2"]
     MLLM.assemble(towers, weights / "llama", "comm").save(own)
     Image.new("RGB", (9, 9)).save(folder / "a.png")
-    (folder / "llava.json").write_text(json.dumps(LLAVA))
-    (folder / "shikra.jsonl").write_text(json.dumps(SHIKRA))
-    return {
-        "llava": (folder / "llava.json", lambda path: read_all(LlavaData(path, folder))),
-        "shikra": (folder / "shikra.jsonl", lambda path: read_all(ShikraData(path, folder))),
+    formats = {}
+    for kind, content in FORMATS.items():
+        (folder / f"{kind}.json").write_text(json.dumps(content))
+        formats[kind] = folder / f"{kind}.json", functools.partial(read_all, kind)
+    return formats | {
         "tower": (weights / "clip/config.json", lambda _: CLIPVision.from_pretrained(towers[0])),
         "pixels": (
             weights / "clip/preprocessor_config.json",

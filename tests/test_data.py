@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import losses, refused
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
+import train
 from common.images import BadImage, ImageSpec, prepare
 from common.records import check_images
 from data import DATASETS, Batches, LlavaData, Loader, Sample, collate, num_with_images, order
@@ -73,6 +74,28 @@ BAD_BOXES = ([1, 2, 3], None, [1, 1, "2", 2], [3, 1, 2, 2], [1, 10, 2, 99], [-4,
 BAD_BOXES += ([0.1, 0.2, 0.3, 1], [1, 1, 2, float("inf")], [1, 1, 2, 10**400])
 BAD_CHANGES = [{"bbox": box} for box in BAD_BOXES]
 BAD_CHANGES += [{"width": 0}, {"height": None}, {"expression": None}, {"img_path": "../a.jpg"}]
+BAD_CHANGES += [{"expression": "a <boxes>"}, {"expression": "an <image>"}]
+
+# the formats of COMM's mix, about an image of 100 x 50 pixels
+NAME = "COCO_train2014_000000000007.jpg"
+LEFT, RIGHT = [10, -3, 30, 50], [50.5, 10, 120, 30]
+COCO = {"questions": [{"question_id": 5, "image_id": 7, "question": "What?"}]}
+COCO["annotations"] = [
+    {"question_id": 5, "image_id": 7, "multiple_choice_answer": "cat", "caption": "a cat "}
+]
+COCO["images"] = [{"id": 7, "file_name": NAME}]
+REC = {"img_path": NAME, "expression": "it", "bbox": LEFT, "width": 100, "height": 50}
+V7W = {"file_path": NAME, "question": "Which?", "candidates": [RIGHT, LEFT], "answer": RIGHT}
+RD = {"img_path": NAME, "boxes": [LEFT, RIGHT], "answer": "no"}
+RD |= {"question": "Is <ph_st>it<ph_ed> red?", "question_boxes_seq": [[1]]}
+RD |= {"cot_with_ans": "<ph_st>both<ph_ed>: no", "answer_boxes_seq": [[0, 1]]}
+MIX = {"vqa": COCO, "caption": COCO, "v7w": V7W, "rd": RD, "rec": REC, "reg": REC}
+CAPTION = {"img_path": NAME, "caption": "a cat"}
+BAD_CAPTIONS = [CAPTION | {"caption": text} for text in (3, "<image>", "\ud83d")]
+BAD_POINTS = [{"answer": [1, 2]}, {"candidates": 3}, {"candidates": [LEFT, "box"]}]
+BAD_POINTS = [V7W | change for change in (*BAD_POINTS, {"file_path": ["a.jpg", "b.jpg"]})]
+BAD_SEQUENCES = [{"answer_boxes_seq": [[0], [1]]}, {"question_boxes_seq": 1}, {"question": None}]
+BAD_RD = [RD | change for change in (*BAD_SEQUENCES, {"boxes": [LEFT]}, {"boxes": {}})]
 
 
 def test_a_bad_record_or_file_is_named_in_one_line(tmp_path):
@@ -81,6 +104,9 @@ def test_a_bad_record_or_file_is_named_in_one_line(tmp_path):
     for cls, good, records in (
         (LlavaData, GOOD, BAD_RECORDS),
         (DATASETS["rec"], BOX, [BOX | change for change in BAD_CHANGES]),
+        (DATASETS["caption"], CAPTION, BAD_CAPTIONS),
+        (DATASETS["v7w"], V7W, BAD_POINTS),
+        (DATASETS["rd"], RD, BAD_RD),
     ):
         for record in records:
             with refused() as error:
@@ -100,22 +126,93 @@ def test_a_bad_record_or_file_is_named_in_one_line(tmp_path):
         assert str(file) in str(error.value) and part in str(error.value)
 
 
-def test_shikra_asks_for_the_box_or_gives_it(loader, tmp_path):
-    box = BOX | {"bbox": [10, -3, 30, 50], "width": 100, "height": 50}
-    records = [box | {"expression": f"cat {i}"} for i in range(8)]
-    file = write(tmp_path / "s.jsonl", records, lines=True)
-    # 25 rows of padding above; what is outside the image is cut off
-    box = "[0.100,0.250,0.300,0.750]"
-    rec, reg = DATASETS["rec"](file, tmp_path), DATASETS["reg"](file, tmp_path)
-    for i in range(8):
-        ((question, answer),) = rec[i].turns
-        assert question.startswith("<image>\n") and f"cat {i}" in question and answer == box
-        ((question, answer),) = reg[i].turns
-        assert question.startswith("<image>\n") and box in question and answer == f"cat {i}"
-    # boxes of another shape than the image's
-    Image.new("RGB", (50, 100)).save(tmp_path / "a.jpg")
-    with refused("a.jpg.*50x100.*100x50"):
-        take(loader(rec), 1)
+@pytest.fixture
+def mix(tmp_path):
+    """Write a file of each format, and its image -> {kind: the file, or vqa's two}."""
+    Image.new("RGB", (100, 50)).save(tmp_path / NAME)
+    files = {kind: write(tmp_path / f"{kind}.json", content) for kind, content in MIX.items()}
+    return files | {"vqa": f"{files['vqa']},{files['caption']}"}
+
+
+# 25 rows of padding above; what is outside the image is cut off
+LEFT_TEXT, RIGHT_TEXT = "[0.100,0.250,0.300,0.750]", "[0.505,0.350,1.000,0.550]"
+TURNS = {
+    "vqa": ("What?\nAnswer the question using a single word or phrase.", "cat"),
+    "caption": ("Describe the image in one sentence.", "a cat"),
+    "v7w": (f"Which? Choose from {LEFT_TEXT} {RIGHT_TEXT}", RIGHT_TEXT),
+    "rd": (
+        f"Is it{RIGHT_TEXT} red? Explain it, with the box [x1,y1,x2,y2] of each object.",
+        f"both{LEFT_TEXT[:-1]};{RIGHT_TEXT[1:]}: no",
+    ),
+    "rec": ("Where is it? Answer with the box [x1,y1,x2,y2].", LEFT_TEXT),
+    "reg": (f"What is in the box {LEFT_TEXT}? Tell it from everything else.", "it"),
+}
+
+
+def test_a_format_of_the_mix_gives_image_question_answer_and_boxes(mix, loader, tmp_path):
+    assert {"llava", *TURNS} == DATASETS.keys()
+    for kind, (question, answer) in TURNS.items():
+        dataset = DATASETS[kind](mix[kind])
+        assert list(map(tuple, dataset[0].turns)) == [(f"<image>\n{question}", answer)]
+        ((batch,),) = take(loader(dataset, 1, 1, max_length=500), 1)
+        assert batch.ids == [f"{NAME}#0"] and len(batch.pixels) == 1
+    # Shikra's captions are lines
+    dataset = DATASETS["caption"](write(tmp_path / "c.jsonl", [CAPTION] * 2, lines=True))
+    assert dataset[1].turns == DATASETS["caption"](mix["caption"])[0].turns
+    with refused("vqa:QUESTIONS,ANNOTATIONS"):
+        DATASETS["vqa"](mix["caption"])
+    # boxes of another shape than the image's, and outside of it
+    Image.new("RGB", (20, 40)).save(tmp_path / NAME)
+    for kind in ("rec", "reg", "v7w", "rd"):
+        loading = loader(DATASETS[kind](mix[kind]), 1, 1)
+        take(loading, 1)
+        ((name, error),) = loading.skipped.values()
+        assert NAME in f"{name} {error}" and isinstance(error, BadImage) and "20x40" in str(error)
+
+
+def test_the_index_chooses_the_words_of_the_question_also_from_a_file(tmp_path):
+    records = write(tmp_path / "rec.jsonl", [REC] * 8, lines=True)
+    templates = tmp_path / "t.json"
+    for kind, place, text in (("rec", "<expr>", "it"), ("reg", "<objs>", LEFT_TEXT)):
+        questions = [sample.turns[0][0] for sample in DATASETS[kind](records)]
+        assert questions[:4] == questions[4:] and len(set(questions)) == 4
+        words = [f"In <image>, {place}?", f"{place} <image>"]
+        path = f"{records}@{write(templates, words)}"
+        questions = [sample.turns[0][0] for sample in DATASETS[kind](path)]
+        assert questions == [f"In <image>, {text}?", f"{text} <image>"] * 4
+        for bad in (
+            [],
+            {},
+            [3],
+            ["<image> no place"],
+            [f"<image> <image> {place}"],
+            [words[0] * 2],
+        ):
+            write(templates, bad)
+            with refused("t.json"):
+                DATASETS[kind](path)
+
+
+def test_the_mix_trains_and_boxes_need_padding(mix, flags, clean_run):
+    names = [f"{kind}:{path}" for kind, path in mix.items()]
+    options = dict(template1="tiny", train1="connector,llm", stage=1, batch1=6)
+    train.main(flags(data1=",".join(names), **options))
+    assert [*losses()] == [(1, 0), (1, 1)] and all(map(math.isfinite, losses().values()))
+    train.main(flags(data1=",".join(names[:2]), image_mode="crop", out="crop", **options))
+    for name in names[2:]:
+        with refused("pad"):
+            train.main(flags(data1=name, image_mode="crop", out="no", **options))
+
+
+def test_the_size_of_a_real_photograph_gives_the_boxes_of_the_stated_size(real, tmp_path):
+    records = [json.loads(line) for line in (real / "shikra_rec.jsonl").read_text().splitlines()]
+    points = [
+        V7W | {"file_path": record["img_path"], "candidates": [], "answer": record["bbox"]}
+        for record in records
+    ]
+    opened = DATASETS["v7w"](write(tmp_path / "v7w.json", points), real / "images")
+    stated = DATASETS["rec"](real / "shikra_rec.jsonl", real / "images")
+    assert [sample.turns[0][1] for sample in opened] == [sample.turns[0][1] for sample in stated]
 
 
 # --- the loader ---
