@@ -93,12 +93,14 @@ TEMPLATES = {
     ),
     "tiny": Template("USER: ", "USER: ", " ASSISTANT:", " ", "</s>", special=("</s>",)),
 }
-# The Dense Connector's 8B was trained with the role "system" before its answers, and without the
-# newline behind an image.
+# The Dense Connector's 8B: the role "system" before an answer, no newline behind an image.
 TEMPLATES["llama_3_dense"] = replace(TEMPLATES["llama_3"], ask="<|eot_id|>" + SYSTEM, image=MARK)
+chatml = TEMPLATES["chatml"]
+# Qwen3 and SmolLM3 with thinking off: an empty thought is part of the prompt.
+TEMPLATES["no_think"] = replace(chatml, ask=chatml.ask + "<think>\n\n</think>\n\n")
 # ChatML as LLaVA and the Dense Connector's 34B write it: no newline between two turns.
 TEMPLATES["chatml_direct"] = replace(
-    TEMPLATES["chatml"],
+    chatml,
     first="<|im_start|>system\n{system}<|im_end|><|im_start|>user\n",
     later="<|im_start|>user\n",
     ask="<|im_end|><|im_start|>assistant\n",
@@ -145,8 +147,7 @@ def render(turns, template, system=""):
 def find_template(folder):
     """Find the template of a checkpoint; None if it has no chat template (a base model, Vicuna).
 
-    It is "template" in config.json (MLLM.save). Otherwise it is recognized from the chat template;
-    InputError for an unknown one.
+    It is "template" in config.json, else recognized from the chat template (or an InputError).
     """
     config = read_config(folder)
     return config.get("template") or recognize(Path(folder), config.get("model_type"))

@@ -2,9 +2,10 @@
 
 Papers: LLaMA (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783); RMSNorm (1910.07467),
 rotary positions (RoPE, 2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245),
-Mistral's sliding window (2310.06825), Qwen2's biases (2407.10671).
+Mistral's sliding window (2310.06825), Qwen2's biases (2407.10671), Qwen3's QK norm (2505.09388).
 Checkpoints, from 135M to 70B: LLaMA 1 and 2, Llama 3.x, lmsys/vicuna-7b-v1.5, TinyLlama, SmolLM2,
-Yi and Hermes-2-Yi-34B (model_type llama), mistralai/Mistral-7B (mistral), Qwen2 and 2.5 (qwen2).
+Yi and Hermes-2-Yi-34B (model_type llama), mistralai/Mistral-7B (mistral), Qwen2 and 2.5 (qwen2),
+Qwen3 (qwen3), SmolLM3 (smollm3).
 
     tokens (B, T) --embed--> hidden[0] (B, T, C)
         each of L blocks:   x = x + attention(norm(x))        a token looks back at earlier tokens
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common.llm import check_request, scale_rope
-from common.pretrained import PretrainedLLM, make_config, read_llama
+from common.pretrained import PretrainedLLM, longest_text, read_llama
 from common.save import write_llama
 
 
@@ -58,32 +59,22 @@ class LlamaConfig:
     mlp_bias: bool = False
     sliding_window: int = None  # tokens that a token sees, with itself (Mistral); None: all
     max_window_layers: int = 0  # the layers before this one have no window (Qwen2)
+    qk_norm: bool = False  # RMSNorm on each head of q and k (Qwen3)
+    no_rope_layers: list = None  # 1 for each layer with RoPE, else 0 (SmolLM3); None: all have it
     bos_token_id: int = 1
     eos_token_id: int | list = 2  # Llama 3's chat models have several
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.rotary_dim = self.head_dim  # RoPE rotates all channels of a head; Phi's only some
 
-    @classmethod
-    def from_dict(cls, config, where):
-        """Read config.json's object. Raises InputError, which names `where`."""
-        return make_config(cls, read_llama(config, where), where)
-
-    def to_dict(self):
-        return write_llama(self)  # what config.json holds; transformers reads it, too
-
-    @property
-    def rotary_dim(self):
-        return self.head_dim  # RoPE rotates all channels of a head; Phi's only some
-
-    @property
-    def context(self):
-        """The longest prompt and answer together, in tokens."""
-        scaling = self.rope_scaling or {}
-        # Linear scaling stretches the length in the file; Llama 3.1's file already has the result.
-        factor = scaling["factor"] if scaling.get("rope_type") == "linear" else 1
-        return int(self.max_position_embeddings * factor)
+    # from_dict(config, where): the object of config.json; an InputError names `where`.
+    from_dict = classmethod(read_llama)
+    # What config.json holds. transformers reads it, too.
+    to_dict = write_llama
+    # The longest prompt and answer together, in tokens.
+    context = property(longest_text)
 
 
 def rope_frequencies(config):
@@ -105,7 +96,7 @@ def rotate(x, cos, sin):
     half = cos.shape[-1]
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin, rest)
-    return torch.cat(rotated, dim=-1).to(x.dtype)
+    return torch.cat(rotated, dim=-1).type_as(x)
 
 
 def causal_mask(positions, length, window):
@@ -127,12 +118,12 @@ def attend(sdpa, q, k, v, positions, window):
     0..T-1, all keys. Only then, and without a window, the kernel needs no mask.
     """
     T, mask = q.shape[2], None
-    if positions is None and window is not None and window < T:
+    if positions is None and window and window < T:
         positions = torch.arange(T, device=q.device)[None]
     if positions is not None:
         mask = causal_mask(positions, k.shape[2], window)
-    gqa = q.shape[1] != k.shape[1]
-    return sdpa(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    is_grouped = q.shape[1] != k.shape[1]
+    return sdpa(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped)
 
 
 def attend_packed(sdpa, q, k, v, starts, longest, window):
@@ -143,8 +134,7 @@ def attend_packed(sdpa, q, k, v, starts, longest, window):
     """
     lengths = starts.diff().tolist()
     parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
-    attended = [attend(sdpa, *part, None, window).transpose(1, 2) for part in parts]
-    return torch.cat(attended, dim=1).transpose(1, 2)
+    return torch.cat([attend(sdpa, *part, None, window) for part in parts], dim=2)
 
 
 class KVCache:
@@ -182,7 +172,8 @@ class RMSNorm(nn.Module):
         # In float32: 300² overflows float16.
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        # A float32 weight must not make bfloat16 float32 (q and k under autocast).
+        return (self.weight * x32.type_as(x)).type_as(x)
 
 
 class Attention(nn.Module):
@@ -198,23 +189,30 @@ class Attention(nn.Module):
         self.window = config.sliding_window if layer >= config.max_window_layers else None
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
+        self.has_rope = not config.no_rope_layers or config.no_rope_layers[layer]
         bias = config.attention_bias or config.qkv_bias
         self.q_proj = nn.Linear(config.hidden_size, query_width, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+        norm = RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm = norm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = norm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x, rope, packed=None, positions=None, cache=None):
         """rope: cos, sin of `rotate`. packed: (starts, longest) of `attend_packed`, or None.
 
         cache: a KVCache. positions: the places (B, T) of x in it; None: 0..T-1.
         """
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, head_dim)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, head_dim)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, head_dim)
-        q = rotate(q, *rope).transpose(1, 2)  # (B, H, T, head_dim)
-        k = rotate(k, *rope).transpose(1, 2)  # (B, G, T, head_dim)
-        v = v.transpose(1, 2)  # (B, G, T, head_dim)
+        heads = (-1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, heads))  # (B, T, H, head_dim)
+        k = self.k_norm(self.k_proj(x).unflatten(-1, heads))  # (B, T, G, head_dim)
+        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, G, T, head_dim)
+        if self.has_rope:
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
+        q = q.transpose(1, 2)  # (B, H, T, head_dim)
+        k = k.transpose(1, 2)  # (B, G, T, head_dim)
         if cache is not None:
             k, v = cache.write(self.layer, k, v, positions)  # (B, G, keys, head_dim)
         if packed is None:
@@ -254,7 +252,7 @@ class Block(nn.Module):
 
 
 class Llama(PretrainedLLM):
-    """LLaMA, Mistral and Qwen2. common/pretrained.py has from_pretrained and save_pretrained."""
+    """All LLMs of LLaMA's kind. common/pretrained.py has from_pretrained and save_pretrained."""
 
     config_class = LlamaConfig
     # Plain form of the output layer that is the embedding.
@@ -321,7 +319,7 @@ class Llama(PretrainedLLM):
             positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
         angles = positions[..., None, None] * self.rope_frequencies  # (B or 1, T, 1, half)
         attention = ((angles.cos(), angles.sin()), packed, places, cache)
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        recompute = self.gradient_checkpointing and self.training
         for block in self.layers:
             if recompute:
                 x = checkpoint(block, x, *attention, use_reentrant=False)

@@ -1,7 +1,7 @@
 """What differs between checkpoints: names of tensors and config keys, by model_type.
 
 layouts.toml has it for google/vit-*, facebook/deit-*, timm/deit3_*, facebook/vit-mae-*,
-facebook/dinov2-*, openai/clip-vit-*, laion/CLIP-*, google/siglip-*, LLaMA, Mistral and Qwen2.
+facebook/dinov2-*, openai/clip-vit-*, laion/CLIP-*, google/siglip-*, LLMs of LLaMA's kind.
 """
 
 import json

@@ -422,15 +422,15 @@ class PretrainedLLM(Pretrained):
         return None if name.endswith("rotary_emb.inv_freq") else name.removeprefix("model.")
 
 
-def read_llama(config, where):
-    """Translate config.json's object into the fields of llama.LlamaConfig."""
+def read_llama(cls, config, where):
+    """Build llama.LlamaConfig, which `cls` is, from config.json's object. Raises InputError."""
     model_type = config.get("model_type", "llama")
     if model_type not in LLAMA:
         raise InputError(f"{where}: model_type is {model_type!r}, not one of {', '.join(LLAMA)}")
-    config = LLAMA[model_type] | config | read_rope(config, where)
-    config["qkv_bias"] = model_type == "qwen2"
-    switched_off = model_type == "qwen2" and not config.get("use_sliding_window")
-    if model_type == "llama" or switched_off:
+    config = LLAMA[model_type] | config
+    config |= read_rope(config, where)
+    has_window = model_type.startswith("qwen") and config.get("use_sliding_window")
+    if model_type != "mistral" and not has_window:
         config["sliding_window"] = None
     if config.get("hidden_act", "silu") != "silu":
         raise InputError(f"{where}: hidden_act is {config['hidden_act']!r}, must be silu")
@@ -439,7 +439,7 @@ def read_llama(config, where):
     expected = ["full_attention"] * first + ["sliding_attention"] * len(types)
     if types != expected[: len(types)]:
         raise InputError(f"{where}: layer_types must give the window to all layers from {first} on")
-    return config
+    return make_config(cls, config, where)
 
 
 def read_rope(config, where):
@@ -457,6 +457,14 @@ def read_rope(config, where):
             raise InputError(f"{where}: the config's {rope_type} rope lacks {key}")
         scaling[key] = rope[key]
     return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def longest_text(config):
+    """Return how many tokens a prompt and its answer may have together."""
+    scaling = config.rope_scaling or {}
+    # Linear scaling stretches the length in the file; Llama 3.1's file already has the result.
+    factor = scaling["factor"] if scaling.get("rope_type") == "linear" else 1
+    return int(config.max_position_embeddings * factor)
 
 
 def make_config(cls, values, where):

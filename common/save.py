@@ -199,12 +199,14 @@ def llm_tensors(llm):
 def write_llama(config):
     """Return what config.json holds for a LlamaConfig. transformers reads it, too."""
     values = asdict(config)
-    model_type = "llama" if config.sliding_window is None else "mistral"
-    if config.qkv_bias:
-        model_type = "qwen2"
+    if config.no_rope_layers:
+        name = "SmolLM3"
+    elif config.qkv_bias or config.qk_norm:
+        name = "Qwen2" if config.qkv_bias else "Qwen3"
         values["use_sliding_window"] = config.sliding_window is not None
-    architecture = f"{model_type.capitalize()}ForCausalLM"
-    return {"architectures": [architecture], "model_type": model_type} | values
+    else:
+        name = "Llama" if config.sliding_window is None else "Mistral"
+    return {"architectures": [f"{name}ForCausalLM"], "model_type": name.lower()} | values
 
 
 def save_llm(llm, folder):

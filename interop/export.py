@@ -1,7 +1,7 @@
 """Write a trained model in a layout that other programs read.
 
-    python -m interop.export --model=out/mlp/model --to=FOLDER        linear, mlp: llava-hf
-    python -m interop.export --model=out/dense/model --to=FOLDER      sti, sci, dense, ...: llava
+    python -m interop.export --model=out/mlp/model --to=FOLDER        linear, mlp, sci: llava-hf
+    python -m interop.export --model=out/dense/model --to=FOLDER      sti, dense, efficient: llava
     python -m interop.export --model=out/dense/model --to=FOLDER --format=llama
     python -m interop.export --model=out/dense/checkpoints/stage2-0001500 --to=FOLDER
 
@@ -45,6 +45,8 @@ from dialogue import MARK, named
 from interop.llava import DENSE, TOWER
 from interop.load import load_model, newest_model
 
+# Connectors that transformers' LLaVA has.
+LLAVA_HF = ("linear", "mlp", "sci")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -60,12 +62,12 @@ class Config:
 
 
 def llava_hf(model):
-    """Write linear or mlp for transformers.
+    """Write linear, mlp or sci for transformers.
 
     <image> becomes a token if the tokenizer lacks it.
     """
     tower, name = model.vision[0], model.connector.name
-    check_connector(model, "llava-hf", ("linear", "mlp"))
+    check_connector(model, "llava-hf", LLAVA_HF)
     if tower.num_prefix_tokens > 1 or tower.config.model_type == "vit_mae":
         raise InputError(
             f"--format=llava-hf: not for the prefix tokens of {tower.config.model_type}"
@@ -108,6 +110,7 @@ def llava_hf(model):
         "image_token_index": image_id,
         "image_seq_length": model.tokens_per_image,
         "projector_hidden_act": "linear" if name == "linear" else "gelu",
+        "vision_feature_layer": model.connector.layers[0] if name == "sci" else -2,
         "vision_feature_select_strategy": strategy,
         "text_config": text_config,
         "tie_word_embeddings": text_config["tie_word_embeddings"],
@@ -281,7 +284,7 @@ def export(model, folder, format=""):
     format: one of FORMATS. Raises InputError if it cannot represent the model.
     """
     if not format:
-        format = "llava-hf" if model.connector.name in ("linear", "mlp") else "llava"
+        format = "llava-hf" if model.connector.name in LLAVA_HF else "llava"
     files, tensors, config = FORMATS[format](model)
     dtype = dtype_name(model.llm)
     config |= {"template": model.template, "dtype": dtype, "torch_dtype": dtype}

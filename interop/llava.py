@@ -39,6 +39,7 @@ from common.pretrained import (
     read_statistics,
     tensor_files,
 )
+from connector import sparse_layers
 from dialogue import find_template, load_tokenizer
 from mllm import LLMS, MLLM, TOWERS
 
@@ -131,7 +132,8 @@ def read_llava_hf(folder, config):
     act = expect(folder, config, "projector_hidden_act", "gelu", "linear")
     vision = {"model_type": "clip_vision_model"} | vision
     tower = build_part(TOWERS, vision, folder, spec.mean, spec.std)
-    expect(folder, config, "vision_feature_layer", -2, len(tower.blocks) - 1)
+    depth = len(tower.blocks)
+    layers = expect(folder, config, "vision_feature_layer", -2, depth - 1, sparse_layers(depth))
     key = "vision_feature_select_strategy"
     select = "default" if tower.num_prefix_tokens else "full"
     expect(folder, {key: "default"} | config, key, select)
@@ -140,6 +142,8 @@ def read_llava_hf(folder, config):
     if spec.mode == "anyres" and template == "chatml":
         template = "chatml_direct"
     connector = "linear" if act == "linear" else "mlp"
+    if isinstance(layers, list):
+        connector = "sci"
     return MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
 
 

@@ -35,6 +35,10 @@ class PhiConfig(LlamaConfig):
     hidden_act: str = "gelu_new"  # GELU's tanh approximation, or "gelu"
     attention_bias: bool = True
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.rotary_dim = int(self.head_dim * self.partial_rotary_factor)
+
     @classmethod
     def from_dict(cls, config, where):
         """Read config.json's object. `where` names the folder in errors (InputError)."""
@@ -56,10 +60,6 @@ class PhiConfig(LlamaConfig):
     def to_dict(self):
         """Return what config.json holds for this model. transformers reads it, too."""
         return {"architectures": ["PhiForCausalLM"], "model_type": "phi"} | asdict(self)
-
-    @property
-    def rotary_dim(self):
-        return int(self.head_dim * self.partial_rotary_factor)
 
 
 class Attention(llama.Attention):

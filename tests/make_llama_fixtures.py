@@ -76,6 +76,24 @@ VARIANTS = {
         max_window_layers=1,
         rope_parameters=DEFAULT,
     ),
+    "qwen3": dict(model_type="qwen3", num_key_value_heads=2, head_dim=12, rope_parameters=DEFAULT),
+    "qwen3_window": dict(
+        model_type="qwen3",
+        head_dim=8,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=1,
+        rope_parameters=DEFAULT,
+    ),
+    "smollm3": dict(
+        model_type="smollm3", num_hidden_layers=5, num_key_value_heads=2, rope_parameters=DEFAULT
+    ),
+    "smollm3_untied": dict(
+        model_type="smollm3",
+        no_rope_layers=[0, 1],
+        tie_word_embeddings=False,
+        rope_parameters=DEFAULT,
+    ),
     # heads of 10 channels, of which RoPE turns 4, as it turns 32 of 80 in Phi-2
     "phi": dict(
         model_type="phi", hidden_size=40, rope_parameters=DEFAULT | dict(partial_rotary_factor=0.4)
@@ -100,6 +118,8 @@ RECORDED = {
     "llama_mistral_window": ("mistral_window", torch.float32),
     "llama_qwen2_window": ("qwen2_window", torch.bfloat16),
     "phi": ("phi", torch.bfloat16),
+    "llama_qwen3": ("qwen3", torch.bfloat16),
+    "llama_smollm3": ("smollm3", torch.bfloat16),
 }
 
 
@@ -110,7 +130,7 @@ def reference(variant, seed, dtype=torch.float32):
     then shows.
     """
     settings = SMALL | VARIANTS[variant]
-    name = settings.pop("model_type", "llama").capitalize()
+    name = settings.pop("model_type", "llama").capitalize().replace("lm3", "LM3")
     config = getattr(transformers, f"{name}Config")(**settings)
     config._attn_implementation = "eager"  # explicit products, so not what llama.py calls
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()

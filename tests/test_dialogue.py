@@ -54,6 +54,7 @@ def test_layouts_are_those_of_their_authors(world_tokenizer):
         "llama_3_dense": llama_3.format(role=header("system")),
         "chatml": chatml.format(n="\n"),
         "chatml_direct": chatml.format(n=""),
+        "no_think": chatml.format(n="\n").replace("t\na", "t\n<think>\n\n</think>\n\na"),
         "tiny": "USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>",
     }
     assert {name: render(TWO_TURNS, name)[0] for name in TEMPLATES} == expected
@@ -154,6 +155,7 @@ def test_the_template_of_a_checkpoint_is_recognized(tmp_path):
     for chat, name in [
         ("<|start_header_id|>...<|eot_id|>", "llama_3"),
         ([{"name": "default", "template": "{{'<|im_start|>' + m.role}}"}], "chatml"),
+        ("<|im_start|>{% if enable_thinking is false %}...", "no_think"),
         ("<<SYS>>\\n[INST] {{ content }} [/INST]", "llama_2"),
         ("[INST] {{ m.content }} [/INST]", "mistral_instruct"),
         ("{{ 'ASSISTANT:' }}", "vicuna_v1"),

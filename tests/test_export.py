@@ -70,7 +70,7 @@ def test_transformers_layout_is_read_back_and_written_again(tmp_path):
     for connector, tower, template, mode in (
         ("mlp", "clip", "vicuna_v1", "pad"),
         ("linear", "siglip", "llama_2", "stretch"),
-        ("mlp", "dinov2", "plain", "crop"),
+        ("sci", "dinov2", "plain", "crop"),
     ):
         ours = build(connector, (tower,), template, mode)
         assert export(ours, tmp_path / tower) == "llava-hf"
@@ -86,6 +86,8 @@ def test_llm_and_towers_alone_are_read_back(tmp_path):
     """Every LLM family; both towers of comm, each with its own pixel statistics."""
     families = {
         "qwen2": Llama(LlamaConfig(**LLM, qkv_bias=True)),
+        "qwen3": Llama(LlamaConfig(**LLM, qk_norm=True)),
+        "smollm3": Llama(LlamaConfig(**LLM, no_rope_layers=[1, 0])),
         "mistral": Llama(LlamaConfig(**LLM, sliding_window=9)),
         "phi": Phi(PhiConfig(**LLM)),
     }

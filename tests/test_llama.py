@@ -15,13 +15,15 @@ from interop.phi import Phi, PhiConfig
 from llama import KVCache, Llama, LlamaConfig, RMSNorm, sample
 
 RECORDED = ("llama_multi_head", "llama_llama3_rope", "llama_biases_linear_rope")
-RECORDED += ("llama_mistral_window", "llama_qwen2_window", "phi")
+RECORDED += ("llama_mistral_window", "llama_qwen2_window", "llama_qwen3", "llama_smollm3", "phi")
 SHAPE = dict(vocab_size=61, hidden_size=32, intermediate_size=40)
 SHAPE |= dict(num_hidden_layers=2, num_attention_heads=4)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LLAMA3 |= dict(original_max_position_embeddings=64)
 WINDOW = {"sliding_window": 4}
 QWEN2 = WINDOW | {"qkv_bias": True, "max_window_layers": 1}
+QWEN3 = {"qk_norm": True, "head_dim": 12}
+SMOLLM3 = {"no_rope_layers": [0, 1]}
 PHI = {"partial_rotary_factor": 0.5}
 
 
@@ -100,6 +102,7 @@ def test_half_precision_rounds_weights_and_activations_but_no_positions():
         assert model.rope_frequencies.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert Llama.from_pretrained(folder).generate(tokens, 3).shape == (2, 3)
+    assert RMSNorm(4, 1e-6)(torch.ones(4).bfloat16()).dtype == torch.bfloat16
     # 300² is more than float16 holds.
     assert RMSNorm(64, 1e-6).half()(torch.full((1, 64), 300.0).half()).eq(1).all()
 
@@ -111,7 +114,7 @@ def greedy_without_cache(model, prompt, new):
     return tokens[0, len(prompt) :]
 
 
-@pytest.mark.parametrize("settings", ({}, WINDOW, QWEN2, {"rope_scaling": LLAMA3}), ids=str)
+@pytest.mark.parametrize("settings", (QWEN3, WINDOW, QWEN2, {"rope_scaling": LLAMA3}), ids=str)
 @torch.no_grad()
 def test_prompts_of_a_batch_are_answered_as_each_alone_without_a_cache(settings):
     model, lengths = small(**settings), [9, 1, 5, 8]
@@ -197,6 +200,9 @@ def test_a_config_means_what_transformers_takes_it_for():
     assert read(**qwen2).sliding_window is None
     on = read(**qwen2, use_sliding_window=True)
     assert (on.sliding_window, on.max_window_layers, on.qkv_bias) == (7, 1, True)
+    assert read(model_type="qwen3").head_dim == 128
+    smollm3 = read(model_type="smollm3")
+    assert (smollm3.rope_theta, smollm3.no_rope_layers[:5]) == (2e6, [1, 1, 1, 0, 1])
     rope = {"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.25}
     phi = PhiConfig.from_dict(SHAPE | {"model_type": "phi", "rope_parameters": rope}, "somewhere")
     assert (phi.rotary_dim, phi.rope_theta, phi.hidden_act) == (2, 7.0, "gelu_new")
@@ -223,7 +229,7 @@ def test_a_saved_model_loads_as_it_was(tmp_path):
     ends = {"eos_token_id": [2, 7]}
     biases = {"head_dim": 12, "attention_bias": True, "mlp_bias": True}
     tied = {"tie_word_embeddings": True, "rope_scaling": LLAMA3}
-    for i, settings in enumerate((ends, tied, WINDOW, QWEN2, biases, PHI)):
+    for i, settings in enumerate((ends, tied, WINDOW, QWEN2, QWEN3, SMOLLM3, biases, PHI)):
         model = small(**settings).to((torch.float32, torch.bfloat16)[i % 2])
         model.save_pretrained(tmp_path / str(i))
         again = type(model).from_pretrained(tmp_path / str(i), model.embed_tokens.weight.dtype)
