@@ -290,7 +290,7 @@ def ask(model, image, question, truth, colors):
     print(f"{question}  {answer}")
     boxes = [(TRUE_COLOR, truth)] if truth else []
     boxes += zip(colors, parse_boxes(answer), strict=False)
-    num_patches = (model.spec.size // model.vision[0].config.patch_size) ** 2
+    num_patches = model.vision[0].num_patches(model.spec.size)
     # The further tokens of `sti` have no place in the grid, `efficient` has a smaller grid.
     grid = math.isqrt(min(num_patches, model.tokens_per_image))
     _, target = (boxes or [(INK, (0, 0, 1, 1))])[0]
@@ -413,6 +413,8 @@ def main(arguments):
         sections, boxes = answer_sections(model, image, questions)
         notes, legend = layer_notes(model.connector), LEGEND
     for tower, note in zip(towers, notes, strict=True):
+        if tower.config.model_type == "convnext":
+            continue  # it has neither hidden states of patches nor attention
         spec = model.spec if model else ImageSpec(tower.config.image_size)
         sections += tower_sections(tower, to_pixels(image, spec), note)
     title = f"{name or ', '.join(config.vision)}: {title}"
