@@ -12,24 +12,26 @@ several of one tower. COMM (arXiv 2310.08825) weighs those of two. docs/connecto
     dense (= dci)  Dense Connector   23, mean(0..11), mean(12..23)    576
     efficient      Dense Connector   the same                         144
     comm           COMM              CLIP 1..24, DINOv2 19..24        576
-    comm_clip, comm_dino: COMM's ablation with one of the two towers
+    comm_clip, comm_dino             one of its two towers            576
+    mgm            Mini-Gemini       CLIP 23, ConvNeXt's map          576
 
 hidden[0] enters the first block, hidden[i] is the output of block i. The final layer is
 hidden[L - 1], as in LLaVA. Connectors see patch tokens only. Letters: B images, N patches, D width
 of a tower, L its depth, M visual tokens an image, C width of the LLM.
 
 A new connector is one class with @register("name"): `python train.py --connector=name` trains it.
-The keywords of its constructor are its options: `--connector.groups=3`. Parameter names are LLaVA's
-(mm_projector.0.weight, ...), so the authors' checkpoints load unchanged.
+The keywords of its constructor are its options: `--connector.groups=3`.
 """
 
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from common.cli import find_class, options_of
 from common.errors import InputError
+from common.grid import ConvNorm, check_same_grid, check_squares, squares
 from common.pool import half_side, halve_grid
 from common.pretrained import ranges_from_json, ranges_to_json
 
@@ -64,7 +66,8 @@ class Connector(nn.Module):
     forward      for each tower [(B, N, D) for each entry of its layers] -> (B, M, C)
     """
 
-    num_towers = 1
+    sides = ("vision",)  # a name for each tower
+    crops = 0  # Mini-Gemini's
 
     def __init__(self, towers):
         super().__init__()
@@ -79,6 +82,11 @@ def mlp(in_width, out_width, width=None):
     """LLaVA-1.5's projector: linear layers at 0 and 2 of a Sequential, GELU between them."""
     width = width or out_width
     return nn.Sequential(nn.Linear(in_width, width), nn.GELU(), nn.Linear(width, out_width))
+
+
+def norm_linear(in_width, out_width):
+    """LayerNorm, then a linear layer."""
+    return nn.Sequential(nn.LayerNorm(in_width), nn.Linear(in_width, out_width))
 
 
 class Channels(Connector):
@@ -161,42 +169,38 @@ class Efficient(DenseChannels):
         return halve_grid(super().forward(hidden))
 
 
-# ---- COMM: learned weights over the layers of CLIP and DINOv2 ------------------------------------
+# ---- Two towers: COMM's learned weights over layers, and Mini-Gemini's search for detail ---------
+
+MERGES = {"lln": norm_linear, "conv": ConvNorm, "layerscale": nn.Identity}
+MERGES |= {"mean_half": nn.Identity, "mean_all": nn.Identity}
 
 
 class LayerMerge(nn.Module):
-    """Merge n layers into one, (B, N, D) each -> (B, N, D). There are four ways:
+    """Merge n layers into one, (B, N, D) each -> (B, N, D): sum_i w_i align_i(h_i).
 
-    lln, the paper's choice: sum_i w_i Linear_i(LayerNorm_i(h_i)); layerscale: sum_i w_i h_i;
-    mean_half and mean_all: the mean. w is a softmax, of zeros at the start.
+    align_i is MERGES[merge], of which lln is the paper's choice. w is a softmax, of zeros at the
+    start, and equal for mean_half and mean_all.
     """
 
     def __init__(self, merge, num_layers, width):
         super().__init__()
-        self.num_layers = num_layers
         self.scale = None if "mean" in merge else nn.Parameter(torch.zeros(num_layers))
-        projections = range(num_layers if merge == "lln" else 0)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in projections)
-        self.linears = nn.ModuleList(nn.Linear(width, width) for _ in projections)
+        align = find_class(MERGES, merge, "--connector.merge")
+        self.align = nn.ModuleList(align(width, width) for _ in range(num_layers))
 
     def weights(self):
         """Return the weight of each layer, (n,), summing to one."""
         if self.scale is None:
-            return torch.ones(self.num_layers, dtype=torch.float64) / self.num_layers
+            return torch.ones(len(self.align), dtype=torch.float64) / len(self.align)
         return self.scale.softmax(dim=0)
 
     def forward(self, layers):
         merged = 0
-        for i, weight in enumerate(self.weights()):
-            x = layers[i]
-            if self.linears:
-                x = self.linears[i](self.norms[i](x))
-            # Sum in float32 at least: in bfloat16 a long sum loses bits.
+        for weight, align, x in zip(self.weights(), self.align, layers, strict=True):
+            x = align(x)
+            # In bfloat16 a long sum loses bits.
             merged = merged + (weight * x).to(torch.promote_types(x.dtype, torch.float32))
         return merged.to(layers[0].dtype)
-
-
-MERGES = ("lln", "layerscale", "mean_half", "mean_all")
 
 
 @register("comm")
@@ -204,30 +208,22 @@ class COMM(Connector):
     """COMM (section 4): tokens = Linear([v1, MLP(v2)]), v1 and v2 the merges of CLIP and DINOv2.
 
     DINOv2 never saw text and needs the MLP: average REC is 63.5 without, 74.9 with two in a row.
-    Patch i of CLIP is concatenated with patch i of DINOv2, so their grids must be equal.
     """
 
-    num_towers = 2
     sides = ("clip", "dino")
 
     def __init__(
         self, towers, llm_width, merge: str = "lln", dino_depth: int = 2, dino_expansion: int = 4
     ):
         super().__init__(towers)
-        clip, dino = towers[0], towers[-1]
-        if merge not in MERGES:
-            raise InputError(f"--connector.merge={merge}: must be one of {', '.join(MERGES)}")
-        if clip.num_patches != dino.num_patches:
-            raise InputError("--vision: comm needs two towers with the same number of patches")
-        if "dinov2" in clip.model_type and "dinov2" not in dino.model_type:
-            raise InputError("--vision: comm reads CLIP first and DINOv2 second: swap them")
+        check_same_grid(towers[0], towers[-1])
         self.layers = []
         for side, tower in zip(self.sides, towers, strict=True):
             layers = merged_layers(merge, tower.depth, side)
             self.layers.append(layers)
             self.add_module(f"{side}_merge", LayerMerge(merge, len(layers), tower.width))
         if "dino" in self.sides:
-            D = dino.width
+            D = towers[-1].width
             mlps = [mlp(D, D, dino_expansion * D) for _ in range(dino_depth)]
             self.dino_mlp = nn.Sequential(*mlps)
         self.mm_projector = nn.Linear(sum(tower.width for tower in towers), llm_width)
@@ -239,23 +235,53 @@ class COMM(Connector):
     def forward(self, hidden):
         features = []
         for side, layers in zip(self.sides, hidden, strict=True):
-            x = getattr(self, f"{side}_merge")(layers)  # (B, N, D)
-            if side == "dino":
-                x = self.dino_mlp(x)
-            features.append(x)
+            features.append(getattr(self, f"{side}_merge")(layers))  # (B, N, D)
+        if "dino" in self.sides:
+            features[-1] = self.dino_mlp(features[-1])
         return self.mm_projector(torch.cat(features, dim=-1))  # (B, N, 2D) -> (B, N, C)
 
 
 @register("comm_clip")
 class COMMClip(COMM):
-    num_towers = 1
     sides = ("clip",)
 
 
 @register("comm_dino")
 class COMMDino(COMM):
-    num_towers = 1
     sides = ("dino",)
+
+
+@register("mgm")
+class MiniGemini(Channels):
+    """Mini-Gemini (arXiv 2403.18814): each patch of CLIP attends to its square of ConvNeXt's map.
+
+    groups: the Dense Connector's means, as further channels. hd: the towers see each image as five,
+    whole and in four crops, for 5N tokens. interop/convnext.py explains the two image sizes.
+    """
+
+    sides = ("clip", "convnext")
+
+    def __init__(self, towers, llm_width, groups: int = 0, hd: bool = False):
+        clip, detail = towers
+        layers = dense_layers(clip.depth, groups) if groups else [clip.depth - 1]
+        super().__init__(towers, llm_width, layers)
+        self.layers.append([detail.depth])
+        self.crops = 2 if hd else 1
+        self.num_tokens *= 5 if hd else 1
+        check_squares(clip, detail, self.crops)
+        self.vlm_uni_query_projector = norm_linear(clip.width, clip.width)
+        self.vlm_uni_aux_projector = norm_linear(detail.width, clip.width)
+        self.vlm_uni_val_projector = norm_linear(detail.width, clip.width)
+
+    def forward(self, hidden):
+        (final, *means), (detail,) = hidden  # (B, N, D) each, (B, N P², E)
+        detail = squares(detail, final.shape[1])  # (B, N, P², E)
+        q = self.vlm_uni_query_projector(final)[:, :, None]  # (B, N, 1, D)
+        k = self.vlm_uni_aux_projector(detail)  # (B, N, P², D)
+        v = self.vlm_uni_val_projector(detail)
+        mined = F.scaled_dot_product_attention(q, k, v)[:, :, 0]  # (B, N, D)
+        tokens = super().forward([[final + mined, *means]])  # (B, N, C)
+        return tokens.reshape(-1, self.num_tokens, tokens.shape[-1])
 
 
 # ---- Which layers, for a tower of depth L --------------------------------------------------------
@@ -279,12 +305,10 @@ def dense_layers(L, groups=2):
 
 def merged_layers(merge, L, side):
     """Return the layers to merge: all of CLIP's and the last quarter of DINOv2's, or the means'."""
-    first = 1
     if merge == "mean_half":
-        first = L // 2 + 1
-    elif side == "dino" and merge != "mean_all":
-        # DINOv2's shallow layers did harm (section 3): 24 -> 19..24
-        first = 3 * L // 4 + 1
+        return list(range(L // 2 + 1, L + 1))
+    # DINOv2's shallow layers did harm (section 3): 24 -> 19..24
+    first = 3 * L // 4 + 1 if side == "dino" and merge != "mean_all" else 1
     return list(range(first, L + 1))
 
 
@@ -296,8 +320,8 @@ def make_connector(spec, towers, llm_width):
     given = {"name": spec} if isinstance(spec, str) else dict(spec)
     cls = find_class(CONNECTORS, given.pop("name"), "--connector")
     layers = ranges_from_json(given.pop("layers", []))
-    if len(towers) != cls.num_towers:
-        raise InputError(f"--vision: {cls.name} reads {cls.num_towers} tower(s), got {len(towers)}")
+    if len(towers) != len(cls.sides):
+        raise InputError(f"--vision: {cls.name} reads {len(cls.sides)} tower(s), got {len(towers)}")
     options = {name: parameter.default for name, parameter in options_of(cls).items()} | given
     connector = cls(towers, llm_width, **options)
     connector.options = options

@@ -38,8 +38,8 @@ TOWERS = {
     "clip.CLIPVision": layouts.CLIP,
     "clip.SigLIPVision": layouts.SIGLIP,
     "dinov2.DINOv2": layouts.DINOV2,
-    # timm's own files name no model_type
-    "vit.ViT": [*layouts.VIT, "timm_wrapper", None],
+    "vit.ViT": layouts.VIT,
+    "interop.convnext.ConvNeXt": layouts.CONVNEXT,
 }
 LLMS = {"llama.Llama": [*layouts.LLAMA, None], "interop.phi.Phi": ["phi"]}
 # Numbers in the logits that training holds at once: 256 MiB in float32.
@@ -57,14 +57,12 @@ class MLLM(Pretrained):
         brought to it. Raises InputError where the parts do not fit.
         """
         super().__init__()
-        shapes = []
-        for tower in towers:
-            tower.check_size(spec.size)
-            c = tower.config
-            num_patches = (spec.size // c.patch_size) ** 2
-            shapes.append(Tower(c.num_hidden_layers, c.hidden_size, num_patches, c.model_type))
+        shapes = [Tower(*tower.shape(spec.size)) for tower in towers]
         self.vision = nn.ModuleList(towers)
         self.connector = make_connector(connector, shapes, llm.config.hidden_size)
+        for tower in towers:
+            tower.crops = self.connector.crops
+            tower.check_size(spec.size)
         if spec.mode == "anyres":
             anyres.add_newline(self.connector, llm.config.hidden_size)
         self.llm = llm

@@ -168,8 +168,8 @@ class VisionTower(PretrainedTower, nn.Module):
 
     def embed_patches(self, pixels):
         """Normalize and embed uint8 pixels (B, 3, R, R) -> (B, N, D). Raises InputError."""
-        self.check_pixels(pixels)
-        x = self.patch(self.normalize(pixels, self.patch.weight.dtype))  # (B, D, R / P, R / P)
+        x = self.read_pixels(pixels, self.patch.weight.dtype)
+        x = self.patch(x)  # (B, D, R / P, R / P)
         return x.flatten(2).transpose(1, 2)
 
 

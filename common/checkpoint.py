@@ -57,8 +57,7 @@ def save(run, model, optimizer, state, ranks):
         partial.mkdir(parents=True)
     if ranks.is_sharded:
         ranks.barrier()  # the folder exists
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    tensors = named_tensors(trained, optimizer)
+    tensors = named_tensors(trained_tensors(model), optimizer)
     file_index, size = {}, 0
     for name, tensor in tensors.items():
         size += tensor.numel() * tensor.element_size()
@@ -98,8 +97,14 @@ def checksum(path):
     return value
 
 
+def trained_tensors(model):
+    """Return {name: tensor} of what training changes: parameters and BatchNorm's statistics."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trained | dict(model.connector.named_buffers("connector"))
+
+
 def named_tensors(trained, optimizer):
-    """Name all tensors of a checkpoint: trained parameters {name: p} and AdamW's state of them."""
+    """Name all tensors of a checkpoint: trained ones {name: tensor} and AdamW's state of them."""
     tensors = {f"model.{name}": parameter.detach() for name, parameter in trained.items()}
     if optimizer:
         for name, parameter in trained.items():
@@ -125,10 +130,10 @@ def load(folder, model, optimizer=None):
             f"the model has {model.connector.spec()}"
         )
     saved = names(folder)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters()) | trained_tensors(model)
     expected = saved
     if optimizer:
-        expected = {name for name, p in parameters.items() if p.requires_grad}
+        expected = trained_tensors(model).keys()
     mismatched = (saved - parameters.keys()) | (saved ^ expected)
     if mismatched:
         raise InputError(

@@ -64,7 +64,7 @@ def data_parallel(model, device):
     """Wrap a model in DDP: every rank has the whole model, and gradients are averaged.
 
     DDP first copies rank 0's weights to all ranks. Frozen parameters are left out, because writing
-    to a mapped file would copy it into every process. Buffers are equal on all ranks.
+    to a mapped file would copy it into every process. So are buffers: BatchNorm's are each rank's.
     """
     ignored = [name for name, p in model.named_parameters() if not p.requires_grad]
     ignored += [name for name, _ in model.named_buffers()]

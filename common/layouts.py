@@ -1,7 +1,8 @@
 """What differs between checkpoints: names of tensors and config keys, by model_type.
 
-layouts.toml has it for google/vit-*, facebook/deit-*, timm/deit3_*, facebook/vit-mae-*,
-facebook/dinov2-*, openai/clip-vit-*, laion/CLIP-*, google/siglip-*, LLMs of LLaMA's kind.
+layouts.toml has it for google/vit-*, facebook/deit-*, timm/deit3_*, timm/convnext_large*,
+facebook/vit-mae-*, facebook/dinov2-*, openai/clip-vit-*, laion/CLIP-*, google/siglip-*, and LLMs of
+LLaMA's kind.
 """
 
 import json
@@ -40,6 +41,7 @@ def layouts(*model_types):
 
 
 VIT = layouts("vit", "deit", "deit3", "vit_mae")
+CONVNEXT = layouts("convnext")
 DINOV2 = layouts("dinov2", "dinov2_with_registers")
 CLIP = layouts("clip", "clip_vision_model")
 SIGLIP = layouts("siglip", "siglip_vision_model")

@@ -21,10 +21,12 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 from common.errors import InputError
+from common.grid import views
 from common.layouts import LLAMA, ROPE_KEYS
 from common.save import save_llm, save_tower
 
@@ -193,6 +195,9 @@ def on_meta(where="a checkpoint"):
 def import_class(classes, config, where):
     """Import the class of a config's model_type. classes: {"module.Class": model_types}."""
     model_type = config.get("model_type")
+    if "architecture" in config:
+        # timm's name of the network, such as convnext_large_mlp
+        model_type = str(config["architecture"]).partition("_")[0]
     for path, model_types in classes.items():
         if model_type in model_types:
             return pkgutil.resolve_name(path)
@@ -218,7 +223,7 @@ def match(module, shapes, rename, folder):
     tensor that is cut along its first axis (q, k and v in one matrix). Raises InputError for a
     tensor that is missing, left over or of another shape.
     """
-    parameters = dict(module.named_parameters())
+    parameters = module.state_dict()
     source, left_over = {}, []
     # lm_head comes last: of a tied LLM it is the embedding, if that is not in the file
     for name in sorted(shapes, key=lambda name: "lm_head." in name):
@@ -253,8 +258,8 @@ def match(module, shapes, rename, folder):
 def load_weights(module, folder, rename, dtype=torch.float32, device="cpu", files=None):
     """Assign a checkpoint's tensors to a module that was built under on_meta, and return it.
 
-    rename: see match. dtype None: as stored. files: see tensor_files. Buffers are not loaded:
-    modules compute theirs from the config, and they move to `device` here. Raises InputError.
+    rename: see match. dtype None: as stored. files: see tensor_files. Buffers outside state_dict
+    are not loaded: modules compute them, and they move to `device` here. Raises InputError.
     """
     files = files or tensor_files(folder)
     shapes = {name: shape for name, shape, _ in headers(files)}
@@ -304,6 +309,8 @@ class PretrainedTower(Pretrained):
 
     layouts = {}  # model_type -> layouts.Layout, for each that the tower reads
     any_resolution = False  # False: takes only the image_size of its config
+    # Mini-Gemini: 1 resizes larger images to image_size; 2 does so with the whole and 2 x 2 crops
+    crops = 0
     after_blocks = ()  # parameters that no hidden state depends on
     save_pretrained = save_tower
 
@@ -330,8 +337,8 @@ class PretrainedTower(Pretrained):
     def from_folder(cls, folder):
         """Build the tower that a checkpoint describes."""
         config, statistics = read_config(folder), read_statistics(folder)
-        if "architecture" in config and "deit3" in cls.layouts:
-            from common import timm  # imported here: only DeiT III has this layout
+        if "architecture" in config:
+            from common import timm  # imported here: few checkpoints have this layout
 
             config, statistics = timm.read(config, folder)
         # the weights show whether there is a head; config.json omits the default, 2 classes
@@ -343,6 +350,29 @@ class PretrainedTower(Pretrained):
 
     def name_of(self, name):
         return our_name(self.layout, name)
+
+    def num_patches(self, side):
+        """Return N for images of side x side pixels."""
+        if not self.any_resolution:
+            side = self.config.image_size
+        return (side // self.config.patch_size) ** 2
+
+    def shape(self, side):
+        """Return L, D, N for images of side x side pixels, and model_type: connector.Tower."""
+        c = self.config
+        return c.num_hidden_layers, c.hidden_size, self.num_patches(side), c.model_type
+
+    def read_pixels(self, pixels, dtype):
+        """Check and normalize uint8 pixels (B, 3, R, R); with crops (see above), resize them too.
+
+        Two crops a side make five images of each, in this order: whole, crops row by row.
+        """
+        self.check_pixels(pixels)
+        x = self.normalize(pixels, torch.float32)
+        if self.crops and not self.any_resolution:
+            x = F.interpolate(x, self.crops * self.config.image_size, mode="bilinear")
+            x = views(x, self.crops)
+        return x.to(dtype)
 
     def check_pixels(self, pixels):
         """Raise InputError unless pixels are uint8 (B, 3, R, R) of a size that this tower takes."""
@@ -358,7 +388,7 @@ class PretrainedTower(Pretrained):
             raise InputError(
                 f"image size {side}: should be a multiple of this tower's patches of {P}"
             )
-        if not self.any_resolution and side != R:
+        if not self.any_resolution and side != R and not (self.crops and side > R):
             raise InputError(f"image size {side}: this tower takes only {R}, as in its training")
 
     def freeze_above(self, deepest):

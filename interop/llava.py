@@ -1,4 +1,4 @@
-"""Read LLaVA-1.5's, LLaVA-1.6's (LLaVA-NeXT) and the Dense Connector's checkpoints into an MLLM.
+"""Read LLaVA-1.5's, LLaVA-1.6's (LLaVA-NeXT), Mini-Gemini's and the Dense Connector's checkpoints.
 
 One design (LLaVA, arXiv 2304.08485; LLaVA-1.5, 2310.03744) in two layouts. `0` is any block:
 
@@ -8,6 +8,8 @@ One design (LLaVA, arXiv 2304.08485; LLaVA-1.5, 2310.03744) in two layouts. `0` 
     connector.mm_projector.0  multi_modal_projector.linear_1   model.mm_projector.0
     connector.mm_projector.2  multi_modal_projector.linear_2   model.mm_projector.2
     connector.image_newline   image_newline (1.6, AnyRes)      model.image_newline
+    vision.1                  (Mini-Gemini: ConvNeXt)          model.vision_tower_aux
+    connector.vlm_uni_*       (Mini-Gemini: patch mining)      model.vlm_uni_*
     llm.layers.0              language_model.model.layers.0    model.layers.0
     llm.lm_head               language_model.lm_head           lm_head
     config.json               vision_config, text_config       the LLM's keys, mm_vision_tower, ...
@@ -15,7 +17,8 @@ One design (LLaVA, arXiv 2304.08485; LLaVA-1.5, 2310.03744) in two layouts. `0` 
 transformers 5 writes the first layout as model.vision_tower..., model.language_model.layers...,
 lm_head; both are read. In the second layout the tower is in the file or in a folder or repository
 that mm_vision_tower names. The Dense Connector's releases use SigLIP-so400m at 384; its last block
-is in no file, since no connector reads it.
+is in no file, since no connector reads it. Mini-Gemini (YanweiLi/MGM-7B, -HD, and with the Dense
+Connector HuanjinYao/DenseConnector-with-mgm-7B) is in the second layout, its two towers included.
 """
 
 from dataclasses import replace
@@ -100,6 +103,8 @@ def rename(model, name):
         name = name.replace("multi_modal_projector.linear_1", "mm_projector")
     if name.startswith("vision_tower."):
         part, rest = "vision.0", model.vision[0].name_of(name.replace("vision_tower.", ""))
+    elif name.startswith("vision_tower_aux."):
+        part, rest = "vision.1", model.vision[-1].name_of(name.replace("vision_tower_aux.", ""))
     elif connector_name(name) or name == "image_newline":
         part, rest = "connector", connector_name(name) or name
     else:
@@ -112,7 +117,7 @@ def connector_name(name):
     name = name.removeprefix("model.")
     name = name.replace("multi_modal_projector.linear_1", "mm_projector.0")
     name = name.replace("multi_modal_projector.linear_2", "mm_projector.2")
-    if name.startswith("mm_projector."):
+    if name.startswith(("mm_projector.", "vlm_uni_")):
         return name
     return name.removeprefix("connector.") if name.startswith("connector.") else None
 
@@ -200,10 +205,35 @@ def read_llava(folder, config, names):
             template = "chatml_direct"
         if template == "llama_3" and dense in DENSE:
             template = "llama_3_dense"
+    towers = [tower]
+    if "mm_vision_tower_aux" in config:
+        convnext, connector = read_mgm(folder, config, names, tower)
+        towers.append(convnext)
+        spec = replace(spec, size=config["image_size_aux"])
     llm_type = FILE["llava_llms"].get(config["model_type"], config["model_type"])
     llm = build_part(LLMS, config | {"model_type": llm_type}, folder)
-    model = MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
+    model = MLLM(towers, llm, connector, load_tokenizer(folder), template, spec)
     return model, None if is_inside else tower_folder
+
+
+def read_mgm(folder, config, names, clip):
+    """Build Mini-Gemini's second tower -> (tower, spec of the connector). Raises InputError."""
+    where, width = f"Mini-Gemini {folder}", clip.config.hidden_size
+    expect(where, config, "model_type", "mgm")
+    expect(where, config, "mm_projector_type", "mlp2x_gelu")
+    expect(where, config, "image_aspect_ratio", None, "pad", "square")
+    grid = expect(where, config, "image_grid", 1, 2)
+    expect(where, {"image_global": False} | config, "image_global", grid == 2)
+    starts = TOWER, "model.vision_tower_aux."
+    is_inside = all(any(name.startswith(start) for name in names) for start in starts)
+    if "convnext-large-d-320" not in str(config["mm_vision_tower_aux"]) or not is_inside:
+        raise InputError(
+            f"{where}: its towers must be a CLIP and convnext-large-d-320, both in its files"
+        )
+    # The Dense Connector adds means as channels.
+    groups = expect(where, config, "mm_hidden_size", width, 3 * width) // width - 1
+    convnext = build_part(TOWERS, {"model_type": "convnext"}, folder)
+    return convnext, {"name": "mgm", "groups": groups, "hd": grid == 2}
 
 
 def describe_tower(folder, config, is_inside):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 # No test may use the network.
@@ -66,12 +67,14 @@ HEADS = {"hidden_size": 32, "num_attention_heads": 2}
 
 @pytest.fixture(scope="session")
 def tiny_folders(world_tokenizer, tmp_path_factory):
-    """Write random checkpoints in Hugging Face layout -> {"clip", "dinov2", "llama": folder}.
+    """Write random checkpoints -> {"clip", "dinov2", "convnext", "llama": folder}.
 
-    The towers have six and five blocks and turn 64 x 64 pixels into a grid of 4 x 4.
+    CLIP and DINOv2 have six and five blocks and turn 64 x 64 pixels into a grid of 4 x 4.
     """
     from clip import CLIP, CLIPTextConfig, CLIPVisionConfig
+    from common.save import save_checkpoint
     from dinov2 import DINOv2, DINOv2Config
+    from interop.convnext import ConvNeXt, ConvNeXtConfig
     from llama import Llama, LlamaConfig
 
     torch.manual_seed(0)
@@ -83,6 +86,8 @@ def tiny_folders(world_tokenizer, tmp_path_factory):
     shutil.copy(ROOT / "weights" / "clip" / "preprocessor_config.json", root / "clip")
     dino = DINOv2Config(num_hidden_layers=5, mlp_ratio=2, image_size=64, patch_size=16, **HEADS)
     DINOv2(dino).save_pretrained(root / "dinov2")
+    convnext = ConvNeXt(ConvNeXtConfig([1, 1, 2, 1], [4, 6, 8, 10]))
+    save_checkpoint(root / "convnext", convnext.state_dict(), asdict(convnext.config))
     llama = LlamaConfig(
         vocab_size=vocabulary, num_hidden_layers=2, max_position_embeddings=512, **sizes
     )
@@ -90,7 +95,7 @@ def tiny_folders(world_tokenizer, tmp_path_factory):
     shutil.copy(ROOT / "weights" / "llama" / "tokenizer.json", root / "llama")
     config = json.loads((root / "llama" / "config.json").read_text())
     (root / "llama" / "config.json").write_text(json.dumps(config | {"template": "tiny"}))
-    return {name: root / name for name in ("clip", "dinov2", "llama")}
+    return {name: root / name for name in ("clip", "dinov2", "convnext", "llama")}
 
 
 @pytest.fixture(scope="session")
@@ -136,8 +141,9 @@ def flags(tiny_folders):
 
     def make(**options):
         towers = str(tiny_folders["clip"])
-        if options.get("connector") == "comm":
-            towers += f",{tiny_folders['dinov2']}"
+        second = {"comm": "dinov2", "mgm": "convnext"}.get(options.get("connector"))
+        if second:
+            towers += f",{tiny_folders[second]}"
         defaults = {"vision": towers, "llm": tiny_folders["llama"], "connector": "dense"}
         defaults |= {"batch1": 4, "batch2": 4, "micro_batch": 4, "steps1": 2, "steps2": 6}
         defaults |= {"save_every": 2, "log_every": 1, "evaluate": "false", "device": "cpu"}

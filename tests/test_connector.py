@@ -5,6 +5,7 @@ thousand times the rounding of float64 and far below the effect of a wrong layer
 """
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -23,11 +24,14 @@ PINNED = {
     6: (5, (1, 3), (range(0, 3), range(3, 6)), range(5, 7)),
 }
 EVERY = [{"name": name} for name in CONNECTORS if name != "dci"]
-EVERY += [{"name": "comm", "merge": merge} for merge in MERGES[1:]]
-EVERY += [{"name": "dense", "groups": 3}, {"name": "mlp", "layer": 2}]
+EVERY += [{"name": "comm", "merge": merge} for merge in list(MERGES)[1:]]
+EVERY += [{"name": "dense", "groups": 3}, {"name": "mlp", "layer": 2}, {"name": "mgm", "groups": 2}]
+CONVNEXT = Tower(4, D + 1, 9 * N, "convnext")
 
 
 def towers_of(name, depth):
+    if name == "mgm":
+        return [Tower(depth, D, N, "clip_vision_model"), CONVNEXT]
     return [Tower(depth, D, N)] if name != "comm" else [Tower(depth, D, N), Tower(depth, D + 1, N)]
 
 
@@ -40,7 +44,7 @@ def random_connector(spec, depth=6):
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     hidden = []
     for tower in towers:
-        shape = (depth + 1, B, N, tower.width)
+        shape = (tower.depth + 1, B, tower.num_patches, tower.width)
         hidden.append(torch.randn(shape, generator=generator, dtype=torch.float64))
     return module, hidden
 
@@ -66,6 +70,43 @@ def layer_norm(state, name, x):
     x = x - x.mean(-1, keepdim=True)
     x = x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-5)
     return x * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def conv_and_norm(state, name, x):
+    """A 3 x 3 convolution over the grid of 4 x 4 patches, then BatchNorm with batch statistics."""
+    weight, x = state[f"{name}.0.weight"], x.reshape(B, 4, 4, -1)
+    out = state[f"{name}.0.bias"].expand(B, 4, 4, -1).clone()
+    for row, column, i, j in product(range(4), range(4), range(3), range(3)):
+        y, z = row + i - 1, column + j - 1
+        if 0 <= y < 4 and 0 <= z < 4:
+            out[:, row, column] += x[:, y, z] @ weight[:, :, i, j].T
+    out = out.flatten(0, 2)
+    out = (out - out.mean(0)) / torch.sqrt(out.var(0, unbiased=False) + 1e-5)
+    return (out * state[f"{name}.1.weight"] + state[f"{name}.1.bias"]).reshape(B, N, -1)
+
+
+def by_hand_mgm(spec, module, hidden, pinned):
+    """Each patch attends to its 3 x 3 square of the 12 x 12 map."""
+    state, (final, _, groups, _) = module.state_dict(), pinned
+    detail, mined = hidden[1][-1], []
+    for n in range(N):
+        corner = 36 * (n // 4) + 3 * (n % 4)
+        square = [corner + 12 * row + column for row in range(3) for column in range(3)]
+        q, k, v = [
+            linear(state, f"{name}.1", layer_norm(state, f"{name}.0", x))
+            for name, x in (
+                ("vlm_uni_query_projector", hidden[0][final, :, n : n + 1]),
+                ("vlm_uni_aux_projector", detail[:, square]),
+                ("vlm_uni_val_projector", detail[:, square]),
+            )
+        ]
+        weights = (q @ k.mT / math.sqrt(D)).softmax(-1)  # (B, 1, 9)
+        mined.append(weights @ v)
+    x = hidden[0][final] + torch.cat(mined, dim=1)
+    if spec.get("groups"):
+        means = [sum(hidden[0][layer] for layer in group) / len(group) for group in groups]
+        x = torch.cat([x, *means], dim=2)
+    return two_linears(state, "mm_projector", x)
 
 
 def by_hand_dense(spec, module, hidden, pinned):
@@ -107,8 +148,10 @@ def by_hand_comm(spec, module, hidden, pinned):
         for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
             x = states[layer]
             if merge == "lln":
-                x = layer_norm(state, f"{side}_merge.norms.{i}", x)
-                x = linear(state, f"{side}_merge.linears.{i}", x)
+                x = layer_norm(state, f"{side}_merge.align.{i}.0", x)
+                x = linear(state, f"{side}_merge.align.{i}.1", x)
+            if merge == "conv":
+                x = conv_and_norm(state, f"{side}_merge.align.{i}", x)
             merged = merged + weight * x
         if side == "dino":
             merged = two_linears(state, "dino_mlp.0", merged)
@@ -126,6 +169,8 @@ def test_every_connector_equals_its_slow_derivation_which_bfloat16_hardly_change
         out = run(module, hidden)
         if spec["name"].startswith("comm"):
             expected = by_hand_comm(spec, module, hidden, pinned)
+        elif spec["name"] == "mgm":
+            expected = by_hand_mgm(spec, module, hidden, pinned)
         else:
             expected = by_hand_dense(spec, module, hidden[0], pinned)
         assert out.shape == (B, module.num_tokens, C)
@@ -159,6 +204,9 @@ def test_what_does_not_fit_is_one_line():
         ("comm", [Tower(6, D, N), Tower(6, D, 25)]),
         ("comm", [Tower(6, D, N, "dinov2"), Tower(6, D, N, "clip")]),
         ("efficient", [Tower(6, D, 24)]),
+        ("mgm", two),
+        ("mgm", [towers_of("mgm", 6)[0], CONVNEXT._replace(num_patches=100)]),
+        ({"name": "mgm", "hd": True}, towers_of("mgm", 6)),
         ({"name": "comm", "merge": "sum"}, two),
         ({"name": "dense", "groups": 7}, one),
     ):

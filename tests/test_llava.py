@@ -243,6 +243,39 @@ def release(llm, tower):
     return config, expand(tensors | LAYOUTS[llm]["tensors"])
 
 
+def mini_gemini():
+    """Return config.json and tensors of HuanjinYao/DenseConnector-with-mgm-7B."""
+    config, tensors = release("lmsys/vicuna-7b-v1.5", CLIP)
+    config |= {"model_type": "mgm", "mm_hidden_size": 3072, "image_size_aux": 768}
+    config["mm_vision_tower_aux"] = "openclip-convnext-large-d-320-laion2B-s29B-b131K-ft-soup"
+    tensors["model.mm_projector.0.weight"] = [4096, 3072]
+    shapes = {"vision_tower_aux.vision_stem.0.weight": [192, 3, 4, 4]}
+    biases = {"vision_tower_aux.vision_stem.0": 192, "vision_tower_aux.vision_stem.1": 192}
+    for stage, (depth, width) in enumerate([(3, 192), (3, 384), (27, 768), (3, 1536)]):
+        block = f"vision_tower_aux.vision_stages.{stage}.blocks.{{{depth}}}"
+        shapes[f"{block}.gamma"] = [width]
+        shapes[f"{block}.conv_dw.weight"] = [width, 1, 7, 7]
+        shapes[f"{block}.mlp.fc1.weight"] = [4 * width, width]
+        shapes[f"{block}.mlp.fc2.weight"] = [width, 4 * width]
+        biases |= {f"{block}.conv_dw": width, f"{block}.norm": width}
+        biases |= {f"{block}.mlp.fc1": 4 * width, f"{block}.mlp.fc2": width}
+        if stage:
+            downsample = f"vision_tower_aux.vision_stages.{stage}.downsample"
+            shapes[f"{downsample}.1.weight"] = [width, width // 2, 2, 2]
+            biases |= {f"{downsample}.0": width // 2, f"{downsample}.1": width}
+    for name, inputs in {"query": 1024, "aux": 2880, "val": 2880}.items():
+        shapes[f"vlm_uni_{name}_projector.1.weight"] = [1024, inputs]
+        biases[f"vlm_uni_{name}_projector.0"] = inputs
+        biases[f"vlm_uni_{name}_projector.1"] = 1024
+    for name, size in biases.items():
+        shapes[f"{name}.bias"] = [size]
+        # the weight of a LayerNorm
+        shapes.setdefault(f"{name}.weight", [size])
+    for name, shape in expand(shapes).items():
+        tensors[f"model.{name}"] = shape
+    return config, tensors
+
+
 NEXT_HF = (
     LLAVA_HF["config"] | {"model_type": "llava_next"},
     expand(LLAVA_HF["tensors"] | {"image_newline": [4096]}),
@@ -258,6 +291,7 @@ RELEASES = {
     "llava-hf/llava-v1.6-vicuna-7b-hf": (*NEXT_HF, 14.13),
     "liuhaotian/llava-v1.6-vicuna-7b": (NEXT_CONFIG, NEXT_TENSORS, 14.13),
     "HuanjinYao/DenseConnector-v1.5-7B": (*release("lmsys/vicuna-7b-v1.5", SIGLIP), 14.34),
+    "HuanjinYao/DenseConnector-with-mgm-7B": (*mini_gemini(), 14.549),
     "HuanjinYao/DenseConnector-v1.5-8B": (*release("meta-llama/Meta-Llama-3-8B", SIGLIP), 16.93),
 }
 

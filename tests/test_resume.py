@@ -18,6 +18,7 @@ from torch.utils.data import ConcatDataset
 import train
 from common.run import Ranks, fingerprint, run_folder
 from data import LlavaData
+from mllm import MLLM
 
 LAST = "stage2-0000006"
 
@@ -223,3 +224,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused(flags, whole):
     train.main(flags(steps1=1, steps2=1, train2="llm"))
     with refused("connector"):
         train.main(flags(stage=2, out="next", init="run/checkpoints/stage2-0000001"))
+
+
+def test_batchnorm_continues_bit_for_bit_and_is_saved(flags):
+    options = {"connector": "comm", "connector.merge": "conv"}
+    train.main(flags(out="whole", **options))
+    assert run_process(flags(**options), KILLS[1][0]).returncode == -signal.SIGKILL
+    train.main([*flags(**options), "--resume"])
+    assert_equal_runs("run", "whole")
+    saved = load_file("run/model/model.safetensors")
+    name = "connector.dino_merge.align.0.1.running_var"
+    assert torch.equal(saved[name], MLLM.from_pretrained("run/model").state_dict()[name])

@@ -263,7 +263,7 @@ def answer_sections(model, image, questions):
     totals = dict.fromkeys(llms, 0)
     edges = find_edges(to_pixels(image, model.spec))
     # The further tokens of `sti` have no place in the grid, `efficient` has a smaller grid.
-    num_patches = (model.spec.size // model.vision[0].config.patch_size) ** 2
+    num_patches = model.vision[0].num_patches(model.spec.size)
     grid = math.isqrt(min(num_patches, model.tokens_per_image))
     for question, truth in questions:
         ids = [token.item() for token in model.stream([image], [question], 64)]
@@ -303,6 +303,9 @@ def model_sections(model, image, questions):
     """Return the sections of the answers to questions [(text, true box or None)], and of towers."""
     sections = answer_sections(model, image, questions)
     for tower, notes in zip(model.vision, layer_notes(model.connector), strict=True):
+        if tower.config.model_type == "convnext":
+            # It has neither hidden states of patches nor attention.
+            continue
         sections += tower_sections(tower, to_pixels(image, model.spec), notes)
     return sections
 

@@ -141,6 +141,8 @@ def build(config, stage):
     """Build the run's model on the meta device."""
     vision, llm = config.checkpoints()
     connector = {"name": config.connector, **config.connector_options}
+    if config.connector == "mgm" or config.connector_options.get("merge") == "conv":
+        raise InputError(f"--connector={config.connector}: the plan cannot count convolutions")
     with on_meta():
         towers = [build_part(TOWERS, read_shape(name), name) for name in vision]
         llm = build_part(LLMS, read_shape(llm), llm)
@@ -174,13 +176,9 @@ def linear_weights(module):
     return [part.weight for part in module.modules() if isinstance(part, nn.Linear)]
 
 
-def num_patches(model, tower):
-    return (model.spec.size // tower.config.patch_size) ** 2
-
-
 def connector_tokens(model):
     """Count an image's tokens in the connector; `efficient` drops some at its end."""
-    return max(num_patches(model, model.vision[0]), model.tokens_per_image)
+    return max(model.vision[0].num_patches(model.spec.size), model.tokens_per_image)
 
 
 def connector_memory(plan):
@@ -273,7 +271,7 @@ def tower_flops(model):
     total = 0
     for tower, layers in zip(model.vision, model.connector.layers, strict=True):
         deepest = max(max(layer) if isinstance(layer, range) else layer for layer in layers)
-        D, N = tower.config.hidden_size, num_patches(model, tower)
+        D, N = tower.config.hidden_size, tower.num_patches(model.spec.size)
         S = N + tower.num_prefix_tokens
         total += 2 * N * 3 * tower.config.patch_size**2 * D
         total += 2 * S * numel(linear_weights(tower.blocks[:deepest])) + 4 * S**2 * D * deepest
