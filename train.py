@@ -36,29 +36,25 @@ from common.run import (
     print_bad_step,
     print_stage,
     run_folder,
+    save_model,
 )
 from common.speed import speed_up
 from connector import CONNECTORS
 from data import DATASETS, Loader, num_with_images
 from mllm import MLLM
 
-WEIGHTS = Path(__file__).resolve().parent / "weights"
-
-
 # ---- model and data ------------------------------------------------------------------------------
 
 
 def build_model(config, stage, device, mapped=False):
     """Load towers and LLM and add a new connector. mapped: the LLM stays in its files (FSDP)."""
-    tiny = {"comm": ["clip", "dinov2"], "comm_dino": ["dinov2"]}.get(config.connector, ["clip"])
     torch.manual_seed(config.seed)
     return MLLM.assemble(
-        config.vision or [WEIGHTS / name for name in tiny],
-        config.llm or WEIGHTS / "llama",
+        *config.checkpoints(),
         {"name": config.connector, **config.connector_options},
         template=config.template or None,
         image_size=config.image_size or None,
-        image_mode=config.image_mode,
+        image_mode=config.stage_options(stage).image_mode,
         tokenizer=config.tokenizer or None,
         device=device,
         llm_dtype=config.llm_dtype(stage, device),
@@ -68,50 +64,57 @@ def build_model(config, stage, device, mapped=False):
 
 def build_stage(config, stage, run, ranks):
     """Build the model, add LoRA adapters if asked, and load what stage 1 trained."""
-    device = ranks.device
+    options, device = config.stage_options(stage), ranks.device
+    ranks.is_sharded = options.fsdp and ranks.size > 1
     model = build_model(config, stage, device, ranks.is_sharded)
-    trained = config.stage_options(stage)["train"]
     # A whole model or a connector comes before LoRA and FSDP, a run's checkpoint after them.
     start = checkpoint.start_of(config, run) if stage == 2 else None
     if start and not checkpoint.is_checkpoint(start):
         from interop.load import start_from
 
         model = start_from(model, start, ranks.is_sharded)
-    if config.lora_rank and "llm" in trained:
-        lora.adapt(model.llm, config.lora_rank, config.lora_alpha)
+    if config.lora_rank and "llm" in options.train:
+        lora.adapt(model.llm, config.lora_rank, config.lora_alpha, config.lora_dropout)
     if ranks.is_sharded:
-        freeze(model, trained)
+        freeze(model, options.train)
         fsdp.shard(model, device, config.llm_dtype(stage, device), config.uses_bf16(device))
     if start and checkpoint.is_checkpoint(start):
         checkpoint.load_start(config, start, model)
     return model
 
 
-def build_dataset(config, stage):
-    """Read the data of a stage. Errors name file and line before anything is trained."""
+def read_data(config, stage, names, split="train"):
+    """Open the files of --data1 or another such option. Errors name file and line."""
     options = config.stage_options(stage)
     datasets = []
-    for name in options["data"]:
+    for name in names:
         kind, _, path = name.partition(":")
         if name == "world":
             from toy.world import World
 
-            size = options["steps"] * options["batch"] or 20_000
-            datasets.append(World("train", size, "caption" if stage == 1 else "dialogue"))
+            size = options.steps * options.batch or 20_000
+            size = size if split == "train" else 200
+            datasets.append(World(split, size, "caption" if stage == 1 else "dialogue"))
             continue
         if kind not in DATASETS:
             kind, path = "llava", name
-        elif kind != "llava" and config.image_mode != "pad":
-            raise InputError(f"--image_mode={config.image_mode}: the boxes of {name} need pad")
-        image_dir = config.image_dir or Path(path).parent
-        datasets.append(DATASETS[kind](path, image_dir))
+        elif kind != "llava" and options.image_mode != "pad":
+            raise InputError(f"--image_mode={options.image_mode}: the boxes of {name} need pad")
+        datasets.append(DATASETS[kind](path, options.image_dir or Path(path).parent))
         check_images(datasets[-1])
-    if "llm" not in options["train"] and not any(num_with_images(each) for each in datasets):
+    return datasets
+
+
+def build_dataset(config, stage):
+    """Return the training data of a stage."""
+    options = config.stage_options(stage)
+    datasets = read_data(config, stage, options.data)
+    if "llm" not in options.train and not any(num_with_images(each) for each in datasets):
         raise InputError(f"--data{stage}: has no images, so --train{stage} must contain llm")
-    if options["equal"]:
+    if options.equal:
         largest = max(len(dataset) for dataset in datasets)
         datasets = [d for d in datasets for _ in range(round(largest / len(d)))]
-    return datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
+    return ConcatDataset(datasets)
 
 
 def freeze(model, parts):
@@ -151,18 +154,18 @@ def learning_rate(step, steps, warmup):
 # ---- the loop ------------------------------------------------------------------------------------
 
 
-def train_stage(config, stage, model, dataset, run, ranks):
+def train_stage(config, stage, model, dataset, held_out, run, ranks):
     """Train one stage. Return False if the run was asked to stop before the end."""
     options = config.stage_options(stage)
     device = ranks.device
     use_bf16 = config.uses_bf16(device)
-    steps = options["steps"] or math.ceil(options["epochs"] * len(dataset) / options["batch"])
+    steps = options.steps or math.ceil(options.epochs * len(dataset) / options.batch)
 
     # optimizer: one group for each part, with its own peak learning rate
-    trainable = freeze(model, options["train"])
     groups = []
-    for part, parameters in trainable.items():
-        groups.append({"params": parameters, "peak": options.get(f"{part}_lr") or options["lr"]})
+    for part, parameters in freeze(model, options.train).items():
+        peak = getattr(options, f"{part}_lr", 0) or options.lr
+        groups.append({"part": part, "params": parameters, "peak": peak})
     optimizer = torch.optim.AdamW(
         groups, betas=(0.9, config.adam_beta), weight_decay=config.weight_decay, fused=True
     )
@@ -181,27 +184,38 @@ def train_stage(config, stage, model, dataset, run, ranks):
     loader = Loader(
         dataset,
         model.tokenizer,
-        options["template"] if stage == 1 else model.template,
+        options.template if stage == 1 else model.template,
         model.spec,
         model.tokens_per_image,
         min(config.max_length, model.llm.config.context),
-        options["batch"],
+        options.batch,
         config.micro_batch,
         seed=config.seed + stage,
         rank=ranks.rank,
         world_size=ranks.size,
         workers=config.num_workers(device),
-        start=start * options["batch"],
+        start=start * options.batch,
     )
 
-    model.llm.gradient_checkpointing = config.activation_checkpointing
+    model.llm.gradient_checkpointing = options.activation_checkpointing
     model.train()
     network = model
     if ranks.size > 1 and not ranks.is_sharded:
         network = data_parallel(model, device)
     log = Log(config, run, ranks, state)
     num_samples = len(dataset), num_with_images(dataset)
-    print_stage(config, stage, model, trainable, num_samples, steps, ranks)
+    print_stage(config, stage, model, groups, num_samples, steps, ranks)
+
+    # forward: the summed loss of a micro-batch, and the number of its supervised tokens
+    def forward(network, batch):
+        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
+            return network(
+                batch.pixels.to(device),
+                batch.tokens.to(device),
+                batch.labels.to(device),
+                batch.lengths,
+                batch.image_index.to(device),
+            )
 
     bad_steps = empty_steps = 0
     for step, micro_batches in zip(range(start, steps), loader, strict=False):
@@ -209,6 +223,8 @@ def train_stage(config, stage, model, dataset, run, ranks):
         factor = learning_rate(step, steps, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
+        # the random numbers of LoRA's dropout: a function of the step, so that a run can resume
+        torch.manual_seed(config.seed + step * ranks.size + ranks.rank)
 
         # The loss is a mean over the supervised tokens of the global batch: count them first.
         num_supervised = sum((batch.labels >= 0).sum().item() for batch in micro_batches)
@@ -225,14 +241,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
             # DDP sums gradients over the ranks once, after the last micro-batch.
             is_synced = network is model or i + 1 == len(micro_batches)
             with nullcontext() if is_synced else network.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
-                    loss, _ = network(
-                        batch.pixels.to(device),
-                        batch.tokens.to(device),
-                        batch.labels.to(device),
-                        batch.lengths,
-                        batch.image_index.to(device),
-                    )
+                loss, _ = forward(network, batch)
                 # DDP and FSDP average gradients over the ranks: multiply by their number.
                 (loss * (ranks.size / max(1, num_supervised))).backward()
             losses.append(loss.detach())
@@ -257,13 +266,14 @@ def train_stage(config, stage, model, dataset, run, ranks):
         log.count(loss, num_tokens, num_skipped, loader.skipped)
         is_finished = step + 1 == steps
         if step % config.log_every == 0 or is_finished or stop:
-            record = {"stage": stage, "step": step, "loss": loss, "lr": options["lr"] * factor}
+            record = {"step": step, "loss": loss, "lr": options.lr * factor}
             record |= {"gradient_norm": norm, "tokens": num_tokens, "supervised": num_supervised}
             log.write(record)
 
         # save, but not after a skipped step: the weights may be why it was skipped
         is_due = stop or (step + 1) % config.save_every == 0
         if is_finished or (is_due and not bad_steps):
+            log.write_held_out(step, model, held_out, loader, forward)
             state["step"] = step + 1
             checkpoint.save(run, model, optimizer, state, ranks)
         if stop:
@@ -272,27 +282,9 @@ def train_stage(config, stage, model, dataset, run, ranks):
     return True
 
 
-def save_model(config, model, run, ranks):
-    """Write run/model, and with LoRA run/adapter. Rank 0 writes.
-
-    With FSDP the other ranks send it their shards, one tensor at a time.
-    """
-    adapters = {name: fsdp.full(p) for name, p in lora.adapters(model.llm).items()}
-    if adapters and ranks.is_main:
-        base = getattr(model, "base", str(config.llm or WEIGHTS / "llama"))
-        lora.save(adapters, run / "adapter", config.lora_rank, config.lora_alpha, base)
-    tensors = fsdp.gathered(model)
-    if ranks.is_main:
-        model.eval().save(run / "model", tensors=tensors)
-    for _ in tensors:
-        # Every rank takes part in gathering each tensor.
-        pass
-
-
 def print_scores(config, model, run, ranks):
     """Print the scores on the toy world, and what to do next."""
-    data = config.data1 if config.stage == 1 else config.data2
-    if "world" not in data:
+    if "world" not in config.stage_options(config.stage or 2).data:
         print(f"\nnext: python sample.py --model={run}/model --image=photo.jpg --prompt='...'")
         return
     if config.evaluate and not ranks.is_sharded:
@@ -314,17 +306,20 @@ def main(arguments):
         CONNECTORS, config.connector, config.connector_options, "--connector"
     )
     stages = [config.stage] if config.stage else [1, 2]
-    ranks, began = Ranks(config.device, config.fsdp), time.time()
+    ranks, began = Ranks(config.device), time.time()
     run = run_folder(config, ranks)
     ranks.print(f"{config.connector} connector, run folder {run}")
-    datasets = {stage: build_dataset(config, stage) for stage in stages}
+    data = {}
+    for stage in stages:
+        held_out = read_data(config, stage, config.stage_options(stage).eval_data, "test")
+        data[stage] = build_dataset(config, stage), held_out
     for stage in stages:
         # Free the model of stage 1 before the next one is built.
         model = None
         gc.collect()
         model = build_stage(config, stage, run, ranks)
         speed_up(model, "train", compile=config.uses_compile(ranks.device))
-        is_finished = train_stage(config, stage, model, datasets[stage], run, ranks)
+        is_finished = train_stage(config, stage, model, *data[stage], run, ranks)
         ranks.barrier()
         if not is_finished:
             break

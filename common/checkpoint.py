@@ -3,7 +3,7 @@
 A checkpoint is a folder, for example run/checkpoints/stage2-0000500. It appears whole
 or not at all:
 
-    shard-*.safetensors   the trained parameters, AdamW's moments and steps, the random state
+    shard-*.safetensors   the trained parameters, AdamW's moments and steps
     state.json            stage, step, config, checksums of the files and of the data, and more;
                           the place in the data is step x batch size
 
@@ -26,11 +26,11 @@ from common.errors import InputError
 from common.pretrained import read_json
 from common.save import replace_folder, write_json
 
-# Options that may differ when a run is resumed: those that do not change its result, the learning
-# rates, and the names of the data files, whose content has a fingerprint.
+# Options that may differ when a run is resumed, without the number of the stage: those that do not
+# change its result, the learning rates, and the names of data files, which have a fingerprint.
 FREE_OPTIONS = (
     "resume out stage device wandb log_every save_every evaluate workers compile micro_batch fsdp "
-    "activation_checkpointing data1 data2 image_dir lr1 lr2 connector_lr2 lora_lr2"
+    "activation_checkpointing data eval_data image_dir lr connector_lr vision_lr lora_lr"
 ).split()
 KEYS = set("stage step steps data interval config connector changed files".split())
 # no_dist=True is intended
@@ -105,7 +105,6 @@ def named_tensors(trained, optimizer):
         for name, parameter in trained.items():
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
-        tensors["random_state"] = torch.get_rng_state()
     return tensors
 
 
@@ -152,8 +151,6 @@ def load(folder, model, optimizer=None):
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
     except dcp.CheckpointException as error:
         raise InputError(f"{folder}: does not fit the model ({reason(error)})") from None
-    if optimizer:
-        torch.set_rng_state(tensors["random_state"])
     return state
 
 
@@ -259,9 +256,12 @@ def check_run(config, run):
     saved = {stage: newest(run, stage) for stage in (1, 2)}
     is_taken = saved[first] or saved[2] or (first == 1 and (run / "model").exists())
     if config.resume:
-        # It may be trained again only if nothing was built on it.
-        is_taken = config.stage == 1 and saved[2]
-    if is_taken:
+        if config.stage == 1 and saved[2]:
+            raise InputError(
+                f"{run}: --stage=1 cannot be resumed, because stage 2 started from it: "
+                "resume without --stage, or choose another --out"
+            )
+    elif is_taken:
         raise InputError(
             f"{run}: this stage was trained here: --resume continues the run, "
             "--out=FOLDER starts another one"
@@ -276,7 +276,7 @@ def check_same(config, folder):
     # An option that is newer than the run has its default.
     saved = asdict(type(config)()) | read_state(folder)["config"]
     for key, value in asdict(config).items():
-        if key not in FREE_OPTIONS and last_parts(saved[key]) != last_parts(value):
+        if key.rstrip("12") not in FREE_OPTIONS and last_parts(saved[key]) != last_parts(value):
             raise InputError(
                 f"{folder}: was trained with --{key}={saved[key]}, not {value}: "
                 "resume with the same options, or choose another --out"

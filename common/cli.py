@@ -202,10 +202,10 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name.partition(":")[0] not in ("cuda", "mps", "cpu"):
+        raise InputError(f"--device={name}: must be auto, cuda, mps or cpu")
     try:
-        probe = torch.zeros(1, device=name)
-        probe.tolist()  # the device "meta" has no values
-        return probe.device
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0]
         raise InputError(f"--device={name}: cannot be used ({reason})") from None

@@ -73,7 +73,7 @@ def save_image(panels, path):
 def draw_losses(run):
     """Draw the mean losses in a run's log.jsonl into its loss.png, one stage after the other."""
     lines = (run / "log.jsonl").read_text().splitlines()
-    records = [record for record in map(json.loads, lines) if record["mean_loss"]]
+    records = [record for record in map(json.loads, lines) if record.get("mean_loss")]
     highest = max((record["mean_loss"] for record in records), default=1)
     steps = {record["stage"]: record["step"] + 1 for record in records}
     left, top, width, height = 60, 40, 620, 300

@@ -14,8 +14,8 @@ and B, 320M, take 5.1 GB instead of 108 GB.
 
 After training, `merge` adds B A to W. The result is a plain Llama again, just as fast.
 
-Left out: LLaVA's dropout of 0.05 before A. With it, losses would depend on the number of processes
-and on the micro-batch.
+With dropout (LLaVA's is 0.05), some of the numbers that A reads are zero. Then the losses depend on
+the number of processes and on the micro-batch. train.py seeds the random numbers of each step.
 """
 
 from functools import partial
@@ -33,7 +33,7 @@ class LoRALinear(nn.Module):
     Weight and bias keep their names, so checkpoints of the plain layer fit.
     """
 
-    def __init__(self, linear, rank, alpha):
+    def __init__(self, linear, rank, alpha, dropout=0.0):
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
@@ -42,10 +42,12 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
         nn.init.zeros_(self.lora_B.weight)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.to(linear.weight.device)
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias) + self.lora_B(self.scale * self.lora_A(x))
+        y = F.linear(x, self.weight, self.bias)
+        return y + self.lora_B(self.scale * self.lora_A(self.dropout(x)))
 
     @torch.no_grad()
     def merged_weight(self, full=lambda tensor: tensor):
@@ -64,9 +66,9 @@ class LoRALinear(nn.Module):
         return linear
 
 
-def adapt(llm, rank, alpha):
+def adapt(llm, rank, alpha, dropout=0.0):
     """Give every linear layer in the blocks of a Llama or Phi an adapter, in place."""
-    replace(llm, nn.Linear, partial(LoRALinear, rank=rank, alpha=alpha))
+    replace(llm, nn.Linear, partial(LoRALinear, rank=rank, alpha=alpha, dropout=dropout))
 
 
 def merge(llm):
@@ -87,10 +89,10 @@ def adapters(llm):
     return {name: p for name, p in llm.named_parameters() if ".lora_" in name}
 
 
-def save(adapters, folder, rank, alpha, base):
+def save(adapters, folder, options, base):
     """Write {name: parameter} of the adapters in the format of the library peft.
 
-    base: the name of the LLM that they belong to.
+    options: has lora_rank, lora_alpha, lora_dropout. base: the name of the LLM.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.model.{name}": p for name, p in adapters.items()}
@@ -99,8 +101,9 @@ def save(adapters, folder, rank, alpha, base):
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": alpha,
+        "r": options.lora_rank,
+        "lora_alpha": options.lora_alpha,
         "target_modules": sorted({name.split(".")[-3] for name in adapters}),
+        "lora_dropout": options.lora_dropout,
     }
     write_json(folder / "adapter_config.json", config)

@@ -18,29 +18,33 @@ import sys
 import time
 import zlib
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from shutil import which
+from types import SimpleNamespace
 
 import torch
+from torch.utils.data import ConcatDataset
 
-from common import checkpoint, distributed
+from common import checkpoint, distributed, fsdp, lora
 from common.cli import option, pick_device
 from common.errors import InputError
 from common.pretrained import LARGE, stored
 
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PARTS = ("vision", "connector", "llm")  # the parts of a model that can be trained
 IMAGE_MODES = ("pad", "crop", "stretch", "anyres")
 AT_LEAST_1 = "batch1 batch2 micro_batch log_every save_every max_length"
 AT_LEAST_0 = (
-    "steps1 steps2 epochs1 epochs2 workers image_size seed lr1 lr2 connector_lr2 lora_lr2 clip "
-    "weight_decay lora_rank lora_alpha"
+    "steps1 steps2 epochs1 epochs2 workers image_size seed lr1 lr2 connector_lr2 vision_lr2 "
+    "lora_lr2 clip weight_decay lora_rank lora_alpha"
 )
 # The least and the greatest value of an option.
 LIMITS = dict.fromkeys(AT_LEAST_1.split(), (1, 1e9)) | dict.fromkeys(AT_LEAST_0.split(), (0, 1e9))
-LIMITS |= {"stage": (0, 2), "warmup": (0, 1), "adam_beta": (0, 0.999999)}
+LIMITS |= {"stage": (0, 2), "warmup": (0, 1)}
+LIMITS |= dict.fromkeys(("adam_beta", "lora_dropout"), (0, 0.999999))
 
 
 @dataclass
@@ -66,6 +70,8 @@ class Config:
     train2: list[str] = option(["connector", "llm"], "the same for stage 2")
     data1: list[str] = option(["world"], "LLaVA's .json or .jsonl, rec:FILE, reg:FILE, or world")
     data2: list[str] = option(["world"], "several files are mixed in proportion to their size")
+    eval_data1: list[str] = option([], "held-out files; their loss is logged at each checkpoint")
+    eval_data2: list[str] = option([], "the same for stage 2")
     equal1: bool = option(False, "repeat the smaller files: all count alike")
     equal2: bool = option(False, "the same for stage 2")
     image_dir: str = option("", "folder of the images; default: the folder of each data file")
@@ -79,15 +85,17 @@ class Config:
     epochs2: float = option(1.0, "the same for stage 2")
     lora_rank: int = option(0, "train the LLM by LoRA adapters of this rank; 0: all of it")
     lora_alpha: int = option(0, "LoRA scaling is alpha / rank; 0: twice the rank")
+    lora_dropout: float = option(0.0, "fraction of the inputs of the adapters that is dropped")
     lr1: float = option(3e-3, "peak learning rate of stage 1", section="optimizer")
     lr2: float = option(2e-3, "peak learning rate of stage 2")
     connector_lr2: float = option(3e-3, "the connector's in stage 2; 0: lr2")
+    vision_lr2: float = option(0.0, "the towers' in stage 2, if train2 has vision; 0: lr2")
     lora_lr2: float = option(0.0, "the adapters' in stage 2; 0: lr2")
     warmup: float = option(0.03, "fraction of the steps; a cosine to zero follows")
     weight_decay: float = option(0.0, "of AdamW")
     adam_beta: float = option(0.98, "AdamW's second beta; the papers use 0.999")
     clip: float = option(1.0, "clip the gradient norm to this; 0: no clipping")
-    seed: int = option(0, "of the connector's initial weights and the order of the data")
+    seed: int = option(0, "of initial weights, the order of the data and dropout")
     out: str = option("", "folder of the run; default: out/CONNECTOR", section="run")
     resume: bool = option(False, "continue from the newest checkpoint; without one, start")
     save_every: int = option(500, "steps between checkpoints; Ctrl-C saves too")
@@ -102,6 +110,16 @@ class Config:
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks")
     activation_checkpointing: bool = option(False, "recompute the LLM's blocks: less memory")
     workers: int | None = option(None, "loader processes per rank; default: 4 on CUDA, else 0")
+    image_mode1: str | None = option(
+        None, "image_mode of stage 1 only", section="the same for one stage; default: as above"
+    )
+    image_mode2: str | None = option(None, "image_mode of stage 2 only")
+    image_dir1: str | None = option(None, "image_dir of stage 1 only")
+    image_dir2: str | None = option(None, "image_dir of stage 2 only")
+    fsdp1: bool | None = option(None, "fsdp in stage 1 only")
+    fsdp2: bool | None = option(None, "fsdp in stage 2 only")
+    activation_checkpointing1: bool | None = option(None, "recompute in stage 1 only")
+    activation_checkpointing2: bool | None = option(None, "recompute in stage 2 only")
 
     def __post_init__(self):
         self.lora_alpha = self.lora_alpha or 2 * self.lora_rank
@@ -111,25 +129,35 @@ class Config:
                 raise InputError(f"--{key}={value}: must be from {least:g} to {greatest:g}")
         for stage in (1, 2):
             options = self.stage_options(stage)
-            parts = options["train"]
+            parts = options.train
             if not parts or set(parts) - set(PARTS):
                 raise InputError(
                     f"--train{stage}={','.join(parts)}: must be one or more of {', '.join(PARTS)}"
                 )
-            if not options["steps"] and not options["epochs"]:
+            if not options.steps and not options.epochs:
                 raise InputError(f"--epochs{stage}=0: must be more than 0 because --steps{stage}=0")
+            if options.image_mode not in IMAGE_MODES:
+                raise InputError(
+                    f"--image_mode={options.image_mode}: must be one of {', '.join(IMAGE_MODES)}"
+                )
         if self.wandb and not find_spec("wandb"):
             raise InputError("--wandb: not installed; pip install wandb")
-        if self.image_mode not in IMAGE_MODES:
-            raise InputError(
-                f"--image_mode={self.image_mode}: must be one of {', '.join(IMAGE_MODES)}"
-            )
         if self.init and self.stage != 2:
             raise InputError(f"--init={self.init}: names the start of stage 2, so add --stage=2")
 
     def stage_options(self, stage):
-        """Return the options of one stage without their suffix: {"train", "data", "lr", ...}."""
-        return {key[:-1]: value for key, value in asdict(self).items() if key.endswith(str(stage))}
+        """Return the options of one stage: in stage 2 .lr is --lr2, and --fsdp2 overrides .fsdp."""
+        options = asdict(self)
+        for key, value in asdict(self).items():
+            if key.endswith(str(stage)) and value is not None:
+                options[key[:-1]] = value
+        return SimpleNamespace(**options)
+
+    def checkpoints(self):
+        """Return the names of the towers and of the LLM, by default of the tiny ones."""
+        tiny = {"comm": ["clip", "dinov2"], "comm_dino": ["dinov2"]}.get(self.connector, ["clip"])
+        towers = self.vision or [str(WEIGHTS / name) for name in tiny]
+        return towers, self.llm or str(WEIGHTS / "llama")
 
     def uses_bf16(self, device):
         """Decide about autocast: on CUDA, and on a CPU for a large LLM whose files have 16 bits."""
@@ -155,7 +183,7 @@ class Config:
 
     def llm_dtype(self, stage, device):
         """Trained parameters are float32. Under autocast a frozen LLM is bfloat16."""
-        is_trained = "llm" in self.stage_options(stage)["train"] and not self.lora_rank
+        is_trained = "llm" in self.stage_options(stage).train and not self.lora_rank
         return torch.bfloat16 if self.uses_bf16(device) and not is_trained else torch.float32
 
 
@@ -165,11 +193,11 @@ class Ranks:
     torchrun starts a rank for each GPU. Without it there is one rank.
     """
 
-    def __init__(self, device, fsdp=False):
+    def __init__(self, device):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
-        self.is_sharded = fsdp and self.size > 1  # the model, over the ranks (fsdp.py)
+        self.is_sharded = False  # the model of this stage, over the ranks (fsdp.py)
         self.device = pick_device(device)
         self.stop = False
         if self.device.type == "cuda":
@@ -270,21 +298,24 @@ class Log:
         self.start, self.steps = state["step"], state["steps"]
         self.path = run / "log.jsonl"
         self.began = self.interval_began = time.time()
-        self.tokens = self.num_printed = 0
+        self.stage = state["stage"]
+        self.tokens = self.num_steps = self.num_printed = 0
         self.interval = state["interval"]
         self.wandb = None
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         if ranks.is_main:
-            self.drop_lines(state["stage"])
+            self.drop_lines()
             self.wandb = start_wandb(config, run) if config.wandb else None
 
-    def drop_lines(self, stage):
+    def drop_lines(self):
         """Drop the lines of steps that will be trained again, and a line that a kill has cut."""
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         kept = []
         for line in lines:
             with suppress(ValueError):
                 record = json.loads(line)
-                if record["stage"] != stage or record["step"] < self.start:
+                if record["stage"] != self.stage or record["step"] < self.start:
                     kept.append(line + "\n")
         self.path.write_text("".join(kept))
 
@@ -296,6 +327,7 @@ class Log:
     def count(self, loss, num_tokens, num_skipped, skipped):
         """Add a step to the interval, and name the samples that were skipped for the first time."""
         self.tokens += num_tokens
+        self.num_steps += 1
         self.interval["skipped"] += num_skipped
         if math.isfinite(loss):
             self.interval["steps"] += 1
@@ -305,29 +337,71 @@ class Log:
         self.num_printed = len(skipped)
 
     def write(self, record):
-        """Print and write a line: record has stage, step, and numbers such as loss."""
+        """Print and write a line: record has step, lr, and the other numbers of the step."""
         now, step = time.time(), record["step"]
-        speed = round(self.tokens / max(now - self.interval_began, 1e-9))
         num_finite = self.interval["steps"]
         mean_loss = self.interval["loss"] / num_finite if num_finite else math.nan
         record |= {"mean_loss": mean_loss, "skipped": self.interval["skipped"]}
-        self.tokens, self.interval_began = 0, now
+        seconds = max(now - self.interval_began, 1e-9)
+        step_seconds, speed = seconds / self.num_steps, round(self.tokens / seconds)
+        record |= {"tokens_per_second": speed, "seconds_per_step": step_seconds}
+        record["seconds"] = round(now - self.began, 1)
+        memory = ""
+        if self.ranks.device.type == "cuda":
+            record["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            memory = f"{record['peak_gb']:.1f} GB  "
+        self.tokens, self.num_steps, self.interval_began = 0, 0, now
         self.interval.update(self.new_interval())
-        seconds_a_step = (now - self.began) / (step + 1 - self.start)
-        minutes, seconds = divmod(round(seconds_a_step * (self.steps - step - 1)), 60)
-        record |= {"tokens_per_second": speed, "seconds": round(now - self.began, 1)}
+        left = (now - self.began) / (step + 1 - self.start) * (self.steps - step - 1)
+        minutes, seconds = divmod(round(left), 60)
         self.ranks.print(
-            f"stage {record['stage']}  step {step:5d}/{self.steps}  loss {mean_loss:.4f}  "
-            f"lr {record['lr']:.2e}  {speed:,} tokens/s  {minutes}m{seconds:02d}s left"
+            f"stage {self.stage}  step {step:5d}/{self.steps}  loss {mean_loss:.4f}  "
+            f"lr {record['lr']:.2e}  {speed:,} tokens/s  {step_seconds:.2f} s/step  {memory}"
+            f"{minutes}m{seconds:02d}s left"
         )
+        self.append(record)
+
+    @torch.no_grad()
+    def write_held_out(self, step, model, datasets, loader, forward):
+        """Print and write the mean loss over the supervised tokens of held-out datasets, if any.
+
+        loader: of the training data. forward(model, batch): returns loss and number of tokens.
+        """
+        if not datasets:
+            return
+        began, ranks = time.time(), self.ranks
+        loader = replace(loader, dataset=ConcatDataset(datasets))
+        model.eval()
+        sums = torch.zeros(2)
+        indices = range(ranks.rank, len(loader.dataset), ranks.size)
+        # FSDP: all ranks need the same number of forward passes. A last one may have no samples.
+        for start in range(0, -(-len(loader.dataset) // ranks.size), loader.micro_batch):
+            batch = loader[indices[start : start + loader.micro_batch]]
+            loader.count(batch)
+            if not len(batch.pixels):
+                # FSDP gathers a connector on all ranks or on none: text goes with a blank image
+                batch.pixels = batch.pixels.new_zeros(1, *batch.pixels.shape[1:])
+            sums += torch.stack(forward(model, batch)).cpu()
+        if ranks.is_sharded:
+            # a backward pass does this in training
+            model.reshard()
+        model.train()
+        loss, num_tokens = ranks.sum(sums).tolist()
+        loss /= max(1, num_tokens)
+        ranks.print(f"stage {self.stage}  step {step:5d}/{self.steps}  held-out loss {loss:.4f}")
+        self.append({"step": step, "held_out_loss": loss})
+        self.interval_began += time.time() - began
+
+    def append(self, record):
+        """Write numbers of a step to log.jsonl and W&B."""
         if not self.ranks.is_main:
             return
         # JSON has no NaN
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         with open(self.path, "a") as file:
-            file.write(json.dumps(finite) + "\n")
+            file.write(json.dumps({"stage": self.stage} | finite) + "\n")
         if self.wandb:
-            self.wandb.log({f"stage{record['stage']}/{key}": record[key] for key in record})
+            self.wandb.log({f"stage{self.stage}/{key}": record[key] for key in record})
 
 
 def start_wandb(config, run):
@@ -345,25 +419,30 @@ def start_wandb(config, run):
     return board
 
 
-def print_stage(config, stage, model, trainable, num_samples, steps, ranks):
-    """Say what is trained on what. num_samples: of all samples, and of those with images."""
+def print_stage(config, stage, model, groups, num_samples, steps, ranks):
+    """Say what is trained on what.
+
+    groups: of the optimizer. num_samples: of all samples, and of those with images.
+    """
     options = config.stage_options(stage)
+    trained = {group["part"]: group for group in groups}
     parts = []
     for part in PARTS:
         numbers = sum(p.numel() for p in getattr(model, part).parameters()) / 1e6
-        parts.append(f"{part} {numbers:.2f}M {'trained' if part in trainable else 'frozen'}")
-    if "lora" in trainable:
-        numbers = sum(p.numel() for p in trainable["lora"]) / 1e6
+        parts.append(f"{part} {numbers:.2f}M {'trained' if part in trained else 'frozen'}")
+    if "lora" in trained:
+        numbers = sum(p.numel() for p in trained["lora"]["params"]) / 1e6
         parts.append(f"of these lora {numbers:.2f}M trained")
+    rates = ", ".join(f"{part} {group['peak']:g}" for part, group in trained.items())
     precision = "bfloat16" if config.uses_bf16(ranks.device) else "float32"
     extras = ", FSDP" if ranks.is_sharded else ""
     extras += ", compiled" if config.uses_compile(ranks.device) else ""
     unit = "a tile" if model.spec.mode == "anyres" else "an image"
     ranks.print(
         f"\nstage {stage}: {', '.join(parts)}\n"
-        f"  {num_samples[0]:,} samples ({', '.join(options['data'])}), {num_samples[1]:,} with "
+        f"  {num_samples[0]:,} samples ({', '.join(options.data)}), {num_samples[1]:,} with "
         f"images, {model.tokens_per_image} visual tokens {unit}\n"
-        f"  {steps} steps of {options['batch']}, peak learning rate {options['lr']:g}, "
+        f"  {steps} steps of {options.batch}, peak learning rates: {rates}; "
         f"{precision} on {ranks.size} x {ranks.device.type}{extras}"
     )
 
@@ -391,3 +470,20 @@ def check_progress(stage, step, bad_steps, empty_steps, steps):
             f"step {step}: {empty_steps} steps in a row without a supervised token: is "
             "--max_length shorter than the visual tokens of an image?"
         )
+
+
+def save_model(config, model, run, ranks):
+    """Write run/model, and with LoRA run/adapter. Rank 0 writes.
+
+    With FSDP the other ranks send it their shards, one tensor at a time.
+    """
+    adapters = {name: fsdp.full(p) for name, p in lora.adapters(model.llm).items()}
+    if adapters and ranks.is_main:
+        base = getattr(model, "base", config.checkpoints()[1])
+        lora.save(adapters, run / "adapter", config, base)
+    tensors = fsdp.gathered(model)
+    if ranks.is_main:
+        model.eval().save(run / "model", tensors=tensors)
+    for _ in tensors:
+        # Every rank takes part in gathering each tensor.
+        pass

@@ -38,7 +38,7 @@ def test_planned_memory_and_flops_are_those_that_pytorch_measures():
     config = cli.parse(plan.PlanConfig, flags)
     model = train.build_model(config, 2, torch.device("cpu")).train()
     model.llm.gradient_checkpointing = True
-    trainable = train.freeze(model, config.stage_options(2)["train"])
+    trainable = train.freeze(model, config.stage_options(2).train)
     parameters = [p for part in trainable.values() for p in part]
     optimizer = torch.optim.AdamW(parameters, fused=True)
     samples = train.build_dataset(config, 2), model.tokenizer, model.template, model.spec
@@ -53,7 +53,7 @@ def test_planned_memory_and_flops_are_those_that_pytorch_measures():
 
     supervised, squared = (batch.labels >= 0).sum().item(), sum(n**2 for n in batch.lengths)
     load = plan.Load(sum(batch.lengths), squared, supervised, len(batch.pixels))
-    planned = plan.Plan(config, plan.build(config), True, load, 1, False)
+    planned = plan.Plan(config, plan.build(config, 2), True, load, 1, False)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
     flops, memory = plan.flops(planned), plan.memory(planned)

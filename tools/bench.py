@@ -43,6 +43,7 @@ from common.errors import InputError
 from common.images import ImageSpec
 from common.layouts import SHAPES
 from common.pretrained import on_meta
+from common.run import WEIGHTS
 from common.speed import speed_up
 from dialogue import IGNORE, IMAGE
 from interop.load import load_model
@@ -156,7 +157,7 @@ def make_model(size):
     tower, llm = SIZES[size]
     tower = CLIPVision(CLIPVisionConfig(**tower))
     llm = Llama(LlamaConfig.from_dict(llm, size))
-    tokenizer = Tokenizer.from_file(str(train.WEIGHTS / "llama" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(WEIGHTS / "llama" / "tokenizer.json"))
     spec = ImageSpec(tower.config.image_size)
     return MLLM([tower], llm, "mlp", tokenizer, "vicuna_v1", spec)
 

@@ -55,7 +55,6 @@ from common.pretrained import build_part, on_meta, read_config, read_json
 from common.run import PARTS, Config
 from connector import CONNECTORS
 from mllm import LLMS, MAX_LOGITS, MLLM, TOWERS
-from train import WEIGHTS
 
 # The share of a GPU's memory that may be planned for.
 ROOM = 0.9
@@ -138,25 +137,21 @@ def read_shape(name):
         raise InputError(f"{name}: its config.json cannot be read or downloaded: {error}") from None
 
 
-def build(config):
+def build(config, stage):
     """Build the run's model on the meta device."""
-    tiny = {"comm": ["clip", "dinov2"], "comm_dino": ["dinov2"]}.get(config.connector, ["clip"])
+    vision, llm = config.checkpoints()
     connector = {"name": config.connector, **config.connector_options}
     with on_meta():
-        towers = []
-        for name in config.vision or [WEIGHTS / name for name in tiny]:
-            towers.append(build_part(TOWERS, read_shape(name), name))
-        name = config.llm or WEIGHTS / "llama"
-        llm = build_part(LLMS, read_shape(name), name)
-        spec = ImageSpec(config.image_size or towers[0].config.image_size, config.image_mode)
+        towers = [build_part(TOWERS, read_shape(name), name) for name in vision]
+        llm = build_part(LLMS, read_shape(llm), llm)
+        image_mode = config.stage_options(stage).image_mode
+        spec = ImageSpec(config.image_size or towers[0].config.image_size, image_mode)
         return MLLM(towers, llm, connector, None, "", spec)
 
 
-def read_data(config, stage, model):
+def read_data(config, model):
     """Return the number of samples (0: unknown) and the assumed mean dialogue."""
-    names = " ".join(
-        Path(name.rpartition(":")[2]).name for name in config.stage_options(stage)["data"]
-    )
+    names = " ".join(Path(name.rpartition(":")[2]).name for name in config.data)
     known = DATA.get(names, DATA["other"])
     photograph = prepare(Image.new("RGB", (640, 480)), model.spec, model.tokens_per_image)
     tokens, images = known["text_tokens"] + len(photograph.rows), len(photograph.pixels)
@@ -335,17 +330,17 @@ def sent(plan):
 
 def plan_stage(config, stage):
     """Print the plan of one stage."""
-    options, model = config.stage_options(stage), build(config)
-    if {*options["train"]} not in ({"connector"}, {"connector", "llm"}):
+    model, config = build(config, stage), config.stage_options(stage)
+    if {*config.train} not in ({"connector"}, {"connector", "llm"}):
         raise InputError(f"--train{stage}: the plan knows connector, or connector,llm")
-    samples, mean = read_data(config, stage, model)
-    batch, steps = options["batch"], options["steps"]
+    samples, mean = read_data(config, model)
+    batch, steps = config.batch, config.steps
     if not steps and not samples:
         raise InputError(f"--data{stage}: not known; give the number of steps, --steps{stage}")
-    steps = steps or math.ceil(options["epochs"] * samples / batch)
+    steps = steps or math.ceil(config.epochs * samples / batch)
     share = math.ceil(batch / config.gpus)
     rows, forwards = min(share, config.micro_batch), math.ceil(share / config.micro_batch)
-    trains_llm, bf16 = "llm" in options["train"], config.bf16 is not False
+    trains_llm, bf16 = "llm" in config.train, config.bf16 is not False
     plan = Plan(config, model, trains_llm, mean.times(rows), forwards, bf16)
 
     print(
