@@ -26,7 +26,6 @@ from common.cli import option
 from common.draw import COLORS
 from common.errors import InputError
 from common.images import LARGEST_DOWNLOAD, open_image, parse_boxes
-from common.speed import speed_up
 from interop.load import load_to_answer
 from sample import stream_answer
 from tools.look import make_page, model_sections, with_boxes
@@ -77,7 +76,7 @@ def look(name, model, file, question):
 
 def draw_scene(index):
     """Draw a test scene -> its image, and questions to choose from."""
-    image, questions = scene_to_ask(index)
+    [image], questions = scene_to_ask(index)
     return image, gr.Dropdown(questions, value=questions[-1])
 
 
@@ -136,8 +135,6 @@ def main(arguments):
     if gr is None:
         raise InputError("the page needs gradio: pip install -r requirements-extra.txt")
     models = [load_to_answer(name, config.device) for name in config.model or [""]]
-    for _, model in models:
-        speed_up(model, "chat")
     # gradio writes uploads and drawn images here.
     with tempfile.TemporaryDirectory() as os.environ["GRADIO_TEMP_DIR"]:
         try:
