@@ -33,7 +33,7 @@ BOX = "[0.25,0.25,0.75,0.75]"
 def server(tiny_model, tmp_path_factory):
     """Serve a model that has learned one answer, twice -> the page's address."""
     model, folder = copy.deepcopy(tiny_model), tmp_path_factory.mktemp("web")
-    image, questions = scene_to_ask(0)
+    [image], questions = scene_to_ask(0)
     pixels, ids, image_index = model.prompt([image], [(questions[-1], BOX)])
     tokens = torch.tensor([ids])
     labels = tokens.masked_fill(tokens == IMAGE, IGNORE)

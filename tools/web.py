@@ -76,7 +76,7 @@ def look(name, model, file, question):
 
 def draw_scene(index):
     """Draw a test scene -> its image, and questions to choose from."""
-    image, questions = scene_to_ask(index)
+    [image], questions = scene_to_ask(index)
     return image, gr.Dropdown(questions, value=questions[-1])
 
 
