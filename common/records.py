@@ -91,7 +91,7 @@ def read_values(path, table=None):
         text = Path(path).expanduser().read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    if text.startswith("{") and "\n{" in text:
+    if text.startswith("{") and ("\n{" in text or not table):
         lines = enumerate(text.split("\n"), start=1)
         values = [(f"{path}, line {i}", parse(line, path, i)) for i, line in lines if line.strip()]
     else:
