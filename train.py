@@ -211,7 +211,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
             group["lr"] = group["peak"] * factor
 
         # The loss is a mean over the supervised tokens of the global batch: count them first.
-        num_supervised = sum((batch.labels >= 0).sum().item() for batch in micro_batches)
+        num_supervised = sum(len(batch.supervised) for batch in micro_batches)
         num_tokens = sum(batch.tokens.numel() for batch in micro_batches if batch.ids)
         num_skipped = sum(len(batch.skipped) for batch in micro_batches)
         # ranks.stop is summed too: all ranks stop at the same step.
@@ -226,13 +226,7 @@ def train_stage(config, stage, model, dataset, run, ranks):
             is_synced = network is model or i + 1 == len(micro_batches)
             with nullcontext() if is_synced else network.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
-                    loss, _ = network(
-                        batch.pixels.to(device),
-                        batch.tokens.to(device),
-                        batch.labels.to(device),
-                        batch.lengths,
-                        batch.image_index.to(device),
-                    )
+                    loss = network(batch)
                 # DDP and FSDP average gradients over the ranks: multiply by their number.
                 (loss * (ranks.size / max(1, num_supervised))).backward()
             losses.append(loss.detach())

@@ -1,4 +1,4 @@
-"""What exists only for speed: one call makes a model faster on its device.
+"""What exists only for speed or memory. One call makes a model faster on its device:
 
     speed_up(model, "train")   before training; compile=True compiles the blocks
     speed_up(model, "chat")    before answers; compile=True makes a step one CUDA graph
@@ -8,11 +8,14 @@ model: attention modules have an attribute `sdpa`, linear layers are nn.Linear. 
 docs/speed.md.
 """
 
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 # Narrower linear layers gain nothing.
 WIDE = 256
@@ -20,6 +23,8 @@ WIDE = 256
 QUERIES = 256
 # Tokens up to which a backward pass may keep all attention scores.
 LONGEST = 1024
+# Numbers in the logits that training holds at once: 256 MiB in float32.
+MAX_LOGITS = 2**26
 # The length of a compiled step's cache is a multiple of this, so that few lengths are compiled.
 ROOM = 512
 
@@ -129,6 +134,43 @@ def attend_in_one_kernel(plain, sdpa, q, k, v, starts, longest, window):
     options = {"enable_gqa": True} if grouped else {}
     x = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(before, 0), **options)
     return x.transpose(0, 1)[None]  # (1, H, T, D)
+
+
+# --- copies to a GPU --------------------------------------------------------------------------
+
+
+class Movable:
+    """A dataclass that moves to a device with all tensors in its fields."""
+
+    def to(self, device):
+        """Copy to a device. The host does not wait for a copy from pinned memory."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pin_memory(self):
+        """Copy to pinned memory. DataLoader calls it."""
+        return self.each(torch.Tensor.pin_memory)
+
+    def each(self, function):
+        return replace(self, **tree_map_only(torch.Tensor, function, vars(self)))
+
+
+# --- the loss ---------------------------------------------------------------------------------
+
+
+def sum_cross_entropies(llm, hidden, targets):
+    """Sum the cross-entropies of targets (n,), predicted from hidden states (n, C), in float32."""
+
+    def loss_of(hidden, targets):
+        return F.cross_entropy(llm.logits(hidden).float(), targets, reduction="sum")
+
+    size = max(1, MAX_LOGITS // llm.config.vocab_size)
+    if len(hidden) <= size:
+        return loss_of(hidden, targets)
+    # The backward pass computes the logits again, so one part at a time is in memory.
+    losses = []
+    for part in zip(hidden.split(size), targets.split(size), strict=True):
+        losses.append(checkpoint(loss_of, *part, use_reentrant=False))
+    return torch.stack(losses).sum()
 
 
 # --- linear layers on a CPU -------------------------------------------------------------------

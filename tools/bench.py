@@ -15,10 +15,9 @@ train.py does. transformers' LlavaForConditionalGeneration gets them padded on t
 are the same for all (tools/plan.py): those of the blocks that are read, causal attention within a
 dialogue, logits of supervised tokens, trained parameters.
 
-decode: answers of a LLaMA, greedy, PROMPT tokens in, ANSWER tokens out. "ours" is what sample.py
-runs, "ours_packed" what eval.py runs on a CPU, "ours_fast" what --fast runs on CUDA. transformers
-runs generate with its dynamic cache and with its static cache. The FLOPs and bytes are those of the
-weights that are read.
+decode: answers of a LLaMA, greedy, PROMPT tokens in, ANSWER tokens out. "ours_fast" is what --fast
+runs on CUDA. transformers runs generate with its dynamic cache and with its static cache. The FLOPs
+and bytes are those of the weights that are read.
 """
 
 import json
@@ -31,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
@@ -40,10 +40,11 @@ from clip import CLIPVision, CLIPVisionConfig
 from common import cli
 from common.cli import option
 from common.errors import InputError
-from common.images import ImageSpec
+from common.images import ImageSpec, Prepared
 from common.layouts import SHAPES
 from common.pretrained import on_meta
 from common.speed import speed_up
+from data import collate
 from dialogue import IGNORE, IMAGE
 from interop.load import load_model
 from llama import Llama, LlamaConfig
@@ -85,8 +86,7 @@ class Config:
 def load_ours(config):
     """Return generate(tokens, length, put), which calls put(token) for each new token."""
     model = Llama.from_pretrained(config.folder, DTYPES[config.dtype], config.device)
-    use = "batch" if config.contender == "ours_packed" else "chat"
-    speed_up(model, use, compile=config.contender == "ours_fast")
+    speed_up(model, "chat", compile=config.contender == "ours_fast")
 
     def generate(tokens, length, put):
         for token in model.stream(tokens, max_new_tokens=length, eos=[]):
@@ -144,7 +144,7 @@ def compare_decoding(config, folder):
         "first": (2 * blocks * PROMPT * config.batch, "FLOP/s"),
         "token": (DTYPES[config.dtype].itemsize * all_weights, "B/s"),
     }
-    ours = ["ours", "ours_packed" if config.device == "cpu" else "ours_fast"]
+    ours = ["ours"] if config.device == "cpu" else ["ours", "ours_fast"]
     compare(config, ours, ["transformers", "transformers_static"], work, folder=folder)
 
 
@@ -161,19 +161,21 @@ def make_model(size):
     return MLLM([tower], llm, "mlp", tokenizer, "vicuna_v1", spec)
 
 
-def dialogues(side, tokens_per_image, batch):
-    """Make random dialogues -> lists of tokens and labels, pixels (batch, 3, R, R)."""
+def make_batch(spec, tokens_per_image, size):
+    """Make a data.Batch of random dialogues with one image each."""
     generator = torch.Generator().manual_seed(0)
-    tokens, labels, pixels = [], [], []
-    for i in range(batch):
+    rows, images = [], {}
+    for i in range(size):
         length = TEXTS[i % len(TEXTS)]
-        text = torch.randint(3, 600, (length,), generator=generator).tolist()
-        question = length - int(SUPERVISED * length)
-        tokens.append(text[:1] + [IMAGE] * tokens_per_image + text[1:])
-        labels.append([IGNORE] * (tokens_per_image + question) + text[question:])
-        image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8, generator=generator)
-        pixels.append(image)
-    return tokens, labels, torch.stack(pixels)
+        tokens = torch.randint(3, 600, (length,), generator=generator).tolist()
+        tokens[1:1] = [IMAGE] * tokens_per_image
+        answer = int(SUPERVISED * length)
+        labels = [IGNORE] * (len(tokens) - answer) + tokens[-answer:]
+        side = (1, 3, spec.size, spec.size)
+        image = torch.randint(0, 256, side, dtype=torch.uint8, generator=generator)
+        images[i] = Prepared(image, torch.arange(tokens_per_image), None)
+        rows.append((i, np.array([tokens, labels]), [i]))
+    return collate(rows, [], images, spec, tokens_per_image)
 
 
 def train_ours(config):
@@ -185,18 +187,8 @@ def train_ours(config):
         model.llm.bfloat16()
     speed_up(model, "train", compile=config.contender == "ours_compiled")
     train.freeze(model, ["connector"] if config.stage == 1 else ["connector", "llm"])
-    tokens, labels, pixels = dialogues(model.spec.size, model.tokens_per_image, config.batch)
-    lengths = [len(row) for row in tokens]
-    # No token predicts the first one of a dialogue.
-    labels = torch.tensor([x for row in labels for x in [IGNORE, *row[1:]]], device=device)[None]
-    tokens = torch.tensor([x for row in tokens for x in row], device=device)[None]
-    pixels = pixels.to(device)
-
-    def loss():
-        total, number = model(pixels, tokens, labels, lengths)
-        return total / number
-
-    return model, loss
+    batch = make_batch(model.spec, model.tokens_per_image, config.batch)
+    return model, lambda: model(batch) / len(batch.supervised)
 
 
 def train_transformers(config):
@@ -213,14 +205,14 @@ def train_transformers(config):
         model.lm_head.bfloat16()
     vision = model.config.vision_config
     side, num_patches = vision.image_size, (vision.image_size // vision.patch_size) ** 2
-    tokens, labels, pixels = dialogues(side, num_patches, config.batch)
-    tokens = pad_sequence([torch.tensor(row) for row in tokens], True, 0).to(device)  # (B, T)
-    labels = pad_sequence([torch.tensor(row) for row in labels], True, IGNORE).to(device)
+    batch = make_batch(ImageSpec(side), num_patches, config.batch)
+    tokens = pad_sequence(batch.tokens[0].split(batch.lengths), True, 0).to(device)  # (B, T)
+    labels = pad_sequence(batch.labels[0].split(batch.lengths), True, IGNORE).to(device)
     # No text token has the id 0.
     mask = (tokens != 0).long()
     tokens = tokens.masked_fill(tokens == IMAGE, model.config.image_token_index)
     mean, std = torch.tensor(ImageSpec.mean), torch.tensor(ImageSpec.std)
-    pixels = ((pixels / 255 - mean[:, None, None]) / std[:, None, None]).to(device)
+    pixels = ((batch.pixels / 255 - mean[:, None, None]) / std[:, None, None]).to(device)
     inputs = {"input_ids": tokens, "attention_mask": mask, "labels": labels, "use_cache": False}
     return model, lambda: model(**inputs, pixel_values=pixels).loss
 
@@ -251,9 +243,8 @@ def plan_step(config, stage):
     """Return the plan of a step, for plan.flops and plan.memory."""
     with on_meta():
         model = make_model(config.size)
-    _, labels, _ = dialogues(model.spec.size, model.tokens_per_image, config.batch)
-    supervised = sum(label != IGNORE for row in labels for label in row)
-    load = plan.Load.of([len(row) for row in labels], supervised, config.batch)
+    batch = make_batch(model.spec, model.tokens_per_image, config.batch)
+    load = plan.Load.of(batch.lengths, len(batch.supervised), config.batch)
     bf16 = config.dtype == "bfloat16"
     return plan.Plan(plan.PlanConfig(gpus=1), model, stage == 2, load, 1, bf16)
 
