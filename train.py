@@ -317,7 +317,8 @@ def main(arguments):
         model = None
         gc.collect()
         model = build_stage(config, stage, run, ranks)
-        speed_up(model, "train", compile=config.uses_compile(ranks.device))
+        is_compiled = config.uses_compile(ranks.device)
+        speed_up(model, "train", is_compiled, config.memory_budget)
         is_finished = train_stage(config, stage, model, datasets[stage], run, ranks)
         ranks.barrier()
         if not is_finished:

@@ -1,7 +1,7 @@
 """Checkpoints of a training run: after a kill at any moment, --resume continues bit for bit.
 
-A checkpoint is a folder, for example run/checkpoints/stage2-0000500. It appears whole
-or not at all:
+That is a promise of the CPU: on CUDA, FlashAttention's backward pass adds in any order.
+A checkpoint is a folder, for example run/checkpoints/stage2-0000500, whole or not there at all:
 
     shard-*.safetensors   the trained parameters, AdamW's moments and steps, the random state
     state.json            stage, step, config, checksums of the files and of the data, and more;
@@ -30,7 +30,7 @@ from common.save import replace_folder, write_json
 # rates, and the names of the data files, whose content has a fingerprint.
 FREE_OPTIONS = (
     "resume out stage device wandb log_every save_every evaluate workers compile micro_batch fsdp "
-    "activation_checkpointing data1 data2 image_dir lr1 lr2 connector_lr2 lora_lr2"
+    "activation_checkpointing memory_budget data1 data2 image_dir lr1 lr2 connector_lr2 lora_lr2"
 ).split()
 KEYS = set("stage step steps data interval config connector changed files".split())
 # no_dist=True is intended

@@ -40,7 +40,7 @@ AT_LEAST_0 = (
 )
 # The least and the greatest value of an option.
 LIMITS = dict.fromkeys(AT_LEAST_1.split(), (1, 1e9)) | dict.fromkeys(AT_LEAST_0.split(), (0, 1e9))
-LIMITS |= {"stage": (0, 2), "warmup": (0, 1), "adam_beta": (0, 0.999999)}
+LIMITS |= {"memory_budget": (0, 1), "stage": (0, 2), "warmup": (0, 1), "adam_beta": (0, 0.999999)}
 
 
 @dataclass
@@ -101,6 +101,7 @@ class Config:
     )
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks")
     activation_checkpointing: bool = option(False, "recompute the LLM's blocks: less memory")
+    memory_budget: float = option(1.0, "share of its activations that a compiled block keeps")
     workers: int | None = option(None, "loader processes per rank; default: 4 on CUDA, else 0")
 
     def __post_init__(self):

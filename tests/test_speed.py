@@ -92,6 +92,34 @@ def test_a_compiled_step_is_one_graph_for_all_lengths_and_changes_no_text():
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_memory_budget_keeps_fewer_activations_and_changes_no_gradient(monkeypatch):
+    """By the backend that decides what to keep, but generates no code."""
+    import torch._dynamo as dynamo
+    import torch._functorch.config as config
+
+    monkeypatch.setattr(config, "activation_memory_budget", 1.0)
+    compiler = partial(torch.compile, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(torch, "compile", compiler)
+    kept, gradients = [], []
+
+    def keep(tensor):
+        kept[-1] += tensor.nbytes
+        return tensor
+
+    for budget in (1.0, 0.3):
+        dynamo.reset()
+        kept.append(0)
+        model = model_of().train()
+        speed_up(model, "train", compile=True, memory_budget=budget)
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(prompts(1, 600)).logsumexp(-1).sum()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert kept[1] < 0.8 * kept[0]
+    assert relative_error(*gradients) < 1e-5
+
+
 # ---- on a GPU: bfloat16 sums have a relative error of 2 ** -7 ------------------------------------
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
