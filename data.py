@@ -27,22 +27,29 @@ from common.errors import InputError, printable
 from common.images import BadImage, ImageSpec, join, prepare
 from common.records import FileData, Sample, llava_fields
 from common.shikra import check_size
+from common.speed import Movable
 from dialogue import IGNORE, IMAGE, LONGEST_TOKEN, cut_to_length, encode, repeats
+from llama import pack
 
 
 @dataclass
-class Batch:
+class Batch(Movable):
     """B samples packed one behind the other into one row of T tokens, without padding.
 
     An image is IMAGE for each of its visual tokens, so shapes are known before the model runs.
     If no sample is left, the row is one unsupervised token, for a forward pass that adds nothing.
+    Without an image there is a blank one: DDP waits for a gradient of every trained parameter.
+    What depends on the values of tokens is found here, since reading them back from a GPU waits.
     """
 
     pixels: torch.Tensor  # (I, 3, R, R) uint8, all tiles; a file that is used twice is here once
     tokens: torch.Tensor  # (1, T)
     labels: torch.Tensor  # (1, T); the token where it is supervised, else IGNORE
     lengths: list  # in tokens, of each sample
+    packed: tuple  # what llama.pack says of them
+    places: torch.Tensor  # (V,); where the IMAGE tokens are
     image_index: torch.Tensor  # (V,); which of the I * M visual tokens each IMAGE is
+    supervised: torch.Tensor  # (n,); where the supervised tokens are
     ids: list  # of the B samples
     skipped: list  # (index, id, InputError) of the samples left out
 
@@ -118,17 +125,23 @@ def collate(examples, skipped, images, spec, num_tokens):
     marks = [key for its_keys in keys for key in its_keys]
     # an image whose sample was skipped is left out
     pixels, image_index = join(images, marks, spec, num_tokens)
+    if len(pixels) == 0:
+        pixels = pixels.new_zeros(1, *pixels.shape[1:])
     rows = rows or [np.array([[0], [IGNORE]])]
     for row in rows:
         # nothing predicts the first token: the one before it belongs to another sample
         row[1, 0] = IGNORE
     tokens, labels = torch.from_numpy(np.concatenate(rows, axis=1))[:, None]  # (1, T) each
+    lengths = [row.shape[1] for row in rows]
     return Batch(
         pixels=pixels,
         tokens=tokens,
         labels=labels,
-        lengths=[row.shape[1] for row in rows],
+        lengths=lengths,
+        packed=pack(lengths),
+        places=(tokens[0] == IMAGE).nonzero()[:, 0],
         image_index=image_index,
+        supervised=(labels[0] != IGNORE).nonzero()[:, 0],
         ids=list(ids),
         skipped=skipped,
     )
@@ -216,6 +229,7 @@ class Loader(Batches):
             sampler=self.micro_batches(),
             batch_size=None,
             num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
             # leaves the run's random state alone
             generator=torch.Generator(),
             # forked workers share the samples' memory

@@ -137,6 +137,13 @@ def attend_packed(sdpa, q, k, v, starts, longest, window):
     return torch.cat([attend(sdpa, *part, None, window) for part in parts], dim=2)
 
 
+def pack(lengths):
+    """Describe a packed row: positions (1, T) from 0 in each sequence; starts, longest."""
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return positions, starts, max(lengths)
+
+
 class KVCache:
     """Keys and values by position: one tensor a layer, (B, G, max_length, head_dim)."""
 
@@ -299,22 +306,19 @@ class Llama(PretrainedLLM):
         return self.lm_head(hidden)
 
     def forward(
-        self, tokens=None, embeds=None, positions=None, cache=None, lengths=None, hidden_only=False
+        self, tokens=None, embeds=None, positions=None, cache=None, packed=None, hidden_only=False
     ):
         """tokens (B, T) or embeds (B, T, C) -> logits (B, T, V).
 
         positions: (B, T); None: 0..T-1. Padding on the right needs no mask: attention is causal.
         cache: a KVCache, a new one if positions is None. Without a cache only RoPE uses positions.
-        lengths: list of the sequences' lengths in a packed row, B = 1. Each has positions from 0.
+        packed: what `pack` says of a packed row, B = 1.
         hidden_only: return the final-normed hidden states (B, T, C) instead of the logits.
         """
         x = self.embed(tokens) if embeds is None else embeds  # (B, T, C)
-        packed = None
         places = None if cache is None else positions
-        if lengths is not None:
-            starts = torch.tensor([0, *lengths]).cumsum(0).to(x.device, torch.int32)
-            packed = (starts, max(lengths))
-            positions = torch.cat([torch.arange(length) for length in lengths])[None].to(x.device)
+        if packed is not None:
+            positions, *packed = packed
         elif positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
         angles = positions[..., None, None] * self.rope_frequencies  # (B or 1, T, 1, half)

@@ -23,15 +23,22 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from common import anyres, layouts
 from common.errors import InputError
 from common.images import ImageSpec, join, prepare
-from common.pretrained import Pretrained, load_part, locate, read_parts, read_processor
+from common.pretrained import (
+    Pretrained,
+    check_tokens,
+    load_part,
+    locate,
+    read_parts,
+    read_processor,
+)
 from common.save import save_mllm
+from common.speed import sum_in_parts
 from connector import Tower, make_connector
-from dialogue import IGNORE, IMAGE, MARK, encode, end_ids, find_template, load_tokenizer, repeats
+from dialogue import IMAGE, MARK, encode, end_ids, find_template, load_tokenizer, repeats
 
 # class, imported when it is needed -> the model_types of its checkpoints
 TOWERS = {
@@ -42,8 +49,6 @@ TOWERS = {
     "interop.convnext.ConvNeXt": layouts.CONVNEXT,
 }
 LLMS = {"llama.Llama": [*layouts.LLAMA, None], "interop.phi.Phi": ["phi"]}
-# Numbers in the logits that training holds at once: 256 MiB in float32.
-MAX_LOGITS = 2**26
 
 
 class MLLM(Pretrained):
@@ -86,54 +91,41 @@ class MLLM(Pretrained):
             hidden.append([x[:, tower.num_prefix_tokens :] for x in states])  # (I, N, D) each
         return self.connector(hidden)
 
-    def embed(self, tokens, pixels, image_index=None):
+    def embed(self, tokens, pixels, image_index=None, places=None):
         """Embed text and images: tokens (B, T), pixels (I, 3, R, R) -> (B, T, C).
 
         Each IMAGE in `tokens` is the place of a visual token. image_index (V,): which of the I * M
-        visual tokens each one is; default: all, in their order.
+        visual tokens each one is; default: all, in their order. places (V,): where they are among
+        the B * T tokens. To find them here, the host has to wait for a GPU.
         """
-        if tokens.max() >= self.llm.config.vocab_size:
-            raise InputError(f"token {tokens.max()} of the tokenizer has no embedding in the LLM")
         is_image = tokens == IMAGE  # (B, T)
         embeds = self.llm.embed(tokens.masked_fill(is_image, 0))  # (B, T, C)
         if len(pixels) == 0:
-            parameters = [*self.vision.parameters(), *self.connector.parameters()]
-            if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-                # Text only: a zero gradient for every trained parameter, since DDP waits for it.
-                blank = pixels.new_zeros(1, *pixels.shape[1:])
-                embeds = embeds + 0 * self.see(blank).sum()
             return embeds
         visual = self.see(pixels).flatten(0, 1)  # (I * M, C)
         if image_index is not None:
             visual = visual[image_index]  # (V, C)
-        num_places = is_image.sum().item()
-        if num_places != len(visual):
-            raise InputError(f"{len(visual)} visual tokens for {num_places} places in the text")
-        return embeds.masked_scatter(is_image[..., None], visual.to(embeds.dtype))
+        if places is None:
+            places = is_image.flatten().nonzero()[:, 0]
+        if len(places) != len(visual):
+            raise InputError(f"{len(visual)} visual tokens for {len(places)} places in the text")
+        rows = embeds.flatten(0, 1).index_copy(0, places, visual.to(embeds.dtype))  # (B * T, C)
+        return rows.view_as(embeds)
 
-    def forward(self, pixels, tokens, labels, lengths=None, image_index=None):
-        """Return (summed cross-entropy, number of supervised tokens).
+    def forward(self, batch):
+        """Return the sum of the cross-entropies of a data.Batch, which comes from the CPU.
 
-        The arguments are those of data.Batch: tokens and labels (1, T), packed, with lengths; or
-        (B, T), padded on the right. The caller divides by the number of supervised tokens in the
-        whole global batch, so the loss does not depend on micro-batches or ranks.
+        The caller divides by the number of supervised tokens in the whole global batch, so the loss
+        does not depend on micro-batches or ranks.
         """
-        embeds = self.embed(tokens, pixels, image_index)  # (B, T, C)
-        hidden = self.llm(embeds=embeds, lengths=lengths, hidden_only=True)  # (B, T, C)
-        # Position t predicts token t + 1. Only supervised positions need logits.
-        is_supervised = labels[:, 1:] != IGNORE
-        hidden = hidden[:, :-1][is_supervised]  # (n, C)
-        targets = labels[:, 1:][is_supervised]  # (n,)
-        size = max(1, MAX_LOGITS // self.llm.config.vocab_size)
-        losses = []
-        for part, target in zip(hidden.split(size), targets.split(size), strict=True):
-            if len(hidden) <= size:
-                loss = self.cross_entropy(part, target)
-            else:
-                # The backward pass computes the logits again, so one part at a time is in memory.
-                loss = checkpoint(self.cross_entropy, part, target, use_reentrant=False)
-            losses.append(loss)
-        return torch.stack(losses).sum(), is_supervised.sum()
+        check_tokens(self.llm.config, batch.tokens)
+        batch = batch.to(self.llm.embed_tokens.weight.device)
+        embeds = self.embed(batch.tokens, batch.pixels, batch.image_index, batch.places)
+        hidden = self.llm(embeds=embeds, packed=batch.packed, hidden_only=True)  # (1, T, C)
+        # A token is predicted from the one before it. Only supervised tokens need logits.
+        hidden = hidden[0, batch.supervised - 1]  # (n, C)
+        targets = batch.tokens[0, batch.supervised]  # (n,)
+        return sum_in_parts(self.cross_entropy, hidden, targets, self.llm.config.vocab_size)
 
     def cross_entropy(self, hidden, targets):
         """Sum the cross-entropies of hidden (n, C) against targets (n,), in float32."""
@@ -154,10 +146,11 @@ class MLLM(Pretrained):
         turns = [(f"{MARK}\n" * (len(images) - num_marks) + question, answer), *turns[1:]]
         ids, _ = encode(self.tokenizer, turns, self.template)
         images = [prepare(image, self.spec, self.tokens_per_image) for image in images]
-        ids = np.repeat(ids, repeats(ids, [len(image.rows) for image in images])).tolist()
+        ids = np.repeat(ids, repeats(ids, [len(image.rows) for image in images]))
+        check_tokens(self.llm.config, ids)
         marks = range(len(images))
         pixels, image_index = join(images, marks, self.spec, self.tokens_per_image)
-        return pixels, ids, image_index
+        return pixels, ids.tolist(), image_index
 
     def end_ids(self):
         """Return the ids that end an answer: the template's, and those of the LLM's checkpoint."""
@@ -194,12 +187,14 @@ class MLLM(Pretrained):
         yield from self.llm.stream(embeds=embeds, lengths=lengths, **sampling)
 
     def generate(self, images, prompts, max_new_tokens=256, **sampling):
-        """Answer prompts about images -> list of str.
+        """Answer prompts about images -> list of str; or one prompt about one image -> str.
 
         images: for each prompt an image (PIL, uint8 (H, W, 3), or a file), a list of them, or None.
         prompts: texts, or dialogues [(question, answer), ..., (question, None)].
         sampling: temperature=0 (greedy), top_k, top_p, generator. Raises InputError.
         """
+        if isinstance(prompts, str):
+            return self.generate([images], [prompts], max_new_tokens, **sampling)[0]
         steps = list(self.stream(images, prompts, max_new_tokens, **sampling))
         return [self.text(ids) for ids in torch.stack(steps, dim=1).tolist()]
 

@@ -157,7 +157,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
     """Train one stage. Return False if the run was asked to stop before the end."""
     options = config.stage_options(stage)
     device = ranks.device
-    use_bf16 = config.uses_bf16(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.uses_bf16(device))
     steps = options.steps or math.ceil(options.epochs * len(dataset) / options.batch)
 
     # optimizer: one group for each part, with its own peak learning rate
@@ -205,17 +205,6 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
     num_samples = len(dataset), num_with_images(dataset)
     print_stage(config, stage, model, groups, num_samples, steps, ranks)
 
-    # forward: the summed loss of a micro-batch, and the number of its supervised tokens
-    def forward(network, batch):
-        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
-            return network(
-                batch.pixels.to(device),
-                batch.tokens.to(device),
-                batch.labels.to(device),
-                batch.lengths,
-                batch.image_index.to(device),
-            )
-
     bad_steps = empty_steps = 0
     for step, micro_batches in zip(range(start, steps), loader, strict=False):
         # learning rate
@@ -226,7 +215,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
         torch.manual_seed(config.seed + step * ranks.size + ranks.rank)
 
         # The loss is a mean over the supervised tokens of the global batch: count them first.
-        num_supervised = sum((batch.labels >= 0).sum().item() for batch in micro_batches)
+        num_supervised = sum(len(batch.supervised) for batch in micro_batches)
         num_tokens = sum(batch.tokens.numel() for batch in micro_batches if batch.ids)
         num_skipped = sum(len(batch.skipped) for batch in micro_batches)
         # ranks.stop is summed too: all ranks stop at the same step.
@@ -240,7 +229,8 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
             # DDP sums gradients over the ranks once, after the last micro-batch.
             is_synced = network is model or i + 1 == len(micro_batches)
             with nullcontext() if is_synced else network.no_sync():
-                loss, _ = forward(network, batch)
+                with autocast:
+                    loss = network(batch)
                 # DDP and FSDP average gradients over the ranks: multiply by their number.
                 (loss * (ranks.size / max(1, num_supervised))).backward()
             losses.append(loss.detach())
@@ -272,7 +262,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
         # save, but not after a skipped step: the weights may be why it was skipped
         is_due = stop or (step + 1) % config.save_every == 0
         if is_finished or (is_due and not bad_steps):
-            log.write_held_out(step, model, held_out, loader, forward)
+            log.write_held_out(step, model, held_out, loader, autocast)
             state["step"] = step + 1
             checkpoint.save(run, model, optimizer, state, ranks)
         if stop:
@@ -317,7 +307,8 @@ def main(arguments):
         model = None
         gc.collect()
         model = build_stage(config, stage, run, ranks)
-        speed_up(model, "train", compile=config.uses_compile(ranks.device))
+        is_compiled = config.uses_compile(ranks.device)
+        speed_up(model, "train", is_compiled, config.memory_budget)
         is_finished = train_stage(config, stage, model, *data[stage], run, ranks)
         ranks.barrier()
         if not is_finished:

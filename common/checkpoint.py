@@ -1,7 +1,7 @@
 """Checkpoints of a training run: after a kill at any moment, --resume continues bit for bit.
 
-A checkpoint is a folder, for example run/checkpoints/stage2-0000500. It appears whole
-or not at all:
+That is a promise of the CPU: on CUDA, FlashAttention's backward pass adds in any order.
+A checkpoint is a folder, for example run/checkpoints/stage2-0000500, whole or not there at all:
 
     shard-*.safetensors   the trained parameters, AdamW's moments and steps
     state.json            stage, step, config, checksums of the files and of the data, and more;
@@ -30,7 +30,8 @@ from common.save import replace_folder, write_json
 # change its result, the learning rates, and the names of data files, which have a fingerprint.
 FREE_OPTIONS = (
     "resume out stage device wandb log_every save_every evaluate workers compile micro_batch fsdp "
-    "activation_checkpointing data eval_data image_dir lr connector_lr vision_lr lora_lr"
+    "activation_checkpointing memory_budget data eval_data image_dir lr connector_lr vision_lr "
+    "lora_lr"
 ).split()
 KEYS = set("stage step steps data interval config connector changed files".split())
 # no_dist=True is intended

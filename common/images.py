@@ -292,13 +292,14 @@ class Normalize(nn.Module):
 
     def __init__(self, mean, std):
         super().__init__()
-        # plain tensors, not buffers: float32 on the CPU whatever becomes of the module
+        # plain tensors, not buffers: float32 whatever becomes of the module
         self.mean = torch.tensor(mean, device="cpu").view(3, 1, 1)
         self.std = torch.tensor(std, device="cpu").view(3, 1, 1)
 
     def forward(self, pixels, dtype):
-        mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
-        return ((pixels.float() / 255 - mean) / std).to(dtype)
+        # kept on the device: the host waits for such a copy
+        self.mean, self.std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        return ((pixels.float() / 255 - self.mean) / self.std).to(dtype)
 
 
 # --- boxes ---

@@ -505,6 +505,12 @@ def make_config(cls, values, where):
     return config
 
 
+def check_tokens(config, tokens):
+    """Raise InputError for a token of the tokenizer that has no embedding in the LLM."""
+    if tokens.max() >= config.vocab_size:
+        raise InputError(f"token {tokens.max()} of the tokenizer has no embedding in the LLM")
+
+
 def read_parts(folder, towers, llms):
     """Build what a folder of save.save_mllm describes -> towers, LLM, config.json's object.
 

@@ -43,7 +43,7 @@ AT_LEAST_0 = (
 )
 # The least and the greatest value of an option.
 LIMITS = dict.fromkeys(AT_LEAST_1.split(), (1, 1e9)) | dict.fromkeys(AT_LEAST_0.split(), (0, 1e9))
-LIMITS |= {"stage": (0, 2), "warmup": (0, 1)}
+LIMITS |= {"stage": (0, 2), "warmup": (0, 1), "memory_budget": (0, 1)}
 LIMITS |= dict.fromkeys(("adam_beta", "lora_dropout"), (0, 0.999999))
 
 
@@ -109,6 +109,7 @@ class Config:
     )
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks")
     activation_checkpointing: bool = option(False, "recompute the LLM's blocks: less memory")
+    memory_budget: float = option(1.0, "share of its activations that a compiled block keeps")
     workers: int | None = option(None, "loader processes per rank; default: 4 on CUDA, else 0")
     image_mode1: str | None = option(
         None, "image_mode of stage 1 only", section="the same for one stage; default: as above"
@@ -362,10 +363,10 @@ class Log:
         self.append(record)
 
     @torch.no_grad()
-    def write_held_out(self, step, model, datasets, loader, forward):
+    def write_held_out(self, step, model, datasets, loader, autocast):
         """Print and write the mean loss over the supervised tokens of held-out datasets, if any.
 
-        loader: of the training data. forward(model, batch): returns loss and number of tokens.
+        loader: of the training data. autocast: a context for the forward pass.
         """
         if not datasets:
             return
@@ -378,10 +379,9 @@ class Log:
         for start in range(0, -(-len(loader.dataset) // ranks.size), loader.micro_batch):
             batch = loader[indices[start : start + loader.micro_batch]]
             loader.count(batch)
-            if not len(batch.pixels):
-                # FSDP gathers a connector on all ranks or on none: text goes with a blank image
-                batch.pixels = batch.pixels.new_zeros(1, *batch.pixels.shape[1:])
-            sums += torch.stack(forward(model, batch)).cpu()
+            with autocast:
+                loss = model(batch).item()
+            sums += torch.tensor([loss, len(batch.supervised)])
         if ranks.is_sharded:
             # a backward pass does this in training
             model.reshard()

@@ -1,4 +1,4 @@
-"""What exists only for speed: one call makes a model faster on its device.
+"""What exists only for speed or memory. One call makes a model faster on its device:
 
     speed_up(model, "train")   before training; compile=True compiles the blocks
     speed_up(model, "chat")    before answers; compile=True makes a step one CUDA graph
@@ -8,11 +8,14 @@ model: attention modules have an attribute `sdpa`, linear layers are nn.Linear. 
 docs/speed.md.
 """
 
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 # Narrower linear layers gain nothing.
 WIDE = 256
@@ -20,14 +23,18 @@ WIDE = 256
 QUERIES = 256
 # Tokens up to which a backward pass may keep all attention scores.
 LONGEST = 1024
+# Numbers in the logits that training holds at once: 256 MiB in float32.
+MAX_LOGITS = 2**26
 # The length of a compiled step's cache is a multiple of this, so that few lengths are compiled.
 ROOM = 512
 
 
-def speed_up(model, use, compile=False):
+def speed_up(model, use, compile=False, memory_budget=1.0):
     """Replace parts of an MLLM, LLM or tower by forms that suit its device, in place.
 
     use: "train" or "chat". compile: use torch.compile, which takes a minute at first.
+    memory_budget: the share of its activations that a compiled block keeps for the backward pass.
+    The rest is computed again, the cheapest first: at 0.7 no matrix product of a LLaMA.
     """
     device = next(model.parameters()).device.type
     for module in model.modules():
@@ -41,7 +48,7 @@ def speed_up(model, use, compile=False):
         if hasattr(module, "tied_head") and gains(module.embed_tokens.weight):
             module.tied_head = linear
     if use == "train" and compile:
-        compile_blocks(model)
+        compile_blocks(model, memory_budget)
     elif compile and device == "cuda":
         compile_step(model)
 
@@ -131,6 +138,39 @@ def attend_in_one_kernel(plain, sdpa, q, k, v, starts, longest, window):
     return x.transpose(0, 1)[None]  # (1, H, T, D)
 
 
+# --- copies to a GPU --------------------------------------------------------------------------
+
+
+class Movable:
+    """A dataclass that moves to a device with all tensors in its fields."""
+
+    def to(self, device):
+        """Copy to a device. The host does not wait for a copy from pinned memory."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pin_memory(self):
+        """Copy to pinned memory. DataLoader calls it."""
+        return self.each(torch.Tensor.pin_memory)
+
+    def each(self, function):
+        return replace(self, **tree_map_only(torch.Tensor, function, vars(self)))
+
+
+# --- the loss ---------------------------------------------------------------------------------
+
+
+def sum_in_parts(loss, hidden, targets, vocab_size):
+    """Sum loss(hidden, targets) over parts with at most MAX_LOGITS logits: (n, C), (n,) -> ()."""
+    size = max(1, MAX_LOGITS // vocab_size)
+    if len(hidden) <= size:
+        return loss(hidden, targets)
+    # The backward pass computes the logits again, so one part at a time is in memory.
+    losses = []
+    for part in zip(hidden.split(size), targets.split(size), strict=True):
+        losses.append(checkpoint(loss, *part, use_reentrant=False))
+    return torch.stack(losses).sum()
+
+
 # --- linear layers on a CPU -------------------------------------------------------------------
 
 
@@ -164,13 +204,15 @@ def linear(x, weight, bias=None):
 # --- torch.compile ----------------------------------------------------------------------------
 
 
-def compile_blocks(model):
+def compile_blocks(model, memory_budget):
     """Compile every block, i.e. each module that contains an attention.
 
     Blocks are quick to compile, and their borders are no breaks in a graph.
     """
     import torch._dynamo
+    import torch._functorch.config
 
+    torch._functorch.config.activation_memory_budget = memory_budget
     # DDP would split the blocks where a bucket of gradients is full.
     torch._dynamo.config.optimize_ddp = False
     for module in list(model.modules()):

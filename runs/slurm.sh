@@ -12,6 +12,8 @@
 #SBATCH --signal=TERM@120
 #SBATCH --output=slurm-%j.log
 set -euo pipefail
+# every batch has another length, which would fragment the memory
+export PYTORCH_ALLOC_CONF=expandable_segments:True
 
 gpus=${GPUS_PER_NODE:-8}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -336,7 +336,7 @@ def test_ranks_share_each_step_and_workers_change_nothing(loader):
             assert {len(step) for step in steps} == {math.ceil(global_batch / size / 3)}
     (batch,) = steps[0]
     assert batch.tokens.shape == (1, 1) and batch.labels.tolist() == [[IGNORE]]
-    assert batch.lengths == [1] and batch.pixels.shape == (0, 3, 8, 8)
+    assert batch.lengths == [1] and batch.pixels.shape == (1, 3, 8, 8)
     options = dict(rank=1, world_size=2, start=5)
     dataset = Listed(60, bad=[3, 11], empty=[4])
     alone, helped = loader(dataset, **options), loader(dataset, workers=2, **options)

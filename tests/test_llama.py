@@ -12,7 +12,7 @@ from conftest import recorded, refused, relative_error
 from safetensors.torch import load_file, save_file
 
 from interop.phi import Phi, PhiConfig
-from llama import KVCache, Llama, LlamaConfig, RMSNorm, sample
+from llama import KVCache, Llama, LlamaConfig, RMSNorm, pack, sample
 
 RECORDED = ("llama_multi_head", "llama_llama3_rope", "llama_biases_linear_rope")
 RECORDED += ("llama_mistral_window", "llama_qwen2_window", "llama_qwen3", "llama_smollm3", "phi")
@@ -86,7 +86,7 @@ def test_sequences_in_a_packed_row_do_not_see_each_other(settings):
     """Logits and gradients equal those of each sequence alone."""
     model, lengths = small(**settings), [7, 1, 12, 5]
     row = prompts(1, sum(lengths))
-    packed = model(row, lengths=lengths)
+    packed = model(row, packed=pack(lengths))
     alone = torch.cat([model(piece) for piece in row.split(lengths, dim=1)], dim=1)
     assert relative_error(packed, alone) < 1e-5
     assert relative_error(gradients(model, packed), gradients(model, alone)) < 1e-5

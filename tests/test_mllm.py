@@ -9,10 +9,9 @@ from conftest import HEADS, refused, relative_error
 from PIL import Image
 from tokenizers import Tokenizer
 
-import mllm
 import train
 from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
-from common import checkpoint
+from common import checkpoint, speed
 from common.images import ImageSpec
 from data import Batches, Sample
 from dialogue import IGNORE, IMAGE, encode
@@ -85,17 +84,12 @@ def batch_of(model, *samples):
     return batches[range(len(samples))]
 
 
-def forward(model, batch):
-    return model(batch.pixels, batch.tokens, batch.labels, batch.lengths, batch.image_index)
-
-
 def loss_and_gradients(model, *batches):
     model.zero_grad()
-    results = [forward(model, batch) for batch in batches]
-    loss = sum(loss for loss, _ in results)
+    loss = sum(model(batch) for batch in batches)
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return loss.item(), sum(number for _, number in results), gradients
+    return loss.item(), sum(len(batch.supervised) for batch in batches), gradients
 
 
 def assert_equal_losses(ours, expected):
@@ -117,7 +111,8 @@ def assert_equal_losses(ours, expected):
 def test_loss_is_the_cross_entropy_of_full_logits_at_answers(build, connector):
     """Each sample alone: its tokens put together by hand, all logits, log-softmax in float64."""
     model = build(connector)
-    loss, number = forward(model, batch_of(model, *ALL))
+    batch = batch_of(model, *ALL)
+    loss = model(batch)
     slow = count = 0
     for sample in ALL:
         embeds, targets, images = [], [], iter(sample.images)
@@ -135,7 +130,7 @@ def test_loss_is_the_cross_entropy_of_full_logits_at_answers(build, connector):
             if target != IGNORE:
                 slow -= logits[place, target].item()
                 count += 1
-    assert number == count > 20
+    assert len(batch.supervised) == count > 20
     assert abs(loss.item() - slow) < 1e-5 * slow
 
 
@@ -160,8 +155,8 @@ def test_anyres_images_of_all_shapes_answer_together_as_alone(build, tmp_path):
     model = build("efficient", mode="anyres")
     wide, tall = Image.effect_noise((150, 60), 90), Image.effect_noise((70, 99), 90)
     samples = [TWO._replace(images=[wide, tall]), ONE._replace(images=[tall]), TEXT, ONE]
-    together = forward(model, batch_of(model, *samples))[0]
-    apart = sum(forward(model, batch_of(model, sample))[0] for sample in samples)
+    together = model(batch_of(model, *samples))
+    apart = sum(model(batch_of(model, sample)) for sample in samples)
     assert abs(together - apart) < 1e-5 * apart
     images, prompts = [wide, None, [tall, wide]], ["What is this?", "Count.", "Is <image> red?"]
     alone = [model.generate([i], [p], 12)[0] for i, p in zip(images, prompts, strict=True)]
@@ -176,7 +171,7 @@ def test_logits_in_parts_give_the_loss_and_gradients_of_all_at_once(build, monke
     batch = batch_of(model, TEXT, ONE, LATER)
     expected = loss_and_gradients(model, batch)
     for size in (1, 2000):
-        monkeypatch.setattr(mllm, "MAX_LOGITS", size)
+        monkeypatch.setattr(speed, "MAX_LOGITS", size)
         assert_equal_losses(loss_and_gradients(model, batch), expected)
 
 
@@ -184,7 +179,7 @@ def test_a_batch_of_text_gives_every_trained_parameter_a_zero_gradient(build):
     """DDP waits on every rank for the gradient of every trained parameter."""
     model = build("dense").requires_grad_(False)
     model.connector.requires_grad_(True)
-    forward(model, batch_of(model, TEXT))[0].backward()
+    model(batch_of(model, TEXT)).backward()
     assert all((p.grad == 0).all() for p in model.connector.parameters())
 
 

@@ -10,7 +10,7 @@ from conftest import relative_error
 
 from common import speed
 from common.speed import FastLinear, attention, speed_up
-from llama import Llama, LlamaConfig, attend_packed
+from llama import Llama, LlamaConfig, attend_packed, pack
 
 SDPA = F.scaled_dot_product_attention
 TIED = {"tie_word_embeddings": True, "sliding_window": 9}
@@ -64,7 +64,7 @@ def test_a_fast_llama_learns_and_answers_as_the_plain_one(settings):
     speed_up(rounded, "chat")
     gradients = []
     for model in (plain, fast, rounded):
-        F.cross_entropy(model(row, lengths=lengths)[0, :-1], row[0, 1:]).backward()
+        F.cross_entropy(model(row, packed=pack(lengths))[0, :-1], row[0, 1:]).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert relative_error(gradients[1], gradients[0]) < 1e-5
     assert relative_error(gradients[2], gradients[0]) < 0.1
@@ -92,6 +92,34 @@ def test_a_compiled_step_is_one_graph_for_all_lengths_and_changes_no_text():
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_memory_budget_keeps_fewer_activations_and_changes_no_gradient(monkeypatch):
+    """By the backend that decides what to keep, but generates no code."""
+    import torch._dynamo as dynamo
+    import torch._functorch.config as config
+
+    monkeypatch.setattr(config, "activation_memory_budget", 1.0)
+    compiler = partial(torch.compile, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(torch, "compile", compiler)
+    kept, gradients = [], []
+
+    def keep(tensor):
+        kept[-1] += tensor.nbytes
+        return tensor
+
+    for budget in (1.0, 0.3):
+        dynamo.reset()
+        kept.append(0)
+        model = model_of().train()
+        speed_up(model, "train", compile=True, memory_budget=budget)
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(prompts(1, 600)).logsumexp(-1).sum()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert kept[1] < 0.8 * kept[0]
+    assert relative_error(*gradients) < 1e-5
+
+
 # ---- on a GPU: bfloat16 sums have a relative error of 2 ** -7 ------------------------------------
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -100,7 +128,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @on_a_gpu
 def test_one_kernel_attends_as_sequence_by_sequence_with_its_gradients():
     lengths = [5, 1, 40, 130, 12]
-    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    _, starts, longest = pack(lengths)
     kernel = speed.packed_attention(attend_packed, "cuda", compile=False)
     for heads, groups, D, window in ((4, 4, 64, None), (8, 2, 128, None), (8, 2, 64, 7)):
         found = []
@@ -111,7 +139,7 @@ def test_one_kernel_attends_as_sequence_by_sequence_with_its_gradients():
             torch.manual_seed(0)
             leaves = [torch.randn(1, h, sum(lengths), D) for h in (heads, groups, groups)]
             leaves = [leaf.bfloat16().to(device, dtype).requires_grad_() for leaf in leaves]
-            x = attend(SDPA, *leaves, starts.to(device), max(lengths), window)
+            x = attend(SDPA, *leaves, starts.to(device), longest, window)
             x.square().sum().backward()
             found.append([x.detach(), *(leaf.grad for leaf in leaves)])
         for ours, exact in zip(*found, strict=True):
@@ -138,7 +166,9 @@ def test_loss_and_gradients_are_those_of_a_cpu_compiled_once_for_all_lengths(set
                 torch.autocast("cuda", torch.bfloat16, enabled=dtype == "bf16"),
                 dynamo.config.patch(error_on_recompile=number > 0),
             ):
-                model(row.to(device), lengths=lengths).float().logsumexp(-1).sum().backward()
+                positions, starts, longest = pack(lengths)
+                packed = positions.to(device), starts.to(device), longest
+                model(row.to(device), packed=packed).float().logsumexp(-1).sum().backward()
             found.append(torch.cat([p.grad.cpu().flatten() for p in model.parameters()]))
         errors = [relative_error(gradients, found[0]) for gradients in found[1:]]
         assert errors[0] < 1e-4 and max(errors) < 0.1

@@ -77,7 +77,7 @@ def test_loss_is_the_sum_over_supervised_tokens_divided_by_their_number(dialogue
     for record, (batch,) in zip(records(), loader, strict=False):
         with torch.no_grad():
             embeds = model.embed(batch.tokens, batch.pixels, batch.image_index)
-            logits = model.llm(embeds=embeds, lengths=batch.lengths)[0].double()
+            logits = model.llm(embeds=embeds, packed=batch.packed)[0].double()
         targets = batch.labels[0, 1:]
         is_supervised = targets >= 0
         logs = logits[:-1].log_softmax(-1)[is_supervised]
@@ -217,9 +217,8 @@ def poison(monkeypatch, steps):
     calls = iter(range(10**6))
     forward = train.MLLM.forward
 
-    def poisoned(self, *args):
-        loss, number = forward(self, *args)
-        return loss * (math.inf if next(calls) in steps else 1), number
+    def poisoned(self, batch):
+        return forward(self, batch) * (math.inf if next(calls) in steps else 1)
 
     monkeypatch.setattr(train.MLLM, "forward", poisoned)
 

@@ -4,6 +4,7 @@
     python -m tools.bench decode --vs=transformers      the first token of an answer, and the others
     python -m tools.bench train --vs=FOLDER             compare with another checkout of this code
     python -m tools.bench train --size=1b --batch=16    a GPU's size
+    python -m tools.bench gpu-dry config/dense_7b.toml --stage=2 --gpus=8    a step, without a GPU
 
 Every contender runs in its own process, in turns, so a slow moment of the machine meets all of
 them. Median seconds are printed, with the smallest and the largest, and the rate: FLOPs or bytes
@@ -15,10 +16,13 @@ train.py does. transformers' LlavaForConditionalGeneration gets them padded on t
 are the same for all (tools/plan.py): those of the blocks that are read, causal attention within a
 dialogue, logits of supervised tokens, trained parameters.
 
-decode: answers of a LLaMA, greedy, PROMPT tokens in, ANSWER tokens out. "ours" is what sample.py
-runs, "ours_packed" what eval.py runs on a CPU, "ours_fast" what --fast runs on CUDA. transformers
-runs generate with its dynamic cache and with its static cache. The FLOPs and bytes are those of the
-weights that are read.
+decode: answers of a LLaMA, greedy, PROMPT tokens in, ANSWER tokens out. "ours_fast" is what --fast
+runs on CUDA. transformers runs generate with its dynamic cache and with its static cache. The FLOPs
+and bytes are those of the weights that are read.
+
+gpu-dry: the operators of a recipe's step on one of several GPUs, run on tensors without data by
+tests/fake_cuda.py, whose flags it takes. The time is a model: matrix products at MATMULS, all other
+bytes at the GPU's bandwidth, and everything sent at the link's. It has not been measured.
 """
 
 import json
@@ -31,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
@@ -40,11 +45,12 @@ from clip import CLIPVision, CLIPVisionConfig
 from common import cli
 from common.cli import option
 from common.errors import InputError
-from common.images import ImageSpec
+from common.images import ImageSpec, Prepared
 from common.layouts import SHAPES
 from common.pretrained import on_meta
 from common.run import WEIGHTS
 from common.speed import speed_up
+from data import collate
 from dialogue import IGNORE, IMAGE
 from interop.load import load_model
 from llama import Llama, LlamaConfig
@@ -54,6 +60,11 @@ from tools import plan
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PROMPT, ANSWER = 700, 64
+# gpu-dry: FLOP/s of large bf16 matrix products on an H100 or H200, of the peak; seconds of the host
+# for a kernel; the share of eager's bytes and kernels that is left in a block that is compiled.
+MATMULS, PEAK, LAUNCH, COMPILED = 790e12, 989e12, 6e-6, 0.18
+# bytes/s of the memory
+GPUS = {"H100": 3.35e12, "H200": 4.8e12}
 # Text tokens of eight of LLaVA's dialogues, and the share of them that are answers.
 TEXTS = (212, 472, 154, 271, 310, 71, 211, 105)
 SUPERVISED = 0.6
@@ -76,6 +87,7 @@ class Config:
     size: str = option("", "160m (default of train; CLIP-B/16), 1b (of decode) or 7b (CLIP-L/14)")
     stage: int = option(0, "train: 1, 2, or 0 for both")
     device: str = option("auto", "auto, cpu, cuda, mps")
+    profile: bool = option(False, "train: print the operators of a step that take longest")
     contender: str = option("", "internal: run one turn of this contender")
     folder: str = option("", "internal: the checkpoint")
 
@@ -86,8 +98,7 @@ class Config:
 def load_ours(config):
     """Return generate(tokens, length, put), which calls put(token) for each new token."""
     model = Llama.from_pretrained(config.folder, DTYPES[config.dtype], config.device)
-    use = "batch" if config.contender == "ours_packed" else "chat"
-    speed_up(model, use, compile=config.contender == "ours_fast")
+    speed_up(model, "chat", compile=config.contender == "ours_fast")
 
     def generate(tokens, length, put):
         for token in model.stream(tokens, max_new_tokens=length, eos=[]):
@@ -145,7 +156,7 @@ def compare_decoding(config, folder):
         "first": (2 * blocks * PROMPT * config.batch, "FLOP/s"),
         "token": (DTYPES[config.dtype].itemsize * all_weights, "B/s"),
     }
-    ours = ["ours", "ours_packed" if config.device == "cpu" else "ours_fast"]
+    ours = ["ours"] if config.device == "cpu" else ["ours", "ours_fast"]
     compare(config, ours, ["transformers", "transformers_static"], work, folder=folder)
 
 
@@ -162,19 +173,21 @@ def make_model(size):
     return MLLM([tower], llm, "mlp", tokenizer, "vicuna_v1", spec)
 
 
-def dialogues(side, tokens_per_image, batch):
-    """Make random dialogues -> lists of tokens and labels, pixels (batch, 3, R, R)."""
+def make_batch(spec, tokens_per_image, size):
+    """Make a data.Batch of random dialogues with one image each, or none if it has no tokens."""
     generator = torch.Generator().manual_seed(0)
-    tokens, labels, pixels = [], [], []
-    for i in range(batch):
+    rows, images = [], {}
+    for i in range(size):
         length = TEXTS[i % len(TEXTS)]
-        text = torch.randint(3, 600, (length,), generator=generator).tolist()
-        question = length - int(SUPERVISED * length)
-        tokens.append(text[:1] + [IMAGE] * tokens_per_image + text[1:])
-        labels.append([IGNORE] * (tokens_per_image + question) + text[question:])
-        image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8, generator=generator)
-        pixels.append(image)
-    return tokens, labels, torch.stack(pixels)
+        tokens = torch.randint(3, 600, (length,), generator=generator).tolist()
+        tokens[1:1] = [IMAGE] * tokens_per_image
+        answer = int(SUPERVISED * length)
+        labels = [IGNORE] * (len(tokens) - answer) + tokens[-answer:]
+        side = (1, 3, spec.size, spec.size)
+        image = torch.randint(0, 256, side, dtype=torch.uint8, generator=generator)
+        images[i] = Prepared(image, torch.arange(tokens_per_image), None)
+        rows.append((i, np.array([tokens, labels]), [i] if tokens_per_image else []))
+    return collate(rows, [], images, spec, tokens_per_image)
 
 
 def train_ours(config):
@@ -186,18 +199,10 @@ def train_ours(config):
         model.llm.bfloat16()
     speed_up(model, "train", compile=config.contender == "ours_compiled")
     train.freeze(model, ["connector"] if config.stage == 1 else ["connector", "llm"])
-    tokens, labels, pixels = dialogues(model.spec.size, model.tokens_per_image, config.batch)
-    lengths = [len(row) for row in tokens]
-    # No token predicts the first one of a dialogue.
-    labels = torch.tensor([x for row in labels for x in [IGNORE, *row[1:]]], device=device)[None]
-    tokens = torch.tensor([x for row in tokens for x in row], device=device)[None]
-    pixels = pixels.to(device)
-
-    def loss():
-        total, number = model(pixels, tokens, labels, lengths)
-        return total / number
-
-    return model, loss
+    batch = make_batch(model.spec, model.tokens_per_image, config.batch)
+    if device.startswith("cuda"):
+        batch = batch.pin_memory()
+    return model, lambda: model(batch) / len(batch.supervised)
 
 
 def train_transformers(config):
@@ -214,14 +219,14 @@ def train_transformers(config):
         model.lm_head.bfloat16()
     vision = model.config.vision_config
     side, num_patches = vision.image_size, (vision.image_size // vision.patch_size) ** 2
-    tokens, labels, pixels = dialogues(side, num_patches, config.batch)
-    tokens = pad_sequence([torch.tensor(row) for row in tokens], True, 0).to(device)  # (B, T)
-    labels = pad_sequence([torch.tensor(row) for row in labels], True, IGNORE).to(device)
+    batch = make_batch(ImageSpec(side), num_patches, config.batch)
+    tokens = pad_sequence(batch.tokens[0].split(batch.lengths), True, 0).to(device)  # (B, T)
+    labels = pad_sequence(batch.labels[0].split(batch.lengths), True, IGNORE).to(device)
     # No text token has the id 0.
     mask = (tokens != 0).long()
     tokens = tokens.masked_fill(tokens == IMAGE, model.config.image_token_index)
     mean, std = torch.tensor(ImageSpec.mean), torch.tensor(ImageSpec.std)
-    pixels = ((pixels / 255 - mean[:, None, None]) / std[:, None, None]).to(device)
+    pixels = ((batch.pixels / 255 - mean[:, None, None]) / std[:, None, None]).to(device)
     inputs = {"input_ids": tokens, "attention_mask": mask, "labels": labels, "use_cache": False}
     return model, lambda: model(**inputs, pixel_values=pixels).loss
 
@@ -235,16 +240,22 @@ def measure_training(config):
     if device_type == "cuda":
         # The memory of the steps, not of loading.
         torch.cuda.reset_peak_memory_stats()
-    times, losses = [], []
-    for _ in range(6):
+
+    def step():
         start = wait(config.device)
         with torch.autocast(device_type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             loss = loss_of()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-        times.append(wait(config.device) - start)
+        return loss.item(), wait(config.device) - start
+
+    losses, times = zip(*[step() for _ in range(6)], strict=True)
+    if config.profile:
+        with torch.profiler.profile() as profile:
+            step()
+        order = f"self_{device_type}_time_total"
+        print(profile.key_averages().table(sort_by=order, row_limit=20))
     return {"seconds": statistics.median(times[3:]), "loss": losses[0]}
 
 
@@ -252,9 +263,9 @@ def plan_step(config, stage):
     """Return the plan of a step, for plan.flops and plan.memory."""
     with on_meta():
         model = make_model(config.size)
-    _, labels, _ = dialogues(model.spec.size, model.tokens_per_image, config.batch)
-    supervised = sum(label != IGNORE for row in labels for label in row)
-    load = plan.Load.of([len(row) for row in labels], supervised, config.batch)
+    batch = make_batch(model.spec, model.tokens_per_image, config.batch)
+    squared = sum(length**2 for length in batch.lengths)
+    load = plan.Load(sum(batch.lengths), squared, len(batch.supervised), config.batch)
     bf16 = config.dtype == "bfloat16"
     return plan.Plan(plan.PlanConfig(gpus=1), model, stage == 2, load, 1, bf16)
 
@@ -263,7 +274,7 @@ def compare_training(config, folder):
     with torch.device(config.device):
         make_model(config.size).save(f"{folder}/ours")
     # transformers and other checkouts read this layout.
-    run(ROOT, "interop.export", f"--model={folder}/ours", f"--to={folder}/llava")
+    run(ROOT, "-m", "interop.export", f"--model={folder}/ours", f"--to={folder}/llava")
     for stage in [config.stage] if config.stage else [1, 2]:
         step = plan_step(config, stage)
         parts = plan.flops(step)
@@ -274,12 +285,38 @@ def compare_training(config, folder):
         compare(config, ours, ["transformers"], work, folder=f"{folder}/llava", stage=stage)
 
 
+# ---- gpu-dry -------------------------------------------------------------------------------------
+
+
+def gpu_dry(arguments):
+    """Print what a step of a recipe would launch, move, wait for, hold and take on GPUs."""
+    child = run(ROOT, "tests/fake_cuda.py", *arguments)
+    found = json.loads(child.splitlines()[-1])
+    moved, kernels = sum(found["bytes"].values()), found["kernels"]
+    print(f"{kernels:,} kernels; bytes, matrix products excepted: {moved / 1e9:,.0f} GB")
+    for place, number in list(found["bytes"].items())[:12]:
+        print(f"  {number / 1e9:9,.1f} GB  {place}")
+    for place, number in found["waits"].items():
+        print(f"  the host waits {number} times at {place}")
+    print(f"peak memory {found['peak'] / 1e9:.1f} GB, planned {found['plan'] / 1e9:.1f} GB")
+    flops = sum(found["flops"].values())
+    useful = flops - found["flops"]["again"]
+    for gpu, bandwidth in GPUS.items():
+        for form, share in {"eager": 1, "compiled": COMPILED}.items():
+            math = flops / MATMULS + share * moved / bandwidth
+            for link, rate in {"NVLink": 450e9, "InfiniBand": 50e9}.items():
+                sending, host = found["sent"] / rate, LAUNCH * share * kernels
+                times = max(math, sending, host), max(math + sending, host)
+                texts = [f"{time:.2f} s, MFU {useful / time / PEAK:.0%}" for time in times]
+                print(f"{gpu}, {form}, {link}: {texts[0]}; nothing overlapped: {texts[1]}")
+
+
 # ---- turns ---------------------------------------------------------------------------------------
 
 
 def run(tree, *arguments):
     """Run a command of a checkout and return what it prints."""
-    command = [sys.executable, "-m", *arguments]
+    command = [sys.executable, *arguments]
     child = subprocess.run(command, capture_output=True, text=True, cwd=tree)
     if child.returncode:
         raise InputError(f"{' '.join(arguments)} failed: {child.stderr.strip()[-300:]}")
@@ -298,11 +335,16 @@ def compare(config, ours, theirs, work, **options):
             turns[peer, name] = []
     options |= {"batch": config.batch, "device": config.device, "dtype": config.dtype}
     flags = [f"--{key}={value}" for key, value in options.items()]
+    if config.profile:
+        flags.append("--profile")
     for _ in range(config.repeats):
         for (peer, name), found in turns.items():
             tree = ROOT if peer in ("", "transformers") else peer
-            printed = run(tree, "tools.bench", config.what, f"--contender={name}", *flags)
-            found.append(json.loads(printed.splitlines()[-1]))
+            printed = run(tree, "-m", "tools.bench", config.what, f"--contender={name}", *flags)
+            *table, result = printed.splitlines()
+            if table:
+                print(name, *table, sep="\n")
+            found.append(json.loads(result))
     best = {}
     for (peer, name), found in turns.items():
         texts = [name if peer in ("", "transformers") else f"{name} of {peer}"]
@@ -345,6 +387,9 @@ BENCHES = {
 
 
 def main(arguments):
+    if arguments[:1] == ["gpu-dry"]:
+        gpu_dry(arguments[1:])
+        return
     config = cli.parse(Config, arguments, __doc__)
     measure, compare_all, batch, size = cli.find_class(BENCHES, config.what, "--what")
     config.batch, config.size = config.batch or batch, config.size or size

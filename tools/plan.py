@@ -23,7 +23,7 @@ of heads, L of blocks, V the vocabulary, D a tower's width.
     all blocks   L of these. With activation checkpointing: eC·T for each input, and one block.
     casts        2 a weight of a float32 LLM under autocast
     connector    b·I·N·(inputs of linear layers and GELUs), COMM: (4 + b)D more for each LayerNorm
-    logits       12nV: log-softmax and two gradients in float32, of mllm.MAX_LOGITS values at a time
+    logits       12nV: log-softmax and two gradients in float32, of MAX_LOGITS values at a time
     peak         weights, optimizer, and the most that exists at one time: at the end of the
                  forward; with the logits; in the backward of the last block; in that of the first
                  block, when all gradients exist
@@ -53,8 +53,9 @@ from common.images import ImageSpec, prepare
 from common.layouts import SHAPES
 from common.pretrained import build_part, on_meta, read_config, read_json
 from common.run import PARTS, Config
+from common.speed import MAX_LOGITS
 from connector import CONNECTORS
-from mllm import LLMS, MAX_LOGITS, MLLM, TOWERS
+from mllm import LLMS, MLLM, TOWERS
 
 # The share of a GPU's memory that may be planned for.
 ROOM = 0.9
