@@ -244,7 +244,7 @@ def assert_same_model(model, folder):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert (again.spec, again.template) == (model.spec, model.template)
     assert again.connector.spec() == model.connector.spec()
-    assert again.generate([image(0)], ["What?"], 8) == model.generate([image(0)], ["What?"], 8)
+    assert again.generate(image(0), "What?", 8) == model.generate([image(0)], ["What?"], 8)[0]
 
 
 def test_a_saved_model_is_the_same_model(build, tmp_path):
