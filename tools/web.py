@@ -16,6 +16,7 @@ at most LARGEST_DOWNLOAD bytes and Pillow's limit of pixels. One request is comp
 """
 
 import os
+import socket
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -134,23 +135,25 @@ def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
     if gr is None:
         raise InputError("the page needs gradio: pip install -r requirements-extra.txt")
+    try:
+        # gradio would try a hundred ports of an address that this computer does not have.
+        socket.create_server((config.host, 0)).close()
+    except OSError as error:
+        raise InputError(f"--host={config.host}: cannot listen there ({error})") from None
     models = [load_to_answer(name, config.device) for name in config.model or [""]]
     # gradio writes uploads and drawn images here.
     with tempfile.TemporaryDirectory() as os.environ["GRADIO_TEMP_DIR"]:
-        try:
-            build(models).launch(
-                server_name=config.host,
-                share=False,
-                show_error=True,
-                max_file_size=LARGEST_DOWNLOAD,
-                run_history=False,
-                footer_links=[],
-                # Enlarge a scene, which has 64 x 64 pixels.
-                css="#image .upload-container { width: 100% } #image img { object-fit: contain }",
-                theme=gr.themes.Default(font="sans-serif", font_mono="monospace"),
-            )
-        except OSError as error:
-            raise InputError(f"--host={config.host}: {error}") from None
+        build(models).launch(
+            server_name=config.host,
+            share=False,
+            show_error=True,
+            max_file_size=LARGEST_DOWNLOAD,
+            run_history=False,
+            footer_links=[],
+            # Enlarge a scene, which has 64 x 64 pixels.
+            css="#image .upload-container { width: 100% } #image img { object-fit: contain }",
+            theme=gr.themes.Default(font="sans-serif", font_mono="monospace"),
+        )
 
 
 if __name__ == "__main__":
