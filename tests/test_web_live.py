@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -46,6 +47,7 @@ def server(tiny_model, tmp_path_factory):
     model.save(folder / "model")
     command = [sys.executable, "-um", "tools.web", f"--model={folder}/model,{folder}/model"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+    options["env"] = os.environ | {"TMPDIR": str(folder)}
     with subprocess.Popen([*command, "--device=cpu"], **options) as process:
         printed = ""
         for line in process.stdout:
