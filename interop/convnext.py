@@ -40,6 +40,7 @@ class ConvNeXtConfig:
     depths: list = field(default_factory=lambda: [3, 3, 27, 3])  # blocks of each stage
     hidden_sizes: list = field(default_factory=lambda: [192, 384, 768, 1536])
     image_size: int = 768  # R
+    patch_size: int = 4  # the stem's, and that of the map's positions
     layer_norm_eps: float = 1e-6
     model_type: str = "convnext"
 
@@ -50,10 +51,6 @@ class ConvNeXtConfig:
     @property
     def num_hidden_layers(self):
         return len(self.depths)
-
-    @property
-    def patch_size(self):
-        return 4
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -107,7 +104,8 @@ class ConvNeXt(PretrainedTower):
         self.config = config
         widths, eps = config.hidden_sizes, config.layer_norm_eps
         self.normalize = Normalize(*self.statistics(mean, std))
-        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 4, stride=4), ChannelNorm(widths[0], eps))
+        P = config.patch_size
+        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], P, stride=P), ChannelNorm(widths[0], eps))
         in_widths = [None, *widths[:-1]]
         shapes = zip(in_widths, widths, config.depths, strict=True)
         self.stages = nn.ModuleList(Stage(*shape, eps) for shape in shapes)
