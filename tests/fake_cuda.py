@@ -23,7 +23,7 @@ import tempfile
 import weakref
 from collections import Counter
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -113,11 +113,14 @@ CUDA = {
     "device_count": lambda: 8,
     "get_device_capability": lambda *_: (9, 0),
     "get_device_properties": lambda *_: PROPERTIES,
+    "max_memory_allocated": lambda *_: 0,
     "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
     "Stream": Stream,
     "Event": Stream,
 }
-for name in "_lazy_init set_device set_rng_state synchronize empty_cache".split():
+for (
+    name
+) in "_lazy_init set_device set_rng_state synchronize empty_cache reset_peak_memory_stats".split():
     CUDA[name] = lambda *_: None
 for name in "stream current_stream default_stream".split():
     CUDA[name] = lambda *_: Stream()
@@ -341,7 +344,7 @@ class Whole:
 
 def shapes_of(config):
     """Build the model on the meta device, with `layers` blocks of the LLM."""
-    model = plan.build(config)
+    model = plan.build(config, config.stage)
     if config.layers:
         del model.llm.layers[config.layers :]
         model.llm.config.num_hidden_layers = config.layers
@@ -354,7 +357,7 @@ def run(config):
     os.environ |= {"RANK": str(config.rank), "WORLD_SIZE": str(config.gpus)}
     os.environ["LOCAL_RANK"] = str(config.rank % 8)
     model = shapes_of(config)
-    share = -(-config.stage_options(stage)["batch"] // config.gpus)
+    share = -(-config.stage_options(stage).batch // config.gpus)
     size = min(share, config.micro_batch)
     num_tokens = 0 if config.text_only else model.tokens_per_image
     step = [make_batch(model.spec, num_tokens, size)] * -(-share // size)
@@ -362,8 +365,9 @@ def run(config):
         stack.enter_context(fake_cuda(config.rank, config.gpus))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         watch = stack.enter_context(Watch())
-        ranks = Ranks(device, config.fsdp)
+        ranks = Ranks(device)
         ranks.agree = lambda *_: None
+        ranks.is_sharded = config.stage_options(stage).fsdp and config.gpus > 1
         dtype = torch.bfloat16 if ranks.is_sharded else config.llm_dtype(stage, ranks.device)
         make_fake(model, ranks.is_sharded, dtype, ranks.device)
         for owner, name, value in (
@@ -376,15 +380,16 @@ def run(config):
         train.build_stage(config, stage, None, ranks)
         speed_up(model, "train")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        train.train_stage(config, stage, model, range(10**6), folder, ranks)
+        train.train_stage(config, stage, model, range(10**6), [], folder, ranks)
         found = {"kernels": watch.kernels, "bytes": dict(watch.bytes.most_common())}
         found |= {"waits": dict(watch.waits), "peak": watch.peak}
     batch = step[0]
     squared = sum(length**2 for length in batch.lengths)
-    trains_llm = "llm" in config.stage_options(stage)["train"]
+    options = config.stage_options(stage)
+    trains_llm = "llm" in options.train
     planned = plan.Plan(
         # Without the buckets of DDP.
-        config if ranks.is_sharded else replace(config, gpus=1),
+        options if ranks.is_sharded else SimpleNamespace(**(vars(options) | {"gpus": 1})),
         shapes_of(config),
         trains_llm,
         plan.Load(sum(batch.lengths), squared, len(batch.supervised), len(batch.pixels)),
@@ -395,7 +400,7 @@ def run(config):
     )
     flops = {part: len(step) * number for part, number in plan.flops(planned).items()}
     found |= {"plan": plan.memory(planned)["peak"], "flops": flops}
-    return found | {"sent": plan.sent(planned._replace(config=config))}
+    return found | {"sent": plan.sent(planned._replace(config=options))}
 
 
 def main(arguments):

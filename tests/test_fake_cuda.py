@@ -31,9 +31,9 @@ def guard(tmp_path_factory):
     "flags",
     (
         "config/dense_7b.toml",
-        "config/dense_7b.toml --stage=1 --fsdp=false --activation_checkpointing=false",
+        "config/dense_7b.toml --stage=1",
         "config/comm_7b.toml --gpus=512 --rank=511",
-        "config/dense_siglip_8b.toml --fsdp=false --lora_rank=128 --batch2=16 --gpus=1",
+        "config/dense_siglip_8b.toml --fsdp2=false --lora_rank=128 --batch2=16 --gpus=1",
     ),
 )
 def test_a_recipe_trains_on_cuda_with_few_waits_and_in_the_memory_planned(flags, guard):
