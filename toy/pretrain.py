@@ -42,6 +42,7 @@ from eval import score
 from llama import Llama, LlamaConfig
 from toy import language, views, world
 from toy.language import encode_text, make_tokenizer
+from toy.scenes import questions
 from toy.views import GRID, PATCH, object_of_patch, pixels_of
 from vit import Block, ViT, ViTConfig
 
@@ -64,7 +65,6 @@ class Config:
     steps: int = option(0, "optimizer steps; 0: those of the checkpoint in weights/")
     batch: int = option(0, "images or texts per step; 0: likewise")
     seed: int = option(0, "seed of the initialization and of the scenes")
-    threads: int = option(0, "CPU threads; 0: all cores")
     evaluate: bool = option(True, "print scores on held-out scenes at the end")
 
 
@@ -357,9 +357,10 @@ def pretrain_deit(config):
 
 
 def probe_data(tower, split, count):
-    """Return the M patches on an object: features, kinds (M,), boxes (M, 4).
+    """Return the M patches on an object: features and targets (M, 4 + 8 + 4).
 
-    The features are each hidden state and a one for the bias, (M, D + 1).
+    The features are each hidden state and a one for the bias, (M, D + 1). The targets are shape and
+    color as one-hot vectors, and the box.
     """
     scenes = [(index, world.scene(split, index)) for index in range(count)]
     images, patches, shown = [], [], []
@@ -370,8 +371,10 @@ def probe_data(tower, split, count):
                 patches.append(tower.num_prefix_tokens + patch)
                 shown.append(objects[number])
     hidden = tower(pixels_of(scenes, split))
-    features = [F.pad(x[images, patches], (0, 1), value=1) for x in hidden]
-    return features, torch.tensor([o.kind for o in shown]), torch.tensor([o.box for o in shown])
+    features = [F.pad(x[images, patches], (0, 1), value=1).double() for x in hidden]
+    kinds = torch.tensor([o.kind for o in shown])
+    boxes = torch.tensor([o.box for o in shown]).double()
+    return features, torch.cat([F.one_hot(kinds // 8, 4), F.one_hot(kinds % 8, 8), boxes], dim=1)
 
 
 def probe_scores(tower, count=1000):
@@ -380,31 +383,24 @@ def probe_scores(tower, count=1000):
     They predict the color and the shape under the middle of the patch, and that object's box.
     Returns accuracies and R² on `count` held-out scenes, after as many training scenes.
     """
-    features, kinds, boxes = probe_data(tower, "train", count)
-    test_features, test_kinds, test_boxes = probe_data(tower, "test", count)
-    targets = [F.one_hot(kinds // 8, 4), F.one_hot(kinds % 8, 8), boxes]
-    targets = torch.cat(targets, dim=1).double()
-    variance = F.mse_loss(boxes.mean(0).expand_as(test_boxes), test_boxes)
+    features, targets = probe_data(tower, "train", count)
+    test_features, test_targets = probe_data(tower, "test", count)
+    true_shape, true_color, true_box = test_targets.split([4, 8, 4], dim=1)
+    variance = F.mse_loss(targets[:, 12:].mean(0).expand_as(true_box), true_box)
     scores = {}
     for layer, (x, x_test) in enumerate(zip(features, test_features, strict=True)):
-        x, x_test = x.double(), x_test.double()
         gram = x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1])
         prediction = x_test @ torch.linalg.solve(gram, x.T @ targets)
         shape, color, box = prediction.split([4, 8, 4], dim=1)
         scores[f"hidden[{layer}]"] = {
-            "shape": share(shape.argmax(1) == test_kinds // 8),
-            "color": share(color.argmax(1) == test_kinds % 8),
-            "box R2": round(1 - (F.mse_loss(box, test_boxes) / variance).item(), 3),
+            "shape": share(shape.argmax(1) == true_shape.argmax(1)),
+            "color": share(color.argmax(1) == true_color.argmax(1)),
+            "box R2": round(1 - (F.mse_loss(box, true_box) / variance).item(), 3),
         }
     return scores
 
 
 # --- LLaMA --------------------------------------------------------------------------------
-
-
-def replace(ids, place, text):
-    """Put the tokens of a scene in text where the image would be."""
-    return ids[:place] + text + ids[place + 1 :]
 
 
 def pad(rows, value):
@@ -437,9 +433,12 @@ def pretrain_llama(config):
             text, turns, template = language.text_scene(objects, rng, step % 4 == 0)
             (question, answer), *rest = turns
             ids, labels = encode(tokenizer, [(f"<image>\n{question}", answer), *rest], template)
+            # The scene in text is where the image would be.
             place, text = ids.index(IMAGE), encode_text(tokenizer, text)
-            rows.append(replace(ids, place, text))
-            targets.append(replace(labels, place, [IGNORE] * len(text)))
+            ids[place : place + 1] = text
+            labels[place : place + 1] = [IGNORE] * len(text)
+            rows.append(ids)
+            targets.append(labels)
         tokens, labels = pad(rows, language.PAD), pad(targets, IGNORE)[:, 1:]
         answers = labels >= 0
         logits = llama.logits(llama(tokens[:, :-1], hidden_only=True)[answers]).float()
@@ -449,17 +448,8 @@ def pretrain_llama(config):
     return llama
 
 
-def held_out(task):
-    """Yield the held-out scenes with a question of a task: objects, question, answer."""
-    for index in itertools.count():
-        objects = world.scene("test", index)
-        turn = world.any_question(task, objects, world.generator("test", index, 5))
-        if turn:
-            yield objects, *turn
-
-
 def llama_scores(llama, count=200):
-    """Score answers about held-out scenes: {task: [drawn in letters, listed]}, as eval.py does.
+    """Score answers to eval.py's questions: {task: [drawn in letters, listed]}.
 
     A drawing shows boxes only to an eighth of the image.
     """
@@ -468,11 +458,12 @@ def llama_scores(llama, count=200):
         scores[task] = []
         for describe in (language.drawing, world.listing):
             prompts, targets = [], []
-            for objects, question, answer in itertools.islice(held_out(task), count):
+            for _, objects, question, target in itertools.islice(questions(task), count):
                 ids, _ = encode(tokenizer, [(f"<image>\n{question}", None)], "tiny")
-                text = encode_text(tokenizer, describe(objects))
-                prompts.append(replace(ids, ids.index(IMAGE), text))
-                targets.append(answer)
+                place = ids.index(IMAGE)
+                ids[place : place + 1] = encode_text(tokenizer, describe(objects))
+                prompts.append(ids)
+                targets.append(target)
             lengths = torch.tensor([len(prompt) for prompt in prompts])
             answers = llama.generate(pad(prompts, language.PAD), 48, lengths=lengths)
             texts = [tokenizer.decode(answer.tolist()).strip() for answer in answers]
@@ -513,7 +504,6 @@ def main(arguments):
     pretrain, model_class, scores, steps, batch = recipe
     config.steps = config.steps or steps
     config.batch = config.batch or batch
-    torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)
     folder = Path(config.out or f"weights/{config.model}")
     print(config)

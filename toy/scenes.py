@@ -6,6 +6,7 @@ questions of one kind. Test scenes are never in the training data.
 
 import re
 from collections import Counter
+from itertools import count, islice
 
 from PIL import Image
 
@@ -20,10 +21,9 @@ def test_scene(index):
     return objects, Image.fromarray(world.draw(objects, "test", index))
 
 
-def task_questions(task, count):
-    """Take the first `count` test scenes with a question of a task -> images, texts, targets."""
-    found, index = [], 0
-    while len(found) < count:
+def questions(task):
+    """Yield the test scenes with a question of a task: index, objects, question, target."""
+    for index in count():
         objects = world.scene("test", index)
         turn = world.any_question(task, objects, world.generator("test", index, 2))
         if turn and task == "rec":
@@ -31,8 +31,14 @@ def task_questions(task, count):
             box = next(item.box for item in objects if item.name in turn[0])
             turn = turn[0], format_box(box, decimals=4)
         if turn:
-            found.append((world.draw(objects, "test", index), *turn))
-        index += 1
+            yield index, objects, *turn
+
+
+def task_questions(task, number):
+    """Ask about the first `number` of these scenes -> images, texts, targets."""
+    found = []
+    for index, objects, *turn in islice(questions(task), number):
+        found.append((world.draw(objects, "test", index), *turn))
     return zip(*found, strict=True)
 
 
