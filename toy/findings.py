@@ -4,13 +4,13 @@
     python -m toy.findings runs/quick.toml    one seed, fewer arms and steps: at most 20 minutes
     python -m toy.findings --table=towers     one table: layers, towers, merging, dense or video
     python -m toy.findings --connectors=mlp,dense,gated             compare these connectors
-    python -m toy.findings --out=runs/findings               print the tables of docs/findings.md
+    python -m toy.findings --out=runs/findings        tables and figures of docs/findings.md
 
 An arm is a name and some flags of train.py. A run of an arm is train.py in its own process, with
 these flags, the budget that all arms share, and a seed. The model then answers questions about
 held-out scenes. out/findings/ARM-SEED.json gets what it scored:
 
-    {arm, seed, command, flags, budget, weights, scores: {task: value}, tokens, flops, ...}
+    {command, flags, budget, weights, tokens, scores: {task: value}}
 
 A finished run is not repeated, so the same command resumes after a stop. A file of a run with other
 flags, another budget or other checkpoints is an error: tables compare only equal trainings. Several
@@ -23,7 +23,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,8 +36,6 @@ from common.errors import InputError
 ROOT = Path(__file__).resolve().parents[1]
 # Tasks of eval.py, with the headings of their columns.
 TASKS = {"rec": "REC", "reg": "REG", "presence": "presence", "count": "count"}
-# Trainings run in parallel, evaluations one after the other.
-EVALUATION = threading.Lock()
 
 # --- the arms -----------------------------------------------------------------------------
 
@@ -91,21 +88,21 @@ ARMS = dict(line.split(maxsplit=1) for line in ARMS.strip().splitlines())
 
 # A line per row: label, arm, the paper's numbers.
 TABLES = {
-    "layers": """label | arm | paper
-CLIP hidden[0] | clip-layer0 | –
-CLIP hidden[1] | clip-layer1 | –
-CLIP hidden[2] | clip-layer2 | –
-CLIP hidden[3] | clip-layer3 | –
-CLIP hidden[4] | clip-layer4 | –
-CLIP hidden[5] | clip-layer5 | –
-CLIP hidden[6] | clip-layer6 | –
-DINOv2 hidden[0] | dinov2-layer0 | –
-DINOv2 hidden[1] | dinov2-layer1 | –
-DINOv2 hidden[2] | dinov2-layer2 | –
-DINOv2 hidden[3] | dinov2-layer3 | –
-DINOv2 hidden[4] | dinov2-layer4 | –
-DINOv2 hidden[5] | dinov2-layer5 | –
-DINOv2 hidden[6] | dinov2-layer6 | –""",
+    "layers": """label | arm
+CLIP hidden[0] | clip-layer0
+CLIP hidden[1] | clip-layer1
+CLIP hidden[2] | clip-layer2
+CLIP hidden[3] | clip-layer3
+CLIP hidden[4] | clip-layer4
+CLIP hidden[5] | clip-layer5
+CLIP hidden[6] | clip-layer6
+DINOv2 hidden[0] | dinov2-layer0
+DINOv2 hidden[1] | dinov2-layer1
+DINOv2 hidden[2] | dinov2-layer2
+DINOv2 hidden[3] | dinov2-layer3
+DINOv2 hidden[4] | dinov2-layer4
+DINOv2 hidden[5] | dinov2-layer5
+DINOv2 hidden[6] | dinov2-layer6""",
     "towers": """label | arm | paper: REC average, POPE
 CLIP, linear | clip-layer5 | 47.3, 82.3
 DINOv2, linear | dinov2-layer5 | 54.8, 78.3
@@ -113,36 +110,37 @@ CLIP, merged | clip-merged | 70.0, 83.4
 DINOv2, merged, two MLPs | dinov2-merged-mlp2 | 74.9, 84.4
 COMM | comm | 72.8, 83.6
 DINOv2, merged, no MLP | dinov2-merged-mlp0 | 63.5, 79.5
-DINOv2, merged, one MLP | dinov2-merged-mlp1 | 73.1, 83.3 (as "DINOv2 with merging": 72.8, 83.3)
+DINOv2, merged, one MLP | dinov2-merged-mlp1 | 73.1, 83.3
 DINOv2, merged, four MLPs | dinov2-merged-mlp4 | 50.3, 82.2
 DINOv2, merged, eight MLPs | dinov2-merged-mlp8 | 9.8, 56.8
 MAE, one layer | mae-layer5 | 65.7, 72.2
 DeiT, one layer | deit-layer5 | 24.8, 72.7""",
     "merging": """label | arm | paper: REC average, POPE
-mean over the second half | comm-mean_half | –
-mean over all | comm-mean_all | –
-layer scale | comm-layerscale | –
+mean over the second half | comm-mean_half | –, –
+mean over all | comm-mean_all | –, –
+layer scale | comm-layerscale | –, –
 LN + Linear, layer scale | comm | 72.8, 83.6""",
     "dense": """label | arm | paper: GQA, POPE
 CLIP, one layer, MLP | clip-mlp | 62.0, 85.9
 CLIP, STI | clip-sti | 63.3, 85.8
 CLIP, SCI | clip-sci | 63.7, 86.1
 CLIP, DCI, 2 groups | clip-dci | 63.8, 86.6
-CLIP, DCI, 3 groups | clip-dci3 | –
+CLIP, DCI, 3 groups | clip-dci3 | –, –
 CLIP, Efficient | clip-efficient | 62.8, –
-DINOv2, one layer, MLP | dinov2-mlp | –
-DINOv2, STI | dinov2-sti | –
-DINOv2, SCI | dinov2-sci | –
-DINOv2, DCI, 2 groups | dinov2-dci | –
-DINOv2, DCI, 3 groups | dinov2-dci3 | –
-DINOv2, Efficient | dinov2-efficient | –""",
+DINOv2, one layer, MLP | dinov2-mlp | –, –
+DINOv2, STI | dinov2-sti | –, –
+DINOv2, SCI | dinov2-sci | –, –
+DINOv2, DCI, 2 groups | dinov2-dci | –, –
+DINOv2, DCI, 3 groups | dinov2-dci3 | –, –
+DINOv2, Efficient | dinov2-efficient | –, –""",
     "video": """label | arm
 MLP | video-mlp
 DCI | video-dci
 Efficient | video-efficient
 COMM | video-comm""",
 }
-COST = ("tokens", "MFLOPs", "s a step")
+# Scores of the best constant answer: one box, or always yes.
+GUESS = {"rec": 8.5, "presence": 52.0}
 # A clip is shown in several ways (toy/video.py).
 WAYS = ("best guess", "one frame", "eight frames", "one image")
 VIDEO = [f"{task}, {way}" for task in ("presence", "count") for way in WAYS]
@@ -193,18 +191,13 @@ def run_arm(config, run):
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"{command}: failed with status {done.returncode}: {done.stderr[-300:]}")
-    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     result = {
-        "arm": arm,
-        "seed": seed,
         "command": command,
         "flags": ARMS[arm],
         "budget": config.budget,
         "weights": checksums(),
-        "seconds_per_step": last["seconds"] / (last["step"] + 1),
+        **evaluate(folder / "model", config.count, arm),
     }
-    with EVALUATION:
-        result |= evaluate(folder / "model", config.count, arm)
     unfinished = path.with_suffix(".partial")
     unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
@@ -213,29 +206,23 @@ def run_arm(config, run):
 
 
 def evaluate(folder, count, arm):
-    """Return the main score of every task, the tokens of an image, and the FLOPs to read one."""
+    """Return the tokens of an image and the main score of every task."""
     # Imported here: --help and finished runs do not need torch.
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
     import eval as world_eval
     from mllm import MLLM
     from toy import video
     from toy.scenes import task_questions
 
     model = MLLM.from_pretrained(folder, device=cli.pick_device("auto"))
-    found = {"tokens": model.tokens_per_image}
+    tokens, scores = model.tokens_per_image, {}
     if arm.startswith("video-"):
-        return found | {"scores": video.evaluate(model, max(1, count // 2))}
-    found["scores"] = {}
-    for task in TASKS:
-        images, texts, targets = task_questions(task, count)
-        answers = world_eval.answer(model, images, texts, 50)
-        found["scores"][task], *_ = world_eval.score(task, answers, targets).values()
-    # The counter sees the matmuls of this kernel only.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.generate(images[:1], texts[:1], 1)
-    return found | {"flops": counter.get_total_flops()}
+        scores = video.evaluate(model, max(1, count // 2))
+    else:
+        for task in TASKS:
+            images, texts, targets = task_questions(task, count)
+            answers = world_eval.answer(model, images, texts, 50)
+            scores[task], *_ = world_eval.score(task, answers, targets).values()
+    return {"tokens": tokens, "scores": scores}
 
 
 def read_run(config, arm, seed):
@@ -256,20 +243,23 @@ def run_all(config):
     arms = config.arms or [row[1] for name in config.table for row in rows_of(name)[1:]]
     runs = [(arm, seed) for seed in range(config.seeds) for arm in dict.fromkeys(arms)]
     missing = [run for run in runs if not read_run(config, *run)]
-    finished = len(runs) - len(missing)
-    print(f"{len(runs)} runs, {finished} finished before", flush=True)
+    print(f"{len(runs)} runs, {len(runs) - len(missing)} finished before", flush=True)
     # For each train.py.
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // config.jobs))
     with ThreadPoolExecutor(config.jobs) as pool:
         # An error or Ctrl-C cancels the runs that have not started.
         for result in pool.map(partial(run_arm, config), missing):
-            finished += 1
             scores = [f"{task} {value:.1%}" for task, value in result["scores"].items()]
-            name = f"{result['arm']}-{result['seed']}"
-            print(f"{finished} of {len(runs)}, {name}: {', '.join(scores)}", flush=True)
+            print(f"{result['command']}: {', '.join(scores)}", flush=True)
 
 
-# --- the tables ---------------------------------------------------------------------------
+# --- the tables and figures ---------------------------------------------------------------
+
+
+def runs_of(config, arm):
+    """Return the finished runs of an arm, one per seed."""
+    runs = [read_run(config, arm, seed) for seed in range(config.seeds)]
+    return [run for run in runs if run]
 
 
 def percent(runs, key):
@@ -279,31 +269,19 @@ def percent(runs, key):
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(runs) > 1 else mean
 
 
-def cells(name, runs):
-    """Write an arm's scores, its cost except for videos, and its seeds."""
-    seeds = ", ".join(str(run["seed"]) for run in runs)
-    if name == "video":
-        return [*(percent(runs, key) for key in VIDEO), seeds]
-    # The median: a busy moment of the machine is not the arm's cost.
-    seconds = statistics.median(run["seconds_per_step"] for run in runs)
-    cost = [f"{runs[0]['tokens']}", f"{runs[0]['flops'] / 1e6:.0f}", f"{seconds:.3f}"]
-    return [*(percent(runs, key) for key in TASKS), *cost, seeds]
-
-
 def markdown(config, name):
     """Write a table: what its runs share, then a row per arm that has runs."""
     (_, _, *paper), *arms = rows_of(name)
-    columns, asked = [*TASKS.values(), *COST], f"{config.count} questions a task"
+    columns, asked = TASKS, f"{config.count} questions a task"
     if name == "video":
-        columns, asked = VIDEO, f"{config.count // 2} clips"
-    rows, weights = [["", *columns, "seeds", *paper]], {}
+        columns, asked = dict(zip(VIDEO, VIDEO, strict=True)), f"{config.count // 2} clips"
+    rows, weights = [["", *columns.values(), "tokens", *paper]], {}
     for label, arm, *paper in arms:
-        runs = [read_run(config, arm, seed) for seed in range(config.seeds)]
-        runs = [run for run in runs if run]
+        runs = runs_of(config, arm)
         if runs:
-            rows.append([label, *cells(name, runs), *paper])
-        for run in runs:
-            weights |= run["weights"]
+            cells = [percent(runs, key) for key in columns]
+            rows.append([label, *cells, str(runs[0]["tokens"]), *paper])
+            weights |= runs[0]["weights"]
     if not weights:
         return "no finished runs"
     lines = [f"| {' | '.join(row)} |" for row in rows]
@@ -312,6 +290,44 @@ def markdown(config, name):
     shared = f"{config.steps1} + {config.steps2} steps, {asked}; checkpoints {checkpoints}."
     spread = "Percent, mean ± sample standard deviation over the seeds"
     return "\n".join([f"{spread}; {shared}", "", *lines])
+
+
+def chart(config, name):
+    """Draw a table's REC and presence as SVG: a bar, its spread, a ring for the paper's number.
+
+    A dashed line shows the score of the best constant answer.
+    """
+    (_, _, *headings), *arms = rows_of(name)
+    height = 24 * len(arms) + 40
+    shapes = [f'<rect width="800" height="{height}" fill="white"/>']
+    for row, (label, *_) in enumerate(arms):
+        shapes.append(f'<text x="10" y="{24 * row + 48}">{label}</text>')
+    for panel, (task, guess) in enumerate(GUESS.items()):
+        # 100% are 250 pixels.
+        left = 220 + 300 * panel
+        title = TASKS[task]
+        for heading in headings:
+            title += f" (ring: {heading.split(', ')[panel]})"
+        shapes.append(f'<text x="{left}" y="20">{title}</text>')
+        for row, (_, arm, *papers) in enumerate(arms):
+            y = 24 * row + 44
+            scores = [250 * run["scores"][task] for run in runs_of(config, arm)] or [0]
+            mean = statistics.mean(scores)
+            spread = statistics.stdev(scores) if len(scores) > 1 else 0
+            shapes += [
+                f'<rect x="{left}" y="{y - 9}" width="{mean:.1f}" height="18" fill="#90caf9"/>',
+                f'<path d="M{left + mean - spread:.1f} {y}h{2 * spread:.1f}" stroke="black"/>',
+            ]
+            for numbers in papers:
+                number = numbers.split(", ")[panel]
+                if number != "–":
+                    x = left + 2.5 * float(number)
+                    shapes.append(f'<circle cx="{x}" cy="{y}" r="5" fill="none" stroke="red"/>')
+        line = f'd="M{left + 2.5 * guess} 30V{height}"'
+        shapes.append(f'<path {line} stroke="black" stroke-dasharray="4"/>')
+    size = f'width="800" height="{height}" font-family="sans-serif" font-size="13"'
+    text = "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', *shapes, "</svg>\n"])
+    Path(config.out, f"{name}.svg").write_text(text, encoding="utf-8")
 
 
 def main(arguments):
@@ -332,6 +348,8 @@ def main(arguments):
     run_all(config)
     for name in config.table:
         print(f"\n{name}\n\n{markdown(config, name)}")
+        if name != "video":
+            chart(config, name)
 
 
 if __name__ == "__main__":
