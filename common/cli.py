@@ -169,16 +169,21 @@ def options_of(cls):
 
 
 def parse_options(classes, name, raw, flag):
-    """Convert {option: text} by the types of the constructor's keywords. Raises InputError."""
+    """Return all options of a class: {option: text} as given, else the default.
+
+    An option without an annotation has the type of its default. Raises InputError.
+    """
     known = options_of(find_class(classes, name, flag))
     unknown = [option for option in raw if option not in known]
     if unknown:
         names = ", ".join(known) or "none"
         raise InputError(f"{flag}.{unknown[0]}: {name} has no such option (it has: {names})")
-    return {
-        option: convert(value, known[option].annotation, f"{flag}.{option}")
-        for option, value in raw.items()
-    }
+    options = {option: p.default for option, p in known.items()}
+    for option, value in raw.items():
+        p = known[option]
+        hint = type(p.default) if p.annotation is p.empty else p.annotation
+        options[option] = convert(value, hint, f"{flag}.{option}")
+    return options
 
 
 def class_help(classes, flag):

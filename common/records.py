@@ -50,6 +50,8 @@ class FileData:
         self.image_dir = os.path.abspath(image_dir or Path(path).parent)
         records = enumerate(self.read(path))
         samples = [self.parse(record, where, index) for index, (where, record) in records]
+        if not samples:
+            raise InputError(f"{path}: holds no samples")
         self.num_with_images = sum(bool(images) for images, *_ in samples)
         # now, not at the first image
         if self.num_with_images and not os.path.isdir(self.image_dir):

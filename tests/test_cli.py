@@ -104,3 +104,12 @@ def test_a_command_ends_with_a_status_and_at_most_one_line(capsys):
         assert (stopped.value.code, capsys.readouterr().err.count("\n")) == (status, lines)
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         cli.run(lambda arguments: 1 / 0)
+
+
+def test_an_option_of_a_class_has_the_type_of_its_annotation_or_of_its_default():
+    class Blend:
+        def __init__(self, towers, ratio=0.5, depth: int | None = None):
+            pass
+
+    options = cli.parse_options({"blend": Blend}, "blend", {"ratio": "0.25"}, "--connector")
+    assert options == {"ratio": 0.25, "depth": None}

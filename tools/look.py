@@ -303,8 +303,8 @@ def model_sections(model, image, questions):
     """Return the sections of the answers to questions [(text, true box or None)], and of towers."""
     sections = answer_sections(model, image, questions)
     for tower, notes in zip(model.vision, layer_notes(model.connector), strict=True):
-        if tower.config.model_type == "convnext":
-            # It has neither hidden states of patches nor attention.
+        if not hasattr(tower, "blocks"):
+            # ConvNeXt has neither hidden states of patches nor attention.
             continue
         sections += tower_sections(tower, to_pixels(image, model.spec), notes)
     return sections
