@@ -164,7 +164,7 @@ def test_every_tensor_of_a_public_tower_has_its_place(release, tmp_path):
     assert count / 1e6 == pytest.approx(row["millions"][1], abs=0.06)
 
 
-@pytest.mark.parametrize("release", [name for name in LLMS if "llava" not in name])
+@pytest.mark.parametrize("release", LLMS)
 def test_every_tensor_of_a_public_llm_has_its_parameter(release):
     config, shapes = LLMS[release]["config"], expand(LLMS[release]["tensors"])
     with on_meta():
