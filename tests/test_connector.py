@@ -23,21 +23,15 @@ PINNED = {
     12: (11, (3, 7), (range(0, 6), range(6, 12)), range(10, 13)),
     6: (5, (1, 3), (range(0, 3), range(3, 6)), range(5, 7)),
 }
-EVERY = [{"name": name} for name in CONNECTORS if name != "dci"]
+# test_mini_gemini.py has mgm
+EVERY = [{"name": name} for name in CONNECTORS if name not in ("dci", "mgm")]
 EVERY += [{"name": "comm", "merge": merge} for merge in list(MERGES)[1:]]
-EVERY += [{"name": "dense", "groups": 3}, {"name": "mlp", "layer": 2}, {"name": "mgm", "groups": 2}]
-CONVNEXT = Tower(4, D + 1, 9 * N, "convnext")
-
-
-def towers_of(name, depth):
-    if name == "mgm":
-        return [Tower(depth, D, N, "clip_vision_model"), CONVNEXT]
-    return [Tower(depth, D, N)] if name != "comm" else [Tower(depth, D, N), Tower(depth, D + 1, N)]
+EVERY += [{"name": "dense", "groups": 3}, {"name": "mlp", "layer": 2}]
 
 
 def random_connector(spec, depth=6):
     """Build a connector in float64 with random parameters -> (module, all hidden states)."""
-    towers = towers_of(spec["name"], depth)
+    towers = [Tower(depth, D, N), Tower(depth, D + 1, N)][: 1 + (spec["name"] == "comm")]
     module = make_connector(spec, towers, C).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
@@ -83,30 +77,6 @@ def conv_and_norm(state, name, x):
     out = out.flatten(0, 2)
     out = (out - out.mean(0)) / torch.sqrt(out.var(0, unbiased=False) + 1e-5)
     return (out * state[f"{name}.1.weight"] + state[f"{name}.1.bias"]).reshape(B, N, -1)
-
-
-def by_hand_mgm(spec, module, hidden, pinned):
-    """Each patch attends to its 3 x 3 square of the 12 x 12 map."""
-    state, (final, _, groups, _) = module.state_dict(), pinned
-    detail, mined = hidden[1][-1], []
-    for n in range(N):
-        corner = 36 * (n // 4) + 3 * (n % 4)
-        square = [corner + 12 * row + column for row in range(3) for column in range(3)]
-        q, k, v = [
-            linear(state, f"{name}.1", layer_norm(state, f"{name}.0", x))
-            for name, x in (
-                ("vlm_uni_query_projector", hidden[0][final, :, n : n + 1]),
-                ("vlm_uni_aux_projector", detail[:, square]),
-                ("vlm_uni_val_projector", detail[:, square]),
-            )
-        ]
-        weights = (q @ k.mT / math.sqrt(D)).softmax(-1)  # (B, 1, 9)
-        mined.append(weights @ v)
-    x = hidden[0][final] + torch.cat(mined, dim=1)
-    if spec.get("groups"):
-        means = [sum(hidden[0][layer] for layer in group) / len(group) for group in groups]
-        x = torch.cat([x, *means], dim=2)
-    return two_linears(state, "mm_projector", x)
 
 
 def by_hand_dense(spec, module, hidden, pinned):
@@ -169,8 +139,6 @@ def test_every_connector_equals_its_slow_derivation_which_bfloat16_hardly_change
         out = run(module, hidden)
         if spec["name"].startswith("comm"):
             expected = by_hand_comm(spec, module, hidden, pinned)
-        elif spec["name"] == "mgm":
-            expected = by_hand_mgm(spec, module, hidden, pinned)
         else:
             expected = by_hand_dense(spec, module, hidden[0], pinned)
         assert out.shape == (B, module.num_tokens, C)
@@ -197,7 +165,8 @@ def test_names_shapes_and_token_counts_are_those_of_the_public_checkpoints():
 
 
 def test_what_does_not_fit_is_one_line():
-    one, two = [Tower(6, D, N)], towers_of("comm", 6)
+    one, two = [Tower(6, D, N)], [Tower(6, D, N)] * 2
+    convnext = Tower(4, D, 9 * N, "convnext")
     for spec, towers in (
         ("dense", two),
         ("comm", one),
@@ -205,8 +174,9 @@ def test_what_does_not_fit_is_one_line():
         ("comm", [Tower(6, D, N, "dinov2"), Tower(6, D, N, "clip")]),
         ("efficient", [Tower(6, D, 24)]),
         ("mgm", two),
-        ("mgm", [towers_of("mgm", 6)[0], CONVNEXT._replace(num_patches=100)]),
-        ({"name": "mgm", "hd": True}, towers_of("mgm", 6)),
+        ("mgm", [*one, convnext]),
+        ("mgm", [Tower(6, D, N, "clip_vision_model"), convnext._replace(num_patches=100)]),
+        ({"name": "mgm", "hd": True}, [Tower(6, D, N, "clip_vision_model"), convnext]),
         ({"name": "comm", "merge": "sum"}, two),
         ({"name": "dense", "groups": 7}, one),
     ):

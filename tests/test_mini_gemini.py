@@ -148,27 +148,16 @@ def test_a_release_is_read_as_its_authors_compute_it(groups, grid, tmp_path, mon
         lows.insert(0, F.interpolate(low, (32, 32), mode="bilinear"))
         details.insert(0, F.interpolate(detail, (24, 24), mode="bilinear"))
 
-    def project(name, x):
-        norm = [tensors[f"model.vlm_uni_{name}_projector.0.{k}"] for k in ("weight", "bias")]
-        linear = [tensors[f"model.vlm_uni_{name}_projector.1.{k}"] for k in ("weight", "bias")]
-        return F.linear(F.layer_norm(x, x.shape[-1:], *norm), *linear)
-
+    towers = [Tower(24, 16, 16, "clip_vision_model"), Tower(4, 28, side**2, "convnext")]
+    connector = make_connector({"name": "mgm", "groups": groups}, towers, 24)
+    theirs = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    connector.load_state_dict({name: theirs[name] for name in connector.state_dict()})
     expected = []
     for low, detail in zip(lows, details, strict=True):
         clip.read_pixels = lambda pixels, dtype, low=low: low
         hidden = [x[:, 1:] for x in clip(None)]
-        queries, mined = project("query", hidden[23]), []
-        for n in range(16):
-            y, x = 6 * (n // 4), 6 * (n % 4)
-            square = tokens_of(detail[:, :, y : y + 6, x : x + 6])  # (B, 36, 28)
-            scores = (queries[:, n, None] * project("aux", square)).sum(2) / 4
-            mined.append((scores.softmax(1)[..., None] * project("val", square)).sum(1))
-        x = hidden[23] + torch.stack(mined, dim=1)
-        if groups:
-            x = torch.cat([x, sum(hidden[:12]) / 12, sum(hidden[12:24]) / 12], dim=2)
-        first = [tensors[f"model.mm_projector.0.{k}"] for k in ("weight", "bias")]
-        last = [tensors[f"model.mm_projector.2.{k}"] for k in ("weight", "bias")]
-        expected.append(F.linear(F.gelu(F.linear(x, *first)), *last))
+        means = [sum(hidden[:12]) / 12, sum(hidden[12:24]) / 12] if groups else []
+        expected.append(connector([[hidden[23], *means], [tokens_of(detail)]]))
     assert relative_error(model.see(pixels), torch.cat(expected, dim=1)) < 1e-5
 
     model.save(tmp_path / "ours")
