@@ -13,8 +13,8 @@ from torch.utils.data import ConcatDataset
 import train
 from common.images import BadImage, ImageSpec, prepare
 from common.records import check_images
-from data import DATASETS, Batches, LlavaData, Loader, Sample, collate, num_with_images, order
-from dialogue import IGNORE, IMAGE, encode
+from data import DATASETS, LlavaData, Loader, Sample, collate, num_with_images, order
+from dialogue import IGNORE, IMAGE
 
 # --- formats ---
 
@@ -30,7 +30,6 @@ def talk(*texts):
 
 
 GOOD = {"id": "good", "image": "a.jpg", "conversations": talk("<image>\nq", "a")}
-BOX = {"img_path": "a.jpg", "expression": "it", "bbox": [1, 1, 2, 2], "height": 9, "width": 9}
 
 
 def test_llava_json_and_jsonl_and_openai_messages_give_the_same_samples(tmp_path):
@@ -70,7 +69,7 @@ BAD_RECORDS += [{"conversations": turns} for turns in BAD_TALKS]
 BAD_RECORDS += [GOOD | {"image": name} for name in (*BAD_IMAGES, "\ud83d.jpg", ["a.jpg", "b.jpg"])]
 # keys that are not read
 BAD_RECORDS += [{key: "x", "conversations": talk("q", "a")} for key in ("video", "imge", "system")]
-BAD_BOXES = ([1, 2, 3], None, [1, 1, "2", 2], [3, 1, 2, 2], [1, 10, 2, 99], [-4, 1, -1, 2])
+BAD_BOXES = ([1, 2, 3], None, [1, 1, "2", 2], [3, 1, 2, 2], [1, 60, 2, 99], [-4, 1, -1, 2])
 BAD_BOXES += ([0.1, 0.2, 0.3, 1], [1, 1, 2, float("inf")], [1, 1, 2, 10**400])
 BAD_CHANGES = [{"bbox": box} for box in BAD_BOXES]
 BAD_CHANGES += [{"width": 0}, {"height": None}, {"expression": None}, {"img_path": "../a.jpg"}]
@@ -103,7 +102,7 @@ def test_a_bad_record_or_file_is_named_in_one_line(tmp_path):
     file = tmp_path / "bad.json"
     for cls, good, records in (
         (LlavaData, GOOD, BAD_RECORDS),
-        (DATASETS["rec"], BOX, [BOX | change for change in BAD_CHANGES]),
+        (DATASETS["rec"], REC, [REC | change for change in BAD_CHANGES]),
         (DATASETS["caption"], CAPTION, BAD_CAPTIONS),
         (DATASETS["v7w"], V7W, BAD_POINTS),
         (DATASETS["rd"], RD, BAD_RD),
@@ -180,14 +179,7 @@ def test_the_index_chooses_the_words_of_the_question_also_from_a_file(tmp_path):
         path = f"{records}@{write(templates, words)}"
         questions = [sample.turns[0][0] for sample in DATASETS[kind](path)]
         assert questions == [f"In <image>, {text}?", f"{text} <image>"] * 4
-        for bad in (
-            [],
-            {},
-            [3],
-            ["<image> no place"],
-            [f"<image> <image> {place}"],
-            [words[0] * 2],
-        ):
+        for bad in ([], {}, [3], ["<image> no place"], [words[0] * 2]):
             write(templates, bad)
             with refused("t.json"):
                 DATASETS[kind](path)
@@ -202,17 +194,6 @@ def test_the_mix_trains_and_boxes_need_padding(mix, flags, clean_run):
     for name in names[2:]:
         with refused("pad"):
             train.main(flags(data1=name, image_mode="crop", out="no", **options))
-
-
-def test_the_size_of_a_real_photograph_gives_the_boxes_of_the_stated_size(real, tmp_path):
-    records = [json.loads(line) for line in (real / "shikra_rec.jsonl").read_text().splitlines()]
-    points = [
-        V7W | {"file_path": record["img_path"], "candidates": [], "answer": record["bbox"]}
-        for record in records
-    ]
-    opened = DATASETS["v7w"](write(tmp_path / "v7w.json", points), real / "images")
-    stated = DATASETS["rec"](real / "shikra_rec.jsonl", real / "images")
-    assert [sample.turns[0][1] for sample in opened] == [sample.turns[0][1] for sample in stated]
 
 
 # --- the loader ---
@@ -260,11 +241,10 @@ def names(steps):
     return [[name for batch in step for name in batch.ids] for step in steps]
 
 
-def same(steps, others):
+def assert_same(steps, others):
     for a, b in zip(sum(steps, []), sum(others, []), strict=True):
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.labels, b.labels)
         assert torch.equal(a.pixels, b.pixels) and a.ids == b.ids
-    return True
 
 
 def test_a_batch_packs_dialogues_with_their_images_and_no_padding(loader):
@@ -273,8 +253,8 @@ def test_a_batch_packs_dialogues_with_their_images_and_no_padding(loader):
         Sample([gray], [("<image>q", "one")], "one"),
         Sample([], [("no image", "ok")], "text"),
         Sample([black, Image.new("RGB", (4, 2), "white")], [("<image><image>", "two")], "two"),
-        # the second turn is too long, so its image goes, too
-        Sample([black, gray], [("<image>q", "a"), ("<image>q", "a" * 300)], "cut"),
+        # the second turn is far too long, so its image goes, too
+        Sample([black, gray], [("<image>q", "a"), ("<image>q", "a b " * 100_000)], "cut"),
         Sample([black], [("<image>q", "a" * 300)], "too long"),
     ]
     ((batch,),) = take(loader(Mixed(samples), 5, 5), 1)
@@ -304,7 +284,6 @@ def test_a_batch_packs_dialogues_with_their_images_and_no_padding(loader):
 def test_order_is_a_pure_function_that_groups_similar_lengths():
     lengths = [i * 7 % 40 for i in range(101)]
     first = order(lengths, 3, 2, 8)
-    np.random.seed(5)
     assert first == order(lengths, 3, 2, 8) and sorted(first) == list(range(101))
     assert first not in [order(lengths, seed, epoch, 8) for seed, epoch in ((3, 1), (4, 2))]
     # 101 samples in steps of 8: each epoch begins within a step, and the others stay whole
@@ -322,7 +301,7 @@ def test_the_stream_goes_through_the_epochs_and_continues_at_any_sample(loader):
     stream = sum(names(steps), [])
     assert stream == [f"n{i}" for i in expected[:88]]
     for done in (1, 3, 4, 8):
-        assert same(take(loader(dataset, start=done * 8), 3), steps[done : done + 3])
+        assert_same(take(loader(dataset, start=done * 8), 3), steps[done : done + 3])
     assert names(take(loader(dataset, start=13), 2)) == [stream[13:21], stream[21:29]]
 
 
@@ -341,7 +320,7 @@ def test_ranks_share_each_step_and_workers_change_nothing(loader):
     dataset = Listed(60, bad=[3, 11], empty=[4])
     alone, helped = loader(dataset, **options), loader(dataset, workers=2, **options)
     state = torch.get_rng_state()
-    assert same(take(alone, 8), take(helped, 8))
+    assert_same(take(alone, 8), take(helped, 8))
     assert alone.seen == helped.seen and [*alone.skipped] == [*helped.skipped] != []
     assert torch.equal(state, torch.get_rng_state())
 
@@ -373,12 +352,6 @@ def test_a_sample_that_cannot_be_used_is_skipped_counted_and_named(loader, tmp_p
     records[0] |= {"id": "\ud83d\x1b[2J\n" + "x" * 1_000_000}
     (name,) = {sample.id for sample in LlavaData(write(tmp_path / "a.json", records[:1]), tmp_path)}
     assert name.isprintable() and len(name) == 80
-
-
-def test_a_huge_text_is_cut_to_the_turns_that_fit(world_tokenizer):
-    turns = [("q", "yes"), ("a", "circle"), ("q", "a b " * 100_000)]
-    batches = Batches([Sample([], turns, "a")], world_tokenizer, "tiny", ImageSpec(8), 4, 100)
-    assert batches[[0]].tokens[0].tolist() == encode(world_tokenizer, turns[:2], "tiny")[0]
 
 
 def test_too_many_bad_images_stop_the_run(loader):
