@@ -186,45 +186,21 @@ def test_connectors_see_each_tile_on_its_own():
 
 # --- preprocessor_config.json ---
 
-SQUARE = {"height": 224, "width": 224}
-CROP = {"do_center_crop": True, "crop_size": SQUARE}
-STATISTICS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}
-# as published by openai (older and newer), facebook/dinov2, google/siglip, google/vit (two ages),
-# facebook/deit and llava-hf -> size, mode, resample, resize_to,
-# pinpoints (width, height)
-PUBLISHED = [
-    ({"crop_size": 336, "do_center_crop": True, "size": 336}, "CLIP", (336, "crop", 3, None)),
-    (CROP | {"size": {"shortest_edge": 224}}, "CLIP", (224, "crop", 3, None)),
-    (CROP | {"size": {"shortest_edge": 256}}, "Bit", (224, "crop", 3, 256)),
-    ({"size": {"height": 384, "width": 384}}, "Siglip", (384, "stretch", 3, None)),
-    ({"size": SQUARE, "resample": 2}, "ViT", (224, "stretch", 2, None)),
-    ({"size": 224}, None, (224, "stretch", 2, None)),
-    (CROP | {"size": 256, "resample": 3}, "DeiT", (224, "stretch", 3, 256)),
-    (CROP | {"do_pad": True, "size": 224}, "Llava", (224, "pad", 3, None)),
-    (
-        CROP | {"size": 224, "image_grid_pinpoints": [[224, 448], [896, 224]]},
-        "LlavaNext",
-        (224, "anyres", 3, None, ((448, 224), (224, 896))),
-    ),
-]
+# published files -> the fields of ImageSpec, with other statistics
+PUBLISHED = json.loads((ROOT / "tests" / "fixtures" / "preprocessors.json").read_text())
 
 
 def test_published_preprocessing_is_read_and_written_and_others_are_an_error(tmp_path):
     path = tmp_path / "preprocessor_config.json"
     with refused(path.name):
         ImageSpec.from_folder(tmp_path)
-    for config, kind, expected in PUBLISHED:
-        config = config | STATISTICS
-        if kind:
-            key = "feature_extractor_type" if kind == "DeiT" else "image_processor_type"
-            config[key] = kind + "ImageProcessor"
-        path.write_text(json.dumps(config))
+    for release, published in PUBLISHED.items():
+        path.write_text(json.dumps(published["config"]))
         spec = ImageSpec.from_folder(tmp_path)
-        size, mode, *others = expected
-        assert spec == ImageSpec(size, mode, *map(tuple, STATISTICS.values()), *others)
+        assert json.loads(json.dumps(vars(spec))) == published["spec"], release
         path.write_text(json.dumps(spec.config()))
         assert ImageSpec.from_folder(tmp_path) == spec
-    not_square = {"size": {"height": 224, "width": 448}} | STATISTICS
+    not_square = PUBLISHED["google/siglip"]["config"] | {"size": {"height": 224, "width": 448}}
     for config in ({}, {"size": 224}, [1], not_square):
         path.write_text(json.dumps(config))
         with refused(path.name):

