@@ -16,12 +16,14 @@ from interop.load import load_model
 from interop.phi import Phi, PhiConfig
 from llama import Llama, LlamaConfig
 from mllm import MLLM
+from vit import ViT, ViTConfig
 
 SHAPE = {"hidden_size": 16, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 TOWERS = {
     "clip": (CLIPVision, CLIPVisionConfig, {"num_hidden_layers": 6, "intermediate_size": 24}),
     "siglip": (SigLIPVision, SigLIPVisionConfig, {"num_hidden_layers": 7, "intermediate_size": 24}),
     "dinov2": (DINOv2, DINOv2Config, {"num_hidden_layers": 4, "mlp_ratio": 2}),
+    "vit": (ViT, ViTConfig, {"num_hidden_layers": 4, "intermediate_size": 24}),
     "registers": (DINOv2, DINOv2Config, {"num_register_tokens": 2}),
 }
 LLM = {"vocab_size": 384, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
@@ -31,7 +33,7 @@ IMAGE[10:20, 5:15] = 30
 IMAGE = IMAGE.numpy()
 
 
-def build(connector, towers=("clip",), template="vicuna_v1", mode="pad", llm=None):
+def build(connector, towers=("clip",), template="vicuna_v1", mode="pad", llm=None, tokenizer=None):
     """Build a small MLLM with large random weights, so that every image changes the answer."""
     torch.manual_seed(0)
     vision = []
@@ -41,7 +43,8 @@ def build(connector, towers=("clip",), template="vicuna_v1", mode="pad", llm=Non
     llm = llm or Llama(LlamaConfig(**LLM))
     mean, std = (x.flatten().tolist() for x in (vision[0].normalize.mean, vision[0].normalize.std))
     spec = ImageSpec(32, mode, mean, std)
-    return wide(MLLM(vision, llm, connector, make_tokenizer(), template, spec), 4)
+    tokenizer = tokenizer or make_tokenizer()
+    return wide(MLLM(vision, llm, connector, tokenizer, template, spec), 4)
 
 
 @torch.no_grad()
