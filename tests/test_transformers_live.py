@@ -154,7 +154,7 @@ def test_anyres_is_that_of_transformers(rename, tmp_path):
 @torch.no_grad()
 def test_transformers_llava_gives_the_logits_of_what_we_trained(tmp_path):
     """With its own tokenizer, chat template and <image> token; a new token is never chosen."""
-    without_image = make_tokenizer().to_str().replace("<image>", "<other>")
+    without_image = Tokenizer.from_str(make_tokenizer().to_str().replace("<image>", "<other>"))
     cases = [
         ("sci", "siglip", {"num_key_value_heads": 1}),
         ("linear", "dinov2", {}),
@@ -165,9 +165,7 @@ def test_transformers_llava_gives_the_logits_of_what_we_trained(tmp_path):
     ]
     for i, (connector, tower, options) in enumerate(cases):
         llm, folder = LlamaConfig(**LLM | options | {"vocab_size": VOCABULARY}), tmp_path / str(i)
-        ours = build(
-            connector, (tower,), llm=Llama(llm), tokenizer=Tokenizer.from_str(without_image)
-        )
+        ours = build(connector, (tower,), llm=Llama(llm), tokenizer=without_image)
         assert export(ours, folder) == "llava-hf"
         theirs, report = transformers.LlavaForConditionalGeneration.from_pretrained(
             folder, output_loading_info=True
