@@ -102,7 +102,7 @@ def test_the_slider_changes_the_picture(page):
     page.get_by_role("tab", name="Look inside").click()
     page.get_by_role("button", name="Look inside").click()
     figures = page.frame_locator("iframe").locator("figure")
-    for name, last in (("Is it red?", "block 2, head 2"), ("patches as colors", "hidden[2]")):
+    for name, last in (("Is it red?", "block 2, head 2"), ("patches as colors", "hidden[6]")):
         figure = figures.filter(has_text=name)
         image = figure.locator("img").locator("visible=true")
         before = image.screenshot()
