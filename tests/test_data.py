@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import losses, refused
+from conftest import ROOT, losses, refused
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
@@ -27,9 +27,6 @@ def write(path, records, lines=False):
 
 def talk(*texts):
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-
-
-GOOD = {"id": "good", "image": "a.jpg", "conversations": talk("<image>\nq", "a")}
 
 
 def test_llava_json_and_jsonl_and_openai_messages_give_the_same_samples(tmp_path):
@@ -58,59 +55,22 @@ def test_llava_json_and_jsonl_and_openai_messages_give_the_same_samples(tmp_path
         assert dataset.length(2) < dataset.length(0) < dataset.length(1)
 
 
-BAD_TALKS = [[], ["q"], [{"value": "no role"}], [{"from": "bot", "value": "x"}]]
-# two questions in a row, a system prompt in the middle, half a character, marks without images
-BAD_TALKS += [talk("q") * 2, [*talk("q"), {"from": "system", "value": "s"}]]
-BAD_TALKS += [talk("What \ud83d?", "a"), talk("<image>q", "a"), talk("q\n<image> ", "a")]
-# the image folder is images/
-BAD_IMAGES = (3, ".", "../a.jpg", "sub/../../a.jpg", "../images2/a.jpg", "/etc/passwd", "a\0.jpg")
-BAD_RECORDS = [[1], {"id": 3}, {"images": ["a.jpg"], "conversations": talk("q", "a")}]
-BAD_RECORDS += [{"conversations": turns} for turns in BAD_TALKS]
-BAD_RECORDS += [GOOD | {"image": name} for name in (*BAD_IMAGES, "\ud83d.jpg", ["a.jpg", "b.jpg"])]
-# keys that are not read
-BAD_RECORDS += [{key: "x", "conversations": talk("q", "a")} for key in ("video", "imge", "system")]
-BAD_BOXES = ([1, 2, 3], None, [1, 1, "2", 2], [3, 1, 2, 2], [1, 60, 2, 99], [-4, 1, -1, 2])
-BAD_BOXES += ([0.1, 0.2, 0.3, 1], [1, 1, 2, float("inf")], [1, 1, 2, 10**400])
-BAD_CHANGES = [{"bbox": box} for box in BAD_BOXES]
-BAD_CHANGES += [{"width": 0}, {"height": None}, {"expression": None}, {"img_path": "../a.jpg"}]
-BAD_CHANGES += [{"expression": "a <boxes>"}, {"expression": "an <image>"}]
-
-# the formats of COMM's mix, about an image of 100 x 50 pixels
-NAME = "COCO_train2014_000000000007.jpg"
-LEFT, RIGHT = [10, -3, 30, 50], [50.5, 10, 120, 30]
-COCO = {"questions": [{"question_id": 5, "image_id": 7, "question": "What?"}]}
-COCO["annotations"] = [
-    {"question_id": 5, "image_id": 7, "multiple_choice_answer": "cat", "caption": "a cat "}
-]
-COCO["images"] = [{"id": 7, "file_name": NAME}]
-REC = {"img_path": NAME, "expression": "it", "bbox": LEFT, "width": 100, "height": 50}
-V7W = {"file_path": NAME, "question": "Which?", "candidates": [RIGHT, LEFT], "answer": RIGHT}
-RD = {"img_path": NAME, "boxes": [LEFT, RIGHT], "answer": "no"}
-RD |= {"question": "Is <ph_st>it<ph_ed> red?", "question_boxes_seq": [[1]]}
-RD |= {"cot_with_ans": "<ph_st>both<ph_ed>: no", "answer_boxes_seq": [[0, 1]]}
-MIX = {"vqa": COCO, "caption": COCO, "v7w": V7W, "rd": RD, "rec": REC, "reg": REC}
+# good records, of COMM's mix about an image of 100 x 50 pixels; the turns they become; bad ones
+FORMATS = json.loads((ROOT / "tests" / "fixtures" / "formats.json").read_text())
+GOOD, MIX = FORMATS["good"].pop("llava"), FORMATS["good"]
+NAME = MIX["rec"]["img_path"]
 CAPTION = {"img_path": NAME, "caption": "a cat"}
-BAD_CAPTIONS = [CAPTION | {"caption": text} for text in (3, "<image>", "\ud83d")]
-BAD_POINTS = [{"answer": [1, 2]}, {"candidates": 3}, {"candidates": [LEFT, "box"]}]
-BAD_POINTS = [V7W | change for change in (*BAD_POINTS, {"file_path": ["a.jpg", "b.jpg"]})]
-BAD_SEQUENCES = [{"answer_boxes_seq": [[0], [1]]}, {"question_boxes_seq": 1}, {"question": None}]
-BAD_RD = [RD | change for change in (*BAD_SEQUENCES, {"boxes": [LEFT]}, {"boxes": {}})]
 
 
 def test_a_bad_record_or_file_is_named_in_one_line(tmp_path):
     (tmp_path / "images").mkdir()
     file = tmp_path / "bad.json"
-    for cls, good, records in (
-        (LlavaData, GOOD, BAD_RECORDS),
-        (DATASETS["rec"], REC, [REC | change for change in BAD_CHANGES]),
-        (DATASETS["caption"], CAPTION, BAD_CAPTIONS),
-        (DATASETS["v7w"], V7W, BAD_POINTS),
-        (DATASETS["rd"], RD, BAD_RD),
-    ):
-        for record in records:
+    for kind, records in FORMATS["bad"].items():
+        good = {"llava": GOOD, "caption": CAPTION}.get(kind) or MIX[kind]
+        for why, record in records.items():
             with refused() as error:
-                cls(write(file, [good, record]), tmp_path / "images")
-            assert str(error.value).startswith(f"{file}, sample 1"), record
+                DATASETS[kind](write(file, [good, record]), tmp_path / "images")
+            assert str(error.value).startswith(f"{file}, sample 1"), why
     for text, part in [
         (b'[{"id": 1},\n {"id": 2}\n {"id": 3}]', "line 3"),
         (b'{"id": 1}\n{"id": \n', "line 2"),
@@ -133,24 +93,10 @@ def mix(tmp_path):
     return files | {"vqa": f"{files['vqa']},{files['caption']}"}
 
 
-# 25 rows of padding above; what is outside the image is cut off
-LEFT_TEXT, RIGHT_TEXT = "[0.100,0.250,0.300,0.750]", "[0.505,0.350,1.000,0.550]"
-TURNS = {
-    "vqa": ("What?\nAnswer the question using a single word or phrase.", "cat"),
-    "caption": ("Describe the image in one sentence.", "a cat"),
-    "v7w": (f"Which? Choose from {LEFT_TEXT} {RIGHT_TEXT}", RIGHT_TEXT),
-    "rd": (
-        f"Is it{RIGHT_TEXT} red? Explain it, with the box [x1,y1,x2,y2] of each object.",
-        f"both{LEFT_TEXT[:-1]};{RIGHT_TEXT[1:]}: no",
-    ),
-    "rec": ("Where is it? Answer with the box [x1,y1,x2,y2].", LEFT_TEXT),
-    "reg": (f"What is in the box {LEFT_TEXT}? Tell it from everything else.", "it"),
-}
-
-
 def test_a_format_of_the_mix_gives_image_question_answer_and_boxes(mix, loader, tmp_path):
-    assert {"llava", *TURNS} == DATASETS.keys()
-    for kind, (question, answer) in TURNS.items():
+    assert {"llava", *MIX} == DATASETS.keys()
+    # 25 rows of padding above; what is outside the image is cut off
+    for kind, (question, answer) in FORMATS["turns"].items():
         dataset = DATASETS[kind](mix[kind])
         assert list(map(tuple, dataset[0].turns)) == [(f"<image>\n{question}", answer)]
         ((batch,),) = take(loader(dataset, 1, 1, max_length=500), 1)
@@ -170,9 +116,9 @@ def test_a_format_of_the_mix_gives_image_question_answer_and_boxes(mix, loader, 
 
 
 def test_the_index_chooses_the_words_of_the_question_also_from_a_file(tmp_path):
-    records = write(tmp_path / "rec.jsonl", [REC] * 8, lines=True)
-    templates = tmp_path / "t.json"
-    for kind, place, text in (("rec", "<expr>", "it"), ("reg", "<objs>", LEFT_TEXT)):
+    records = write(tmp_path / "rec.jsonl", [MIX["rec"]] * 8, lines=True)
+    templates, box = tmp_path / "t.json", FORMATS["turns"]["rec"][1]
+    for kind, place, text in (("rec", "<expr>", "it"), ("reg", "<objs>", box)):
         questions = [sample.turns[0][0] for sample in DATASETS[kind](records)]
         assert questions[:4] == questions[4:] and len(set(questions)) == 4
         words = [f"In <image>, {place}?", f"{place} <image>"]
