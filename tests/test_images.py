@@ -200,6 +200,10 @@ def test_published_preprocessing_is_read_and_written_and_others_are_an_error(tmp
         assert json.loads(json.dumps(vars(spec))) == published["spec"], release
         path.write_text(json.dumps(spec.config()))
         assert ImageSpec.from_folder(tmp_path) == spec
+    # as transformers 5 writes it
+    path.unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": spec.config()}))
+    assert ImageSpec.from_folder(tmp_path) == spec
     not_square = PUBLISHED["google/siglip"]["config"] | {"size": {"height": 224, "width": 448}}
     for config in ({}, {"size": 224}, [1], not_square):
         path.write_text(json.dumps(config))
