@@ -5,10 +5,10 @@ thousand times the rounding of float64 and far below the effect of a wrong layer
 """
 
 import math
-from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import refused, relative_error
 
 from connector import CONNECTORS, MERGES, Tower, make_connector
@@ -52,31 +52,22 @@ def run(module, hidden):
 
 
 def linear(state, name, x):
-    return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+    return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
 
 def two_linears(state, name, x):
-    x = linear(state, f"{name}.0", x)
-    return linear(state, f"{name}.2", x * 0.5 * (1 + torch.erf(x / math.sqrt(2))))
+    return linear(state, f"{name}.2", F.gelu(linear(state, f"{name}.0", x)))
 
 
 def layer_norm(state, name, x):
-    x = x - x.mean(-1, keepdim=True)
-    x = x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-5)
-    return x * state[f"{name}.weight"] + state[f"{name}.bias"]
+    return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
 
 
 def conv_and_norm(state, name, x):
     """A 3 x 3 convolution over the grid of 4 x 4 patches, then BatchNorm with batch statistics."""
-    weight, x = state[f"{name}.0.weight"], x.reshape(B, 4, 4, -1)
-    out = state[f"{name}.0.bias"].expand(B, 4, 4, -1).clone()
-    for row, column, i, j in product(range(4), range(4), range(3), range(3)):
-        y, z = row + i - 1, column + j - 1
-        if 0 <= y < 4 and 0 <= z < 4:
-            out[:, row, column] += x[:, y, z] @ weight[:, :, i, j].T
-    out = out.flatten(0, 2)
-    out = (out - out.mean(0)) / torch.sqrt(out.var(0, unbiased=False) + 1e-5)
-    return (out * state[f"{name}.1.weight"] + state[f"{name}.1.bias"]).reshape(B, N, -1)
+    (conv, norm) = [[state[f"{name}.{i}.{key}"] for key in ("weight", "bias")] for i in (0, 1)]
+    x = F.conv2d(x.mT.reshape(B, -1, 4, 4), *conv, padding=1)
+    return F.batch_norm(x, None, None, *norm, training=True).flatten(2).mT
 
 
 def by_hand_dense(spec, module, hidden, pinned):
@@ -149,18 +140,9 @@ def test_every_connector_equals_its_slow_derivation_which_bfloat16_hardly_change
     assert relative_error(run(module.bfloat16(), hidden), expected) < 0.03
 
 
-def test_names_shapes_and_token_counts_are_those_of_the_public_checkpoints():
-    tokens = {"sti": 720, "efficient": 144}
-    channels = {"linear": 1, "mlp": 1, "sti": 1, "sci": 3, "dense": 3, "dci": 3, "efficient": 3}
-    for name, parts in channels.items():
-        module = make_connector(name, [Tower(24, 1024, 576)], 64)
-        shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-        expected = {"mm_projector.weight": (64, 1024), "mm_projector.bias": (64,)}
-        if name != "linear":
-            expected = {"mm_projector.0.weight": (64, parts * 1024), "mm_projector.0.bias": (64,)}
-            expected |= {"mm_projector.2.weight": (64, 64), "mm_projector.2.bias": (64,)}
-        assert shapes == expected
-        assert module.num_tokens == tokens.get(name, 576)
+def test_token_counts_are_those_of_the_papers():
+    for name, number in {"mlp": 576, "sti": 720, "sci": 576, "dci": 576, "efficient": 144}.items():
+        assert make_connector(name, [Tower(24, 8, 576)], 4).num_tokens == number
     assert make_connector("dci", [Tower(24, 8, 576)], 4).spec()["name"] == "dense"
 
 
