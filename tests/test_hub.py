@@ -144,10 +144,12 @@ def test_every_tensor_of_a_public_tower_has_its_place(release, tmp_path):
     config, tower_class = row["config"], CLASSES[row["class"]]
     if "id2label" in config:
         config = config | {"id2label": {str(i): "" for i in range(config["id2label"])}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    shapes = expand(row["tensors"])
+    # the names show whether there is a head
+    save_checkpoint(tmp_path, {name: torch.zeros(0) for name in shapes}, config)
     with on_meta():
         tower = tower_class.from_folder(tmp_path)
-    match(tower, expand(row["tensors"]), tower.name_of, release)
+    match(tower, shapes, tower.name_of, release)
     count = sum(parameter.numel() for parameter in tower.parameters())
     assert count / 1e6 == pytest.approx(row["millions"][1], abs=0.06)
 

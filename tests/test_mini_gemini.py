@@ -168,27 +168,6 @@ def test_a_release_is_read_as_its_authors_compute_it(groups, grid, tmp_path, mon
     assert again.generate([image], ["What?"], 4) == model.generate([image], ["What?"], 4)
 
 
-def test_what_is_not_read_names_mini_gemini(tmp_path, monkeypatch):
-    monkeypatch.setattr(ConvNeXt, "config_class", TinyConfig)
-    make_release(tmp_path, 0, 1)
-    path = tmp_path / "config.json"
-    text = path.read_text()
-    for change in (
-        {"model_type": "mgm_gemma"},
-        {"image_grid": 3},
-        {"image_grid": 2},
-        {"mm_hidden_size": 32},
-        {"mm_projector_type": "linear"},
-        {"mm_vision_tower_aux": "openclip-convnext-xxlarge"},
-    ):
-        path.write_text(json.dumps(json.loads(text) | change))
-        with refused("Mini-Gemini"):
-            load_model(tmp_path)
-    path.write_text(json.dumps(json.loads(text) | {"image_size_aux": 72}))
-    with refused("multiple of 16"):
-        load_model(tmp_path)
-
-
 def test_timms_file_is_read_without_its_head(tiny_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(ConvNeXt, "config_class", TinyConfig)
     tensors = load_file(tiny_folders["convnext"] / "model.safetensors")
@@ -211,7 +190,3 @@ def test_it_trains_on_the_toy_world(tiny_folders, flags, clean_run):
     assert model.spec.size == 128 and model.vision[0].config.image_size == 64
     before = load_file(tiny_folders["convnext"] / "model.safetensors")
     assert all(torch.equal(before[name], saved_weights()[f"vision.1.{name}"]) for name in before)
-    with refused("multiple of 16"):
-        train.main(flags(**options | {"image_size": 72, "out": "wrong"}))
-    with refused("takes only 64"):
-        train.main(flags(image_size=128, out="wrong"))
