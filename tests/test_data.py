@@ -11,12 +11,20 @@ from PIL import Image
 from torch.utils.data import ConcatDataset
 
 import train
-from common.images import BadImage, ImageSpec, prepare
+from common.images import BadImage, ImageSpec
 from common.records import check_images
 from data import DATASETS, LlavaData, Loader, Sample, collate, num_with_images, order
 from dialogue import IGNORE, IMAGE
 
 # --- formats ---
+
+
+# dialogues; good records, of COMM's mix about an image of 100 x 50 pixels, the turns that they
+# become; bad records
+FORMATS = json.loads((ROOT / "tests" / "fixtures" / "formats.json").read_text())
+GOOD, MIX = FORMATS["good"].pop("llava"), FORMATS["good"]
+NAME = MIX["rec"]["img_path"]
+CAPTION = {"img_path": NAME, "caption": "a cat"}
 
 
 def write(path, records, lines=False):
@@ -30,16 +38,8 @@ def talk(*texts):
 
 
 def test_llava_json_and_jsonl_and_openai_messages_give_the_same_samples(tmp_path):
-    system = [{"from": "system", "value": "Be brief."}]
-    records = [
-        {"id": "one", "image": "sub/a.jpg", "conversations": talk("<image>\nq", "a", "q2", "a2")},
-        {"id": 2, "image": ["a.jpg", "b.jpg"], "conversations": talk("<image><image>?", "first")},
-        # an answer that comes first and a question that comes last are dropped
-        {"conversations": system + talk("", "said first", "no image", "none", "open")[1:]},
-    ]
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "no image"}]
-    messages += [{"role": "assistant", "content": "none"}]
-    records.append({"messages": messages, "images": [], "video": None, "model": "gpt4"})
+    # an answer that comes first and a question that comes last are dropped
+    records = FORMATS["dialogues"]
     (tmp_path / "sub").mkdir()
     a, b = str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")
     expected = [
@@ -53,13 +53,6 @@ def test_llava_json_and_jsonl_and_openai_messages_give_the_same_samples(tmp_path
         assert list(dataset) == expected
         assert num_with_images(ConcatDataset([dataset, Listed(3)])) == 2 + 3
         assert dataset.length(2) < dataset.length(0) < dataset.length(1)
-
-
-# good records, of COMM's mix about an image of 100 x 50 pixels; the turns they become; bad ones
-FORMATS = json.loads((ROOT / "tests" / "fixtures" / "formats.json").read_text())
-GOOD, MIX = FORMATS["good"].pop("llava"), FORMATS["good"]
-NAME = MIX["rec"]["img_path"]
-CAPTION = {"img_path": NAME, "caption": "a cat"}
 
 
 def test_a_bad_record_or_file_is_named_in_one_line(tmp_path):
@@ -193,38 +186,36 @@ def assert_same(steps, others):
         assert torch.equal(a.pixels, b.pixels) and a.ids == b.ids
 
 
-def test_a_batch_packs_dialogues_with_their_images_and_no_padding(loader):
-    gray, black = np.full((8, 8, 3), 7, np.uint8), np.zeros((8, 8, 3), np.uint8)
+def test_a_batch_packs_dialogues_with_their_images_and_no_padding(loader, tmp_path):
+    black, shared = np.zeros((8, 8, 3), np.uint8), tmp_path / "shared.png"
+    Image.new("RGB", (8, 8), (7, 7, 7)).save(shared)
     samples = [
-        Sample([gray], [("<image>q", "one")], "one"),
+        Sample([shared], [("<image>q", "one")], "one"),
         Sample([], [("no image", "ok")], "text"),
-        Sample([black, Image.new("RGB", (4, 2), "white")], [("<image><image>", "two")], "two"),
+        Sample([black, Image.new("RGB", (4, 4), "white")], [("<image><image>", "two")], "two"),
         # the second turn is far too long, so its image goes, too
-        Sample([black, gray], [("<image>q", "a"), ("<image>q", "a b " * 100_000)], "cut"),
+        Sample([shared, black], [("<image>q", "a"), ("<image>q", "a b " * 100_000)], "cut"),
         Sample([black], [("<image>q", "a" * 300)], "too long"),
     ]
     ((batch,),) = take(loader(Mixed(samples), 5, 5), 1)
-    images = {"one": 1, "text": 0, "two": 2, "cut": 1}
-    assert sorted(batch.ids) == sorted(images)
+    colors = {"one": [7], "text": [], "two": [0, 255], "cut": [7]}
+    assert sorted(batch.ids) == sorted(colors)
     assert [name for _, name, _ in batch.skipped] == ["too long"]
-    assert batch.pixels.shape == (4, 3, 8, 8) and batch.pixels.dtype == torch.uint8
+    # a file that two dialogues share is in the batch once
+    assert batch.pixels.shape == (3, 3, 8, 8) and batch.pixels.dtype == torch.uint8
     assert batch.tokens.shape == batch.labels.shape == (1, sum(batch.lengths))
     tokens, labels = batch.tokens[0].split(batch.lengths), batch.labels[0].split(batch.lengths)
     for name, its_tokens, its_labels in zip(batch.ids, tokens, labels, strict=True):
-        assert (its_tokens == IMAGE).sum() == 4 * images[name]
+        assert (its_tokens == IMAGE).sum() == 4 * len(colors[name])
         supervised = its_labels != IGNORE
         assert torch.equal(its_labels[supervised], its_tokens[supervised])
         assert supervised[-1] and not supervised[0]
-    place = sum(images[name] for name in batch.ids[: batch.ids.index("one")])
-    assert (batch.pixels[place] == 7).all()
-    # a file that two dialogues share is in the batch once; the first token of a dialogue is not
-    # predicted from the dialogue before it
+    found = batch.pixels.flatten(1).float().mean(1)[batch.image_index[::4] // 4]
+    assert found.tolist() == [color for name in batch.ids for color in colors[name]]
+    # the first token of a dialogue is not predicted from the dialogue before it
     a, b = np.array([[5, 6], [5, 6]]), np.array([[7, 8, 9], [7, IGNORE, 9]])
-    images = {"a.jpg": prepare(black, ImageSpec(8), 2), "skipped.jpg": None}
-    batch = collate([("a", a, ["a.jpg"]), ("b", b, ["a.jpg"])], [], images, ImageSpec(8), 2)
-    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9]] and batch.lengths == [2, 3]
+    batch = collate([("a", a, []), ("b", b, [])], [], {}, ImageSpec(8), 2)
     assert batch.labels.tolist() == [[IGNORE, 6, IGNORE, IGNORE, 9]]
-    assert batch.pixels.shape == (1, 3, 8, 8) and batch.image_index.tolist() == [0, 1, 0, 1]
 
 
 def test_order_is_a_pure_function_that_groups_similar_lengths():

@@ -51,14 +51,10 @@ cli.run(train.main)"""
 
 
 def tensors(run="run"):
-    """{file and name: bytes} of the tensors in the model and in the last checkpoint."""
+    """Read the model's weights and the files of the last checkpoint -> {name: bytes}."""
     files = [Path(run) / "model" / "model.safetensors"]
     files += sorted((Path(run) / "checkpoints" / LAST).glob("*.safetensors"))
-    found = {}
-    for file in files:
-        for name, tensor in load_file(file).items():
-            found[file.name, name] = tensor.numpy().tobytes()
-    return found
+    return {file.name: file.read_bytes() for file in files}
 
 
 def checkpoints(run="run"):

@@ -137,10 +137,6 @@ def test_anyres_is_that_of_transformers(rename, tmp_path):
     assert (tokens == IMAGE).sum() == len(image_index) > 4 * 16
     logits = ours.llm(embeds=ours.embed(tokens, pixels, image_index))
     assert relative_error(logits, theirs(**inputs).logits) < 1e-5
-    inputs["attention_mask"] = torch.ones_like(tokens)
-    greedy = theirs.generate(**inputs, max_new_tokens=12, do_sample=False)[0, len(ids) :]
-    (text,) = ours.generate([images], ["What?"], 12)
-    assert text == ours.text(greedy.tolist())
 
 
 @torch.no_grad()
