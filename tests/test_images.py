@@ -211,22 +211,11 @@ def test_published_preprocessing_is_read_and_written_and_others_are_an_error(tmp
             ImageSpec.from_folder(tmp_path)
 
 
-def test_boxes_move_with_the_padding_and_back():
-    """A white rectangle is in the padded image where pad_box says; unpad_box leads back."""
-    for width, height in ((640, 480), (333, 500), (7, 1000)):
-        box = [width // 4, height // 4, width // 2 + 1, height // 2 + 1]
-        pixels = np.zeros((height, width, 3), np.uint8)
-        pixels[box[1] : box[3], box[0] : box[2]] = 255
-        side = max(width, height)
-        white = (to_pixels(pixels, ImageSpec(side)) == 255).all(0).nonzero()
-        top, left = white.min(0).values.tolist()
-        bottom, right = (white.max(0).values + 1).tolist()
-        padded = images.pad_box(box, width, height)
-        assert np.allclose(np.array(padded) * side, [left, top, right, bottom])
-        assert np.allclose(images.unpad_box(padded, width, height), box)
-
-
-def test_boxes_are_text_and_iou_is_the_shared_area():
+def test_boxes_move_with_the_padding_are_text_and_iou_is_the_shared_area():
+    # 25 columns or rows on both sides
+    for size, padded in (((50, 100), [0.25, 0, 0.75, 1]), ((100, 50), [0, 0.25, 1, 0.75])):
+        assert images.pad_box([0, 0, *size], *size) == pytest.approx(padded)
+        assert images.unpad_box(padded, *size) == pytest.approx([0, 0, *size])
     assert images.format_box([0.39, 0.48301, 0.8836, 1]) == "[0.390,0.483,0.884,1.000]"
     two = "[ 0, .5, 1., 1.25 ] or [[1,1,1,-1]"
     assert images.parse_boxes(two) == [[0, 0.5, 1, 1.25], [1, 1, 1, -1]]
