@@ -6,11 +6,10 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT, recorded, refused, relative_error
-from make_dense_folder import make_folder
+from make_dense_folder import TinyConvNeXt, make_folder, make_mini_gemini
 from make_llava_tokenizer import IMAGE_TOKEN, make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_mini_gemini import TinyConfig, make_release
 from tower_outputs import expand
 
 from common.layouts import OPENAI
@@ -115,8 +114,8 @@ def test_an_anyres_release_is_read_with_its_sizes_and_its_newline(tmp_path):
 
 
 def test_a_release_that_needs_more_than_this_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(ConvNeXt, "config_class", TinyConfig)
-    make_release(tmp_path / "mgm", 0, 1)
+    monkeypatch.setattr(ConvNeXt, "config_class", TinyConvNeXt)
+    make_mini_gemini(tmp_path / "mgm", 0, 1)
     shutil.copytree(recorded("llava")[0], tmp_path / "hf")
     make_folder(tmp_path / "authors", "dci", False)
     changes = json.loads((ROOT / "tests" / "fixtures" / "bad_releases.json").read_text())
