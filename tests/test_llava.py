@@ -19,8 +19,6 @@ from interop import llava
 from interop.convnext import ConvNeXt
 from interop.load import load_model, start_from
 
-# ---- llava-hf: recorded --------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def test_logits_and_greedy_ids_are_those_that_transformers_gave():
@@ -38,9 +36,6 @@ def test_logits_and_greedy_ids_are_those_that_transformers_gave():
         assert relative_error(logits[:, -reference.shape[1] :], reference) < 1e-5
         greedy = torch.stack(list(model.stream([images], [prompt], 12)), dim=1)[0].tolist()
         assert greedy == expected[f"{name}.greedy"][0].tolist() and len(set(greedy)) > 3
-
-
-# ---- the authors' layout: by hand ----------------------------------------------------------------
 
 
 # dense -> name of the connector, the layers that it reads of CLIP and of SigLIP
@@ -143,9 +138,6 @@ def test_llama_3_and_chatml_releases_get_the_templates_they_were_trained_with(tm
         assert load_model(tmp_path).template == template
 
 
-# ---- a connector alone ---------------------------------------------------------------------------
-
-
 def test_a_connector_alone_replaces_that_of_a_model_if_it_fits(tmp_path, tiny_model):
     """As LLaVA's stage 1 writes it, and as llava-hf and we name it."""
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
@@ -178,8 +170,6 @@ def test_a_connector_alone_replaces_that_of_a_model_if_it_fits(tmp_path, tiny_mo
     assert all(torch.equal(before[n], after[n]) for n in before if "connector" not in n)
     tiny_model.load_state_dict(before)
 
-
-# ---- the public files: names and shapes ----------------------------------------------------------
 
 RELEASES = json.loads((ROOT / "tests" / "fixtures" / "layouts_llava.json").read_text())
 
