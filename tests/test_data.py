@@ -51,7 +51,7 @@ def test_llava_json_and_jsonl_and_openai_messages_give_the_same_samples(tmp_path
     for lines in (False, True):
         dataset = LlavaData(write(tmp_path / "data", records, lines), tmp_path)
         assert list(dataset) == expected
-        assert num_with_images(ConcatDataset([dataset, Listed(3)])) == 2 + 3
+        assert num_with_images(ConcatDataset([dataset, listed(3)])) == 2 + 3
         assert dataset.length(2) < dataset.length(0) < dataset.length(1)
 
 
@@ -138,27 +138,19 @@ def test_the_mix_trains_and_boxes_need_padding(mix, flags, clean_run):
 # --- the loader ---
 
 
-class Listed:
-    """Samples in memory. Images of `bad` are missing, answers of `empty` are empty."""
-
-    def __init__(self, n, bad=(), empty=()):
-        self.n, self.bad, self.empty = n, set(bad), set(empty)
-
-    def __len__(self):
-        return self.n
-
+class Listed(list):
     def length(self, i):
-        return 1 + i * 7 % 40
-
-    def __getitem__(self, i):
-        image = "missing.jpg" if i in self.bad else np.full((8, 8, 3), i % 256, np.uint8)
-        answer = "" if i in self.empty else "x" * self.length(i)
-        return Sample([image], [("<image>\nq", answer)], f"n{i}")
+        return len(self[i].turns[0][1])
 
 
-class Mixed(list):
-    def length(self, i):
-        return 0
+def listed(n, bad=(), empty=()):
+    """Make samples in memory. Images of `bad` are missing, answers of `empty` are empty."""
+    samples = Listed()
+    for i in range(n):
+        image = "missing.jpg" if i in bad else np.full((8, 8, 3), i % 256, np.uint8)
+        answer = "" if i in empty else "x" * (1 + i * 7 % 40)
+        samples.append(Sample([image], [("<image>\nq", answer)], f"n{i}"))
+    return samples
 
 
 @pytest.fixture
@@ -197,7 +189,7 @@ def test_a_batch_packs_dialogues_with_their_images_and_no_padding(loader, tmp_pa
         Sample([shared, black], [("<image>q", "a"), ("<image>q", "a b " * 100_000)], "cut"),
         Sample([black], [("<image>q", "a" * 300)], "too long"),
     ]
-    ((batch,),) = take(loader(Mixed(samples), 5, 5), 1)
+    ((batch,),) = take(loader(Listed(samples), 5, 5), 1)
     colors = {"one": [7], "text": [], "two": [0, 255], "cut": [7]}
     assert sorted(batch.ids) == sorted(colors)
     assert [name for _, name, _ in batch.skipped] == ["too long"]
@@ -231,7 +223,7 @@ def test_order_is_a_pure_function_that_groups_similar_lengths():
 
 
 def test_the_stream_goes_through_the_epochs_and_continues_at_any_sample(loader):
-    dataset = Listed(30)
+    dataset = listed(30)
     lengths = [dataset.length(i) for i in range(30)]
     expected = sum((order(lengths, 0, epoch, 8) for epoch in range(3)), [])
     steps = take(loader(dataset), 11)
@@ -245,16 +237,16 @@ def test_the_stream_goes_through_the_epochs_and_continues_at_any_sample(loader):
 def test_ranks_share_each_step_and_workers_change_nothing(loader):
     # steps of 3 leave a rank of 4 without a sample: its forward pass adds nothing
     for global_batch, size in ((10, 2), (10, 3), (3, 4)):
-        whole = names(take(loader(Listed(50), global_batch), 7))
+        whole = names(take(loader(listed(50), global_batch), 7))
         for rank in range(size):
-            steps = take(loader(Listed(50), global_batch, rank=rank, world_size=size), 7)
+            steps = take(loader(listed(50), global_batch, rank=rank, world_size=size), 7)
             assert names(steps) == [ids[rank::size] for ids in whole]
             assert {len(step) for step in steps} == {math.ceil(global_batch / size / 3)}
     (batch,) = steps[0]
     assert batch.tokens.shape == (1, 1) and batch.labels.tolist() == [[IGNORE]]
     assert batch.lengths == [1] and batch.pixels.shape == (1, 3, 8, 8)
     options = dict(rank=1, world_size=2, start=5)
-    dataset = Listed(60, bad=[3, 11], empty=[4])
+    dataset = listed(60, bad=[3, 11], empty=[4])
     alone, helped = loader(dataset, **options), loader(dataset, workers=2, **options)
     state = torch.get_rng_state()
     assert_same(take(alone, 8), take(helped, 8))
@@ -293,10 +285,10 @@ def test_a_sample_that_cannot_be_used_is_skipped_counted_and_named(loader, tmp_p
 
 def test_too_many_bad_images_stop_the_run(loader):
     # three are forgiven, and so are 0.5%; four of 40 and 2% of 2000 are not
-    take(loader(Listed(40, bad=[5, 6, 7]), 10, 10), 8)
-    take(loader(Listed(2000, bad=range(0, 2000, 200)), 10, 10), 200)
+    take(loader(listed(40, bad=[5, 6, 7]), 10, 10), 8)
+    take(loader(listed(2000, bad=range(0, 2000, 200)), 10, 10), 200)
     for bad, n in (([5, 6, 7, 8], 40), (range(0, 2000, 50), 2000)):
-        loading = loader(Listed(n, bad=bad), 10, 10)
+        loading = loader(listed(n, bad=bad), 10, 10)
         with refused("missing.jpg"):
             take(loading, 150)
         assert loading.seen <= 0.75 * n + 10

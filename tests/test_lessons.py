@@ -31,7 +31,6 @@ FILES = [path.stem for path in ROOT.glob("*.py")]
 ROOMS = ["common", "toy", "benchmarks", "interop", "tools"]
 OTHERS = shutil.ignore_patterns(".*", "docs", "out", "runs", "shared", "tests")
 BLOCK = re.compile(r"(?ms)^(?:<!-- (short|fails): ([^\n]+) -->\n)?```(python|sh|diff)\n(.*?)^```$")
-each_lesson = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
 # note: ("short" or "fails" or "", words)
 Block = namedtuple("Block", ["kind", "text", "note"])
 
@@ -111,7 +110,7 @@ def desk(tmp_path, monkeypatch):
     return tmp_path
 
 
-@each_lesson
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
 def test_a_lesson_runs_as_written(lesson, desk):
     (_, walk), *exercises = read(lesson)
     namespace = {"__name__": "lesson"}
