@@ -51,10 +51,14 @@ cli.run(train.main)"""
 
 
 def tensors(run="run"):
-    """Read the model's weights and the files of the last checkpoint -> {name: bytes}."""
+    """{file and name: bytes} of the tensors in the model and in the last checkpoint."""
     files = [Path(run) / "model" / "model.safetensors"]
     files += sorted((Path(run) / "checkpoints" / LAST).glob("*.safetensors"))
-    return {file.name: file.read_bytes() for file in files}
+    found = {}
+    for file in files:
+        for name, tensor in load_file(file).items():
+            found[file.name, name] = tensor.numpy().tobytes()
+    return found
 
 
 def checkpoints(run="run"):
