@@ -99,20 +99,12 @@ def tiny_folders(world_tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_model(world_tokenizer):
-    """Return a random model of the toy world: two blocks in tower and LLM, 16 patches an image."""
-    from clip import CLIPVision, CLIPVisionConfig
-    from common.images import ImageSpec
-    from llama import Llama, LlamaConfig
+def tiny_model(tiny_folders):
+    """Return a random model of the toy world: tiny_folders' CLIP and LLM, 16 patches an image."""
     from mllm import MLLM
 
     torch.manual_seed(0)
-    sizes = {"num_hidden_layers": 2, "intermediate_size": 64, **HEADS}
-    tower = CLIPVision(CLIPVisionConfig(image_size=64, patch_size=16, **sizes))
-    llm = LlamaConfig(
-        vocab_size=world_tokenizer.get_vocab_size(), max_position_embeddings=256, **sizes
-    )
-    return MLLM([tower], Llama(llm), "mlp", world_tokenizer, "tiny", ImageSpec(64)).eval()
+    return MLLM.assemble([tiny_folders["clip"]], tiny_folders["llama"], "mlp").eval()
 
 
 @pytest.fixture

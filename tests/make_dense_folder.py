@@ -1,12 +1,14 @@
-"""Write a small random checkpoint in the layout of the Dense Connector's releases."""
+"""Write small random checkpoints of the Dense Connector and of Mini-Gemini."""
 
 import json
+from dataclasses import dataclass, field
 
 import torch
 from make_llava_tokenizer import make_tokenizer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
+from interop.convnext import ConvNeXt, ConvNeXtConfig
 from llama import Llama, LlamaConfig
 
 BLOCK = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj"}
@@ -88,3 +90,37 @@ def make_folder(folder, dense, siglip):
     (folder / "config.json").write_text(json.dumps(config))
     make_tokenizer().save(str(folder / "tokenizer.json"))
     return tower, projector, llm
+
+
+@dataclass
+class TinyConvNeXt(ConvNeXtConfig):
+    depths: list = field(default_factory=lambda: [1, 1, 2, 1])
+    hidden_sizes: list = field(default_factory=lambda: [4, 6, 8, 10])
+
+
+def make_mini_gemini(folder, groups, grid):
+    """Return CLIP, ConvNeXt and all tensors of the folder. groups, grid: of means, of crops."""
+    clip, *_ = make_folder(folder, None, False)
+    convnext, width = wide(ConvNeXt(TinyConvNeXt()), 3), 16
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in convnext.named_parameters():
+        tensors[f"model.vision_tower_aux.vision_{name}"] = tensor.detach()
+    channels = (1 + groups) * width
+    for name, (inputs, outputs) in {"query": (16, 16), "aux": (28, 16), "val": (28, 16)}.items():
+        layers = torch.nn.Sequential(torch.nn.LayerNorm(inputs), torch.nn.Linear(inputs, outputs))
+        for key, tensor in wide(layers, 4).named_parameters():
+            tensors[f"model.vlm_uni_{name}_projector.{key}"] = tensor.detach()
+    tensors["model.mm_projector.0.weight"] = 0.2 * torch.randn(24, channels)
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "mgm",
+        "mm_vision_tower_aux": "model_zoo/OpenAI/openclip-convnext-large-d-320-laion2B-s29B",
+        "mm_hidden_size": channels,
+        "mm_hidden_size_aux": 28,
+        "mm_hidden_size_uni": width,
+        "image_size_aux": 96 * grid,
+        "image_grid": grid,
+        "image_global": grid == 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return clip, convnext, tensors

@@ -3,9 +3,8 @@
     pip install -r requirements-dev.txt && python tests/make_llama_fixtures.py
 
 Each folder holds a checkpoint (config.json, model.safetensors) and expected.safetensors: `tokens`
-(B, T), their hidden states (L+1, B, T, C) and `logits` (B, T, V), and `prompts` (B, T), padded on
-the left as `mask` says, with the `greedy` ids (B, 12) that follow. test_transformers_live.py
-compares the logits of more variants.
+(B, T), their `logits` (B, T, V), and `prompts` (B, T), padded on the left as `mask` says, with the
+`greedy` ids (B, 12) that follow. test_transformers_live.py compares the logits of more variants.
 """
 
 from pathlib import Path
@@ -168,12 +167,11 @@ def main():
         generator = torch.Generator().manual_seed(100 + seed)
         tokens = torch.randint(0, model.config.vocab_size, (2, 17), generator=generator)
         with torch.no_grad():
-            output = model(tokens, output_hidden_states=True)
+            logits = model(tokens).logits
         prompts, mask = prompts_of(generator, model.config.vocab_size, 3, 9)
         expected = {
             "tokens": tokens,
-            "hidden_states": torch.stack(output.hidden_states),
-            "logits": output.logits,
+            "logits": logits,
             "prompts": prompts,
             "mask": mask,
             "greedy": continuation(model, prompts, mask, 12).contiguous(),

@@ -80,23 +80,18 @@ def test_help_lists_every_field(capsys):
 
 
 def test_a_command_ends_with_a_status_and_at_most_one_line(capsys):
-    def interrupt():
-        raise KeyboardInterrupt
+    def end_with(error):
+        raise error
 
-    def close_pipe():
-        raise BrokenPipeError
-
-    def run_out_of_memory():
-        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
-
+    out_of_memory = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
     endings = [
         (lambda: None, 0, 0),
         (lambda: parse(Recipe, ["--lr=\n\n"]), 2, 1),
         (lambda: open("/missing/file"), 2, 1),
         (lambda: sys.exit(143), 143, 0),
-        (interrupt, 130, 0),
-        (close_pipe, 0, 0),
-        (run_out_of_memory, 2, 1),
+        (lambda: end_with(KeyboardInterrupt), 130, 0),
+        (lambda: end_with(BrokenPipeError), 0, 0),
+        (lambda: end_with(out_of_memory), 2, 1),
     ]
     for end, status, lines in endings:
         with pytest.raises(SystemExit) as stopped:

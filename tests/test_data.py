@@ -6,17 +6,25 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import losses, refused
+from conftest import ROOT, losses, refused
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
 import train
-from common.images import BadImage, ImageSpec, prepare
+from common.images import BadImage, ImageSpec
 from common.records import check_images
-from data import DATASETS, Batches, LlavaData, Loader, Sample, collate, num_with_images, order
-from dialogue import IGNORE, IMAGE, encode
+from data import DATASETS, LlavaData, Loader, Sample, collate, num_with_images, order
+from dialogue import IGNORE, IMAGE
 
 # --- formats ---
+
+
+# dialogues; good records, of COMM's mix about an image of 100 x 50 pixels, the turns that they
+# become; bad records
+FORMATS = json.loads((ROOT / "tests" / "fixtures" / "formats.json").read_text())
+GOOD, MIX = FORMATS["good"].pop("llava"), FORMATS["good"]
+NAME = MIX["rec"]["img_path"]
+CAPTION = {"img_path": NAME, "caption": "a cat"}
 
 
 def write(path, records, lines=False):
@@ -29,21 +37,9 @@ def talk(*texts):
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
-GOOD = {"id": "good", "image": "a.jpg", "conversations": talk("<image>\nq", "a")}
-BOX = {"img_path": "a.jpg", "expression": "it", "bbox": [1, 1, 2, 2], "height": 9, "width": 9}
-
-
 def test_llava_json_and_jsonl_and_openai_messages_give_the_same_samples(tmp_path):
-    system = [{"from": "system", "value": "Be brief."}]
-    records = [
-        {"id": "one", "image": "sub/a.jpg", "conversations": talk("<image>\nq", "a", "q2", "a2")},
-        {"id": 2, "image": ["a.jpg", "b.jpg"], "conversations": talk("<image><image>?", "first")},
-        # an answer that comes first and a question that comes last are dropped
-        {"conversations": system + talk("", "said first", "no image", "none", "open")[1:]},
-    ]
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "no image"}]
-    messages += [{"role": "assistant", "content": "none"}]
-    records.append({"messages": messages, "images": [], "video": None, "model": "gpt4"})
+    # an answer that comes first and a question that comes last are dropped
+    records = FORMATS["dialogues"]
     (tmp_path / "sub").mkdir()
     a, b = str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")
     expected = [
@@ -55,63 +51,19 @@ def test_llava_json_and_jsonl_and_openai_messages_give_the_same_samples(tmp_path
     for lines in (False, True):
         dataset = LlavaData(write(tmp_path / "data", records, lines), tmp_path)
         assert list(dataset) == expected
-        assert num_with_images(ConcatDataset([dataset, Listed(3)])) == 2 + 3
+        assert num_with_images(ConcatDataset([dataset, listed(3)])) == 2 + 3
         assert dataset.length(2) < dataset.length(0) < dataset.length(1)
-
-
-BAD_TALKS = [[], ["q"], [{"value": "no role"}], [{"from": "bot", "value": "x"}]]
-# two questions in a row, a system prompt in the middle, half a character, marks without images
-BAD_TALKS += [talk("q") * 2, [*talk("q"), {"from": "system", "value": "s"}]]
-BAD_TALKS += [talk("What \ud83d?", "a"), talk("<image>q", "a"), talk("q\n<image> ", "a")]
-# the image folder is images/
-BAD_IMAGES = (3, ".", "../a.jpg", "sub/../../a.jpg", "../images2/a.jpg", "/etc/passwd", "a\0.jpg")
-BAD_RECORDS = [[1], {"id": 3}, {"images": ["a.jpg"], "conversations": talk("q", "a")}]
-BAD_RECORDS += [{"conversations": turns} for turns in BAD_TALKS]
-BAD_RECORDS += [GOOD | {"image": name} for name in (*BAD_IMAGES, "\ud83d.jpg", ["a.jpg", "b.jpg"])]
-# keys that are not read
-BAD_RECORDS += [{key: "x", "conversations": talk("q", "a")} for key in ("video", "imge", "system")]
-BAD_BOXES = ([1, 2, 3], None, [1, 1, "2", 2], [3, 1, 2, 2], [1, 10, 2, 99], [-4, 1, -1, 2])
-BAD_BOXES += ([0.1, 0.2, 0.3, 1], [1, 1, 2, float("inf")], [1, 1, 2, 10**400])
-BAD_CHANGES = [{"bbox": box} for box in BAD_BOXES]
-BAD_CHANGES += [{"width": 0}, {"height": None}, {"expression": None}, {"img_path": "../a.jpg"}]
-BAD_CHANGES += [{"expression": "a <boxes>"}, {"expression": "an <image>"}]
-
-# the formats of COMM's mix, about an image of 100 x 50 pixels
-NAME = "COCO_train2014_000000000007.jpg"
-LEFT, RIGHT = [10, -3, 30, 50], [50.5, 10, 120, 30]
-COCO = {"questions": [{"question_id": 5, "image_id": 7, "question": "What?"}]}
-COCO["annotations"] = [
-    {"question_id": 5, "image_id": 7, "multiple_choice_answer": "cat", "caption": "a cat "}
-]
-COCO["images"] = [{"id": 7, "file_name": NAME}]
-REC = {"img_path": NAME, "expression": "it", "bbox": LEFT, "width": 100, "height": 50}
-V7W = {"file_path": NAME, "question": "Which?", "candidates": [RIGHT, LEFT], "answer": RIGHT}
-RD = {"img_path": NAME, "boxes": [LEFT, RIGHT], "answer": "no"}
-RD |= {"question": "Is <ph_st>it<ph_ed> red?", "question_boxes_seq": [[1]]}
-RD |= {"cot_with_ans": "<ph_st>both<ph_ed>: no", "answer_boxes_seq": [[0, 1]]}
-MIX = {"vqa": COCO, "caption": COCO, "v7w": V7W, "rd": RD, "rec": REC, "reg": REC}
-CAPTION = {"img_path": NAME, "caption": "a cat"}
-BAD_CAPTIONS = [CAPTION | {"caption": text} for text in (3, "<image>", "\ud83d")]
-BAD_POINTS = [{"answer": [1, 2]}, {"candidates": 3}, {"candidates": [LEFT, "box"]}]
-BAD_POINTS = [V7W | change for change in (*BAD_POINTS, {"file_path": ["a.jpg", "b.jpg"]})]
-BAD_SEQUENCES = [{"answer_boxes_seq": [[0], [1]]}, {"question_boxes_seq": 1}, {"question": None}]
-BAD_RD = [RD | change for change in (*BAD_SEQUENCES, {"boxes": [LEFT]}, {"boxes": {}})]
 
 
 def test_a_bad_record_or_file_is_named_in_one_line(tmp_path):
     (tmp_path / "images").mkdir()
     file = tmp_path / "bad.json"
-    for cls, good, records in (
-        (LlavaData, GOOD, BAD_RECORDS),
-        (DATASETS["rec"], BOX, [BOX | change for change in BAD_CHANGES]),
-        (DATASETS["caption"], CAPTION, BAD_CAPTIONS),
-        (DATASETS["v7w"], V7W, BAD_POINTS),
-        (DATASETS["rd"], RD, BAD_RD),
-    ):
-        for record in records:
+    for kind, records in FORMATS["bad"].items():
+        good = {"llava": GOOD, "caption": CAPTION}.get(kind) or MIX[kind]
+        for why, record in records.items():
             with refused() as error:
-                cls(write(file, [good, record]), tmp_path / "images")
-            assert str(error.value).startswith(f"{file}, sample 1"), record
+                DATASETS[kind](write(file, [good, record]), tmp_path / "images")
+            assert str(error.value).startswith(f"{file}, sample 1"), why
     for text, part in [
         (b'[{"id": 1},\n {"id": 2}\n {"id": 3}]', "line 3"),
         (b'{"id": 1}\n{"id": \n', "line 2"),
@@ -134,24 +86,10 @@ def mix(tmp_path):
     return files | {"vqa": f"{files['vqa']},{files['caption']}"}
 
 
-# 25 rows of padding above; what is outside the image is cut off
-LEFT_TEXT, RIGHT_TEXT = "[0.100,0.250,0.300,0.750]", "[0.505,0.350,1.000,0.550]"
-TURNS = {
-    "vqa": ("What?\nAnswer the question using a single word or phrase.", "cat"),
-    "caption": ("Describe the image in one sentence.", "a cat"),
-    "v7w": (f"Which? Choose from {LEFT_TEXT} {RIGHT_TEXT}", RIGHT_TEXT),
-    "rd": (
-        f"Is it{RIGHT_TEXT} red? Explain it, with the box [x1,y1,x2,y2] of each object.",
-        f"both{LEFT_TEXT[:-1]};{RIGHT_TEXT[1:]}: no",
-    ),
-    "rec": ("Where is it? Answer with the box [x1,y1,x2,y2].", LEFT_TEXT),
-    "reg": (f"What is in the box {LEFT_TEXT}? Tell it from everything else.", "it"),
-}
-
-
 def test_a_format_of_the_mix_gives_image_question_answer_and_boxes(mix, loader, tmp_path):
-    assert {"llava", *TURNS} == DATASETS.keys()
-    for kind, (question, answer) in TURNS.items():
+    assert {"llava", *MIX} == DATASETS.keys()
+    # 25 rows of padding above; what is outside the image is cut off
+    for kind, (question, answer) in FORMATS["turns"].items():
         dataset = DATASETS[kind](mix[kind])
         assert list(map(tuple, dataset[0].turns)) == [(f"<image>\n{question}", answer)]
         ((batch,),) = take(loader(dataset, 1, 1, max_length=500), 1)
@@ -171,23 +109,16 @@ def test_a_format_of_the_mix_gives_image_question_answer_and_boxes(mix, loader, 
 
 
 def test_the_index_chooses_the_words_of_the_question_also_from_a_file(tmp_path):
-    records = write(tmp_path / "rec.jsonl", [REC] * 8, lines=True)
-    templates = tmp_path / "t.json"
-    for kind, place, text in (("rec", "<expr>", "it"), ("reg", "<objs>", LEFT_TEXT)):
+    records = write(tmp_path / "rec.jsonl", [MIX["rec"]] * 8, lines=True)
+    templates, box = tmp_path / "t.json", FORMATS["turns"]["rec"][1]
+    for kind, place, text in (("rec", "<expr>", "it"), ("reg", "<objs>", box)):
         questions = [sample.turns[0][0] for sample in DATASETS[kind](records)]
         assert questions[:4] == questions[4:] and len(set(questions)) == 4
         words = [f"In <image>, {place}?", f"{place} <image>"]
         path = f"{records}@{write(templates, words)}"
         questions = [sample.turns[0][0] for sample in DATASETS[kind](path)]
         assert questions == [f"In <image>, {text}?", f"{text} <image>"] * 4
-        for bad in (
-            [],
-            {},
-            [3],
-            ["<image> no place"],
-            [f"<image> <image> {place}"],
-            [words[0] * 2],
-        ):
+        for bad in ([], {}, [3], ["<image> no place"], [words[0] * 2]):
             write(templates, bad)
             with refused("t.json"):
                 DATASETS[kind](path)
@@ -204,41 +135,22 @@ def test_the_mix_trains_and_boxes_need_padding(mix, flags, clean_run):
             train.main(flags(data1=name, image_mode="crop", out="no", **options))
 
 
-def test_the_size_of_a_real_photograph_gives_the_boxes_of_the_stated_size(real, tmp_path):
-    records = [json.loads(line) for line in (real / "shikra_rec.jsonl").read_text().splitlines()]
-    points = [
-        V7W | {"file_path": record["img_path"], "candidates": [], "answer": record["bbox"]}
-        for record in records
-    ]
-    opened = DATASETS["v7w"](write(tmp_path / "v7w.json", points), real / "images")
-    stated = DATASETS["rec"](real / "shikra_rec.jsonl", real / "images")
-    assert [sample.turns[0][1] for sample in opened] == [sample.turns[0][1] for sample in stated]
-
-
 # --- the loader ---
 
 
-class Listed:
-    """Samples in memory. Images of `bad` are missing, answers of `empty` are empty."""
-
-    def __init__(self, n, bad=(), empty=()):
-        self.n, self.bad, self.empty = n, set(bad), set(empty)
-
-    def __len__(self):
-        return self.n
-
+class Listed(list):
     def length(self, i):
-        return 1 + i * 7 % 40
-
-    def __getitem__(self, i):
-        image = "missing.jpg" if i in self.bad else np.full((8, 8, 3), i % 256, np.uint8)
-        answer = "" if i in self.empty else "x" * self.length(i)
-        return Sample([image], [("<image>\nq", answer)], f"n{i}")
+        return len(self[i].turns[0][1])
 
 
-class Mixed(list):
-    def length(self, i):
-        return 0
+def listed(n, bad=(), empty=()):
+    """Make samples in memory. Images of `bad` are missing, answers of `empty` are empty."""
+    samples = Listed()
+    for i in range(n):
+        image = "missing.jpg" if i in bad else np.full((8, 8, 3), i % 256, np.uint8)
+        answer = "" if i in empty else "x" * (1 + i * 7 % 40)
+        samples.append(Sample([image], [("<image>\nq", answer)], f"n{i}"))
+    return samples
 
 
 @pytest.fixture
@@ -260,51 +172,47 @@ def names(steps):
     return [[name for batch in step for name in batch.ids] for step in steps]
 
 
-def same(steps, others):
+def assert_same(steps, others):
     for a, b in zip(sum(steps, []), sum(others, []), strict=True):
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.labels, b.labels)
         assert torch.equal(a.pixels, b.pixels) and a.ids == b.ids
-    return True
 
 
-def test_a_batch_packs_dialogues_with_their_images_and_no_padding(loader):
-    gray, black = np.full((8, 8, 3), 7, np.uint8), np.zeros((8, 8, 3), np.uint8)
+def test_a_batch_packs_dialogues_with_their_images_and_no_padding(loader, tmp_path):
+    black, shared = np.zeros((8, 8, 3), np.uint8), tmp_path / "shared.png"
+    Image.new("RGB", (8, 8), (7, 7, 7)).save(shared)
     samples = [
-        Sample([gray], [("<image>q", "one")], "one"),
+        Sample([shared], [("<image>q", "one")], "one"),
         Sample([], [("no image", "ok")], "text"),
-        Sample([black, Image.new("RGB", (4, 2), "white")], [("<image><image>", "two")], "two"),
-        # the second turn is too long, so its image goes, too
-        Sample([black, gray], [("<image>q", "a"), ("<image>q", "a" * 300)], "cut"),
+        Sample([black, Image.new("RGB", (4, 4), "white")], [("<image><image>", "two")], "two"),
+        # the second turn is far too long, so its image goes, too
+        Sample([shared, black], [("<image>q", "a"), ("<image>q", "a b " * 100_000)], "cut"),
         Sample([black], [("<image>q", "a" * 300)], "too long"),
     ]
-    ((batch,),) = take(loader(Mixed(samples), 5, 5), 1)
-    images = {"one": 1, "text": 0, "two": 2, "cut": 1}
-    assert sorted(batch.ids) == sorted(images)
+    ((batch,),) = take(loader(Listed(samples), 5, 5), 1)
+    colors = {"one": [7], "text": [], "two": [0, 255], "cut": [7]}
+    assert sorted(batch.ids) == sorted(colors)
     assert [name for _, name, _ in batch.skipped] == ["too long"]
-    assert batch.pixels.shape == (4, 3, 8, 8) and batch.pixels.dtype == torch.uint8
+    # a file that two dialogues share is in the batch once
+    assert batch.pixels.shape == (3, 3, 8, 8) and batch.pixels.dtype == torch.uint8
     assert batch.tokens.shape == batch.labels.shape == (1, sum(batch.lengths))
     tokens, labels = batch.tokens[0].split(batch.lengths), batch.labels[0].split(batch.lengths)
     for name, its_tokens, its_labels in zip(batch.ids, tokens, labels, strict=True):
-        assert (its_tokens == IMAGE).sum() == 4 * images[name]
+        assert (its_tokens == IMAGE).sum() == 4 * len(colors[name])
         supervised = its_labels != IGNORE
         assert torch.equal(its_labels[supervised], its_tokens[supervised])
         assert supervised[-1] and not supervised[0]
-    place = sum(images[name] for name in batch.ids[: batch.ids.index("one")])
-    assert (batch.pixels[place] == 7).all()
-    # a file that two dialogues share is in the batch once; the first token of a dialogue is not
-    # predicted from the dialogue before it
+    found = batch.pixels.flatten(1).float().mean(1)[batch.image_index[::4] // 4]
+    assert found.tolist() == [color for name in batch.ids for color in colors[name]]
+    # the first token of a dialogue is not predicted from the dialogue before it
     a, b = np.array([[5, 6], [5, 6]]), np.array([[7, 8, 9], [7, IGNORE, 9]])
-    images = {"a.jpg": prepare(black, ImageSpec(8), 2), "skipped.jpg": None}
-    batch = collate([("a", a, ["a.jpg"]), ("b", b, ["a.jpg"])], [], images, ImageSpec(8), 2)
-    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9]] and batch.lengths == [2, 3]
+    batch = collate([("a", a, []), ("b", b, [])], [], {}, ImageSpec(8), 2)
     assert batch.labels.tolist() == [[IGNORE, 6, IGNORE, IGNORE, 9]]
-    assert batch.pixels.shape == (1, 3, 8, 8) and batch.image_index.tolist() == [0, 1, 0, 1]
 
 
 def test_order_is_a_pure_function_that_groups_similar_lengths():
     lengths = [i * 7 % 40 for i in range(101)]
     first = order(lengths, 3, 2, 8)
-    np.random.seed(5)
     assert first == order(lengths, 3, 2, 8) and sorted(first) == list(range(101))
     assert first not in [order(lengths, seed, epoch, 8) for seed, epoch in ((3, 1), (4, 2))]
     # 101 samples in steps of 8: each epoch begins within a step, and the others stay whole
@@ -315,33 +223,33 @@ def test_order_is_a_pure_function_that_groups_similar_lengths():
 
 
 def test_the_stream_goes_through_the_epochs_and_continues_at_any_sample(loader):
-    dataset = Listed(30)
+    dataset = listed(30)
     lengths = [dataset.length(i) for i in range(30)]
     expected = sum((order(lengths, 0, epoch, 8) for epoch in range(3)), [])
     steps = take(loader(dataset), 11)
     stream = sum(names(steps), [])
     assert stream == [f"n{i}" for i in expected[:88]]
     for done in (1, 3, 4, 8):
-        assert same(take(loader(dataset, start=done * 8), 3), steps[done : done + 3])
+        assert_same(take(loader(dataset, start=done * 8), 3), steps[done : done + 3])
     assert names(take(loader(dataset, start=13), 2)) == [stream[13:21], stream[21:29]]
 
 
 def test_ranks_share_each_step_and_workers_change_nothing(loader):
     # steps of 3 leave a rank of 4 without a sample: its forward pass adds nothing
     for global_batch, size in ((10, 2), (10, 3), (3, 4)):
-        whole = names(take(loader(Listed(50), global_batch), 7))
+        whole = names(take(loader(listed(50), global_batch), 7))
         for rank in range(size):
-            steps = take(loader(Listed(50), global_batch, rank=rank, world_size=size), 7)
+            steps = take(loader(listed(50), global_batch, rank=rank, world_size=size), 7)
             assert names(steps) == [ids[rank::size] for ids in whole]
             assert {len(step) for step in steps} == {math.ceil(global_batch / size / 3)}
     (batch,) = steps[0]
     assert batch.tokens.shape == (1, 1) and batch.labels.tolist() == [[IGNORE]]
     assert batch.lengths == [1] and batch.pixels.shape == (1, 3, 8, 8)
     options = dict(rank=1, world_size=2, start=5)
-    dataset = Listed(60, bad=[3, 11], empty=[4])
+    dataset = listed(60, bad=[3, 11], empty=[4])
     alone, helped = loader(dataset, **options), loader(dataset, workers=2, **options)
     state = torch.get_rng_state()
-    assert same(take(alone, 8), take(helped, 8))
+    assert_same(take(alone, 8), take(helped, 8))
     assert alone.seen == helped.seen and [*alone.skipped] == [*helped.skipped] != []
     assert torch.equal(state, torch.get_rng_state())
 
@@ -375,18 +283,12 @@ def test_a_sample_that_cannot_be_used_is_skipped_counted_and_named(loader, tmp_p
     assert name.isprintable() and len(name) == 80
 
 
-def test_a_huge_text_is_cut_to_the_turns_that_fit(world_tokenizer):
-    turns = [("q", "yes"), ("a", "circle"), ("q", "a b " * 100_000)]
-    batches = Batches([Sample([], turns, "a")], world_tokenizer, "tiny", ImageSpec(8), 4, 100)
-    assert batches[[0]].tokens[0].tolist() == encode(world_tokenizer, turns[:2], "tiny")[0]
-
-
 def test_too_many_bad_images_stop_the_run(loader):
     # three are forgiven, and so are 0.5%; four of 40 and 2% of 2000 are not
-    take(loader(Listed(40, bad=[5, 6, 7]), 10, 10), 8)
-    take(loader(Listed(2000, bad=range(0, 2000, 200)), 10, 10), 200)
+    take(loader(listed(40, bad=[5, 6, 7]), 10, 10), 8)
+    take(loader(listed(2000, bad=range(0, 2000, 200)), 10, 10), 200)
     for bad, n in (([5, 6, 7, 8], 40), (range(0, 2000, 50), 2000)):
-        loading = loader(Listed(n, bad=bad), 10, 10)
+        loading = loader(listed(n, bad=bad), 10, 10)
         with refused("missing.jpg"):
             take(loading, 150)
         assert loading.seen <= 0.75 * n + 10

@@ -1,7 +1,6 @@
 """dialogue.py and common/tokenizer.py against texts, tokens and labels written out by hand."""
 
 import json
-import shutil
 import struct
 
 import pytest
@@ -33,30 +32,7 @@ def tokenizer(request, world_tokenizer):
 
 
 def test_layouts_are_those_of_their_authors(world_tokenizer):
-    def header(role):
-        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
-
-    llama_3 = f"{header('system')}{dialogue.LLAVA}<|eot_id|>"
-    for i in (1, 2):
-        llama_3 += f"{header('user')}q{i}<|eot_id|>{{role}}a{i}<|eot_id|>"
-    chatml = "<|im_start|>system\nAnswer the questions.<|im_end|>"
-    for i in (1, 2):
-        chatml += f"{{n}}<|im_start|>user\nq{i}<|im_end|>{{n}}<|im_start|>assistant\na{i}<|im_end|>"
-    vicuna = f"{dialogue.VICUNA} USER: q1 ASSISTANT: a1{{end}}USER: q2 ASSISTANT: a2{{end}}"
-    expected = {
-        "plain": "a1\na2\n",
-        "vicuna_v1": vicuna.format(end="</s>"),
-        "phi": vicuna.format(end="<|endoftext|>"),
-        "llama_2": f"[INST] <<SYS>>\n{dialogue.LLAVA}\n<</SYS>>\n\nq1 [/INST] a1 </s>"
-        "<s>[INST] q2 [/INST] a2 </s>",
-        "mistral_instruct": "[INST] q1 [/INST] a1 </s>[INST] q2 [/INST] a2 </s>",
-        "llama_3": llama_3.format(role=header("assistant")),
-        "llama_3_dense": llama_3.format(role=header("system")),
-        "chatml": chatml.format(n="\n"),
-        "chatml_direct": chatml.format(n=""),
-        "no_think": chatml.format(n="\n").replace("t\na", "t\n<think>\n\n</think>\n\na"),
-        "tiny": "USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>",
-    }
+    expected = json.loads((ROOT / "tests" / "fixtures" / "templates.json").read_text())
     assert {name: render(TWO_TURNS, name)[0] for name in TEMPLATES} == expected
     assert render([("Describe it.\n<image>", "A cat.")], "plain")[0] == "<image>A cat.\n"
     for name, image in (("llama_3", "<image>\n"), ("llama_3_dense", "<image>")):
@@ -126,7 +102,7 @@ def llava_labels(tokenizer, text, ids):
     return labels
 
 
-def test_tokens_and_labels_of_real_dialogues_are_llavas(real, tmp_path):
+def test_tokens_and_labels_of_real_dialogues_are_llavas(real):
     tokenizer = load_tokenizer(real / "tokenizers" / "llama2")
     for sample in LlavaData(real / "llava_instruct.json", real / "images"):
         ids, labels = encode(tokenizer, sample.turns, "vicuna_v1")
@@ -139,10 +115,6 @@ def test_tokens_and_labels_of_real_dialogues_are_llavas(real, tmp_path):
         ids, labels = encode(tokenizer, sample.turns, "plain")
         assert ids == llava_tokens(tokenizer, f"<image>{sample.turns[0][1]}\n")
         assert labels == [IGNORE, IGNORE, *ids[2:]]
-    # as transformers 5.24: behind a special token "USER" is one token, not "▁US" and "ER"
-    shutil.copy(real / "tokenizers" / "llama2" / "tokenizer.json", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"legacy": false}')
-    assert load_tokenizer(tmp_path).encode("Hi</s>USER: q").ids == [6324, 2, 11889, 29901, 3855]
 
 
 def test_the_template_of_a_checkpoint_is_recognized(tmp_path):

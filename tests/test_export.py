@@ -4,6 +4,7 @@ import torch
 from conftest import refused
 from make_dense_folder import wide
 from make_llava_tokenizer import make_tokenizer
+from PIL import Image
 from safetensors.torch import load_file
 
 from clip import CLIPVision, CLIPVisionConfig, SigLIPVision, SigLIPVisionConfig
@@ -16,22 +17,22 @@ from interop.load import load_model
 from interop.phi import Phi, PhiConfig
 from llama import Llama, LlamaConfig
 from mllm import MLLM
+from vit import ViT, ViTConfig
 
 SHAPE = {"hidden_size": 16, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 TOWERS = {
     "clip": (CLIPVision, CLIPVisionConfig, {"num_hidden_layers": 6, "intermediate_size": 24}),
     "siglip": (SigLIPVision, SigLIPVisionConfig, {"num_hidden_layers": 7, "intermediate_size": 24}),
     "dinov2": (DINOv2, DINOv2Config, {"num_hidden_layers": 4, "mlp_ratio": 2}),
+    "vit": (ViT, ViTConfig, {"num_hidden_layers": 4, "intermediate_size": 24}),
     "registers": (DINOv2, DINOv2Config, {"num_register_tokens": 2}),
 }
 LLM = {"vocab_size": 384, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
 LLM |= {"num_attention_heads": 2, "max_position_embeddings": 512}
-IMAGE = torch.full((40, 32, 3), 200, dtype=torch.uint8)
-IMAGE[10:20, 5:15] = 30
-IMAGE = IMAGE.numpy()
+IMAGE = Image.effect_noise((32, 40), 90).convert("RGB")
 
 
-def build(connector, towers=("clip",), template="vicuna_v1", mode="pad", llm=None):
+def build(connector, towers=("clip",), template="vicuna_v1", mode="pad", llm=None, tokenizer=None):
     """Build a small MLLM with large random weights, so that every image changes the answer."""
     torch.manual_seed(0)
     vision = []
@@ -41,7 +42,8 @@ def build(connector, towers=("clip",), template="vicuna_v1", mode="pad", llm=Non
     llm = llm or Llama(LlamaConfig(**LLM))
     mean, std = (x.flatten().tolist() for x in (vision[0].normalize.mean, vision[0].normalize.std))
     spec = ImageSpec(32, mode, mean, std)
-    return wide(MLLM(vision, llm, connector, make_tokenizer(), template, spec), 4)
+    tokenizer = tokenizer or make_tokenizer()
+    return wide(MLLM(vision, llm, connector, tokenizer, template, spec), 4)
 
 
 @torch.no_grad()
@@ -144,7 +146,7 @@ def test_what_a_format_cannot_represent_is_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_keeps_the_stored_dtype_unless_told(tmp_path, capsys):
+def test_the_command_keeps_the_stored_dtype_unless_told_and_names_wrong_options(tmp_path, capsys):
     build("mlp").bfloat16().save(tmp_path / "half")
     main([f"--model={tmp_path / 'half'}", f"--to={tmp_path / 'hf'}"])
     assert "(llava-hf)" in capsys.readouterr().out
@@ -154,9 +156,6 @@ def test_the_command_keeps_the_stored_dtype_unless_told(tmp_path, capsys):
         tensors = load_file(tmp_path / folder / "model.safetensors").values()
         assert {tensor.dtype for tensor in tensors} == {dtype}
     assert_same(load_model(tmp_path / "half"), load_model(tmp_path / "whole"))
-
-
-def test_wrong_options_are_named(model_folder):
-    for flags in ("--to=", f"--to={model_folder}", "--format=onnx --to=x", "--dtype=int8 --to=x"):
+    for flags in ("--to=", f"--to={tmp_path}", "--format=onnx --to=x", "--dtype=int8 --to=x"):
         with refused(flags.partition("=")[0]):
-            main(flags.split())
+            main([f"--model={tmp_path / 'half'}", *flags.split()])

@@ -161,21 +161,17 @@ def test_anyres_cuts_tiles_and_orders_tokens_as_the_authors_do():
 
 
 def test_connectors_see_each_tile_on_its_own():
-    tiles, patches, channels = np.ogrid[:4, :5, :2]
-    layers = []
-    for i in range(25):
-        values = (31 * i + 17 * tiles + 7 * patches + 3 * channels) % 23 - 11
-        layers.append(torch.tensor(values[:, 1:] / 8).float())
+    layer, tile, patch, channel = np.ogrid[:25, :4, 1:5, :2]
+    values = (31 * layer + 17 * tile + 7 * patch + 3 * channel) % 23 - 11
+    states = torch.tensor(values / 8).float()
     rows = anyres.order(ANYRES["dense"]["size"], spec_of(ANYRES["orders"]), 5)
     for name in ("dci", "sci"):
         connector = make_connector(name, [Tower(24, 2, 4)], 6)
         anyres.add_newline(connector, 6)
         connector.mm_projector = torch.nn.Identity()
         torch.nn.init.constant_(connector.image_newline, -1)
-        hidden = []
-        for layer in connector.layers[0]:
-            chosen = [layers[i] for i in ([layer] if isinstance(layer, int) else layer)]
-            hidden.append(sum(chosen) / len(chosen))
+        # one layer, or the mean over a range
+        hidden = [states[torch.tensor(x)].reshape(-1, 4, 4, 2).mean(0) for x in connector.layers[0]]
         visual = connector([hidden])
         expected = ANYRES["dense"][name]
         assert torch.allclose(visual[:, :-1], torch.tensor(expected["features"]))
@@ -186,67 +182,36 @@ def test_connectors_see_each_tile_on_its_own():
 
 # --- preprocessor_config.json ---
 
-SQUARE = {"height": 224, "width": 224}
-CROP = {"do_center_crop": True, "crop_size": SQUARE}
-STATISTICS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}
-# as published by openai (older and newer), facebook/dinov2, google/siglip, google/vit (two ages),
-# facebook/deit and llava-hf -> size, mode, resample, resize_to,
-# pinpoints (width, height)
-PUBLISHED = [
-    ({"crop_size": 336, "do_center_crop": True, "size": 336}, "CLIP", (336, "crop", 3, None)),
-    (CROP | {"size": {"shortest_edge": 224}}, "CLIP", (224, "crop", 3, None)),
-    (CROP | {"size": {"shortest_edge": 256}}, "Bit", (224, "crop", 3, 256)),
-    ({"size": {"height": 384, "width": 384}}, "Siglip", (384, "stretch", 3, None)),
-    ({"size": SQUARE, "resample": 2}, "ViT", (224, "stretch", 2, None)),
-    ({"size": 224}, None, (224, "stretch", 2, None)),
-    (CROP | {"size": 256, "resample": 3}, "DeiT", (224, "stretch", 3, 256)),
-    (CROP | {"do_pad": True, "size": 224}, "Llava", (224, "pad", 3, None)),
-    (
-        CROP | {"size": 224, "image_grid_pinpoints": [[224, 448], [896, 224]]},
-        "LlavaNext",
-        (224, "anyres", 3, None, ((448, 224), (224, 896))),
-    ),
-]
+# published files -> the fields of ImageSpec, with other statistics
+PUBLISHED = json.loads((ROOT / "tests" / "fixtures" / "preprocessors.json").read_text())
 
 
 def test_published_preprocessing_is_read_and_written_and_others_are_an_error(tmp_path):
     path = tmp_path / "preprocessor_config.json"
     with refused(path.name):
         ImageSpec.from_folder(tmp_path)
-    for config, kind, expected in PUBLISHED:
-        config = config | STATISTICS
-        if kind:
-            key = "feature_extractor_type" if kind == "DeiT" else "image_processor_type"
-            config[key] = kind + "ImageProcessor"
-        path.write_text(json.dumps(config))
+    for release, published in PUBLISHED.items():
+        path.write_text(json.dumps(published["config"]))
         spec = ImageSpec.from_folder(tmp_path)
-        size, mode, *others = expected
-        assert spec == ImageSpec(size, mode, *map(tuple, STATISTICS.values()), *others)
+        assert json.loads(json.dumps(vars(spec))) == published["spec"], release
         path.write_text(json.dumps(spec.config()))
         assert ImageSpec.from_folder(tmp_path) == spec
-    not_square = {"size": {"height": 224, "width": 448}} | STATISTICS
+    # as transformers 5 writes it
+    path.unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": spec.config()}))
+    assert ImageSpec.from_folder(tmp_path) == spec
+    not_square = PUBLISHED["google/siglip"]["config"] | {"size": {"height": 224, "width": 448}}
     for config in ({}, {"size": 224}, [1], not_square):
         path.write_text(json.dumps(config))
         with refused(path.name):
             ImageSpec.from_folder(tmp_path)
 
 
-def test_boxes_move_with_the_padding_and_back():
-    """A white rectangle is in the padded image where pad_box says; unpad_box leads back."""
-    for width, height in ((640, 480), (333, 500), (7, 1000)):
-        box = [width // 4, height // 4, width // 2 + 1, height // 2 + 1]
-        pixels = np.zeros((height, width, 3), np.uint8)
-        pixels[box[1] : box[3], box[0] : box[2]] = 255
-        side = max(width, height)
-        white = (to_pixels(pixels, ImageSpec(side)) == 255).all(0).nonzero()
-        top, left = white.min(0).values.tolist()
-        bottom, right = (white.max(0).values + 1).tolist()
-        padded = images.pad_box(box, width, height)
-        assert np.allclose(np.array(padded) * side, [left, top, right, bottom])
-        assert np.allclose(images.unpad_box(padded, width, height), box)
-
-
-def test_boxes_are_text_and_iou_is_the_shared_area():
+def test_boxes_move_with_the_padding_are_text_and_iou_is_the_shared_area():
+    # 25 columns or rows on both sides
+    for size, padded in (((50, 100), [0.25, 0, 0.75, 1]), ((100, 50), [0, 0.25, 1, 0.75])):
+        assert images.pad_box([0, 0, *size], *size) == pytest.approx(padded)
+        assert images.unpad_box(padded, *size) == pytest.approx([0, 0, *size])
     assert images.format_box([0.39, 0.48301, 0.8836, 1]) == "[0.390,0.483,0.884,1.000]"
     two = "[ 0, .5, 1., 1.25 ] or [[1,1,1,-1]"
     assert images.parse_boxes(two) == [[0, 0.5, 1, 1.25], [1, 1, 1, -1]]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, records, refused
 from safetensors.torch import load_file
+from test_train import write_dialogues
 from torch.utils.data import ConcatDataset
 
 import train
@@ -199,15 +200,10 @@ def test_a_run_is_not_resumed_with_other_options_data_or_layers(flags, whole, ti
             train.main([*flags(), "--resume"])
 
 
-def test_the_fingerprint_of_data_changes_with_a_text_but_not_with_the_folder(tmp_path):
-    values = []
-    for folder, text in (("a", "yes"), ("b", "yes"), ("a", "yet")):
-        Path(folder).mkdir(exist_ok=True)
-        messages = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text}]
-        record = {"id": "1", "image": "1.png", "conversations": messages}
-        Path("data.json").write_text(json.dumps([record]))
-        dataset = LlavaData("data.json", folder)
-        values.append(fingerprint(ConcatDataset([dataset, dataset])))
+def test_the_fingerprint_of_data_changes_with_a_text_but_not_with_the_folder():
+    paths = [write_dialogues(Path(name), 2) for name in ("a", "b", "c")]
+    paths[2].write_text(paths[2].read_text().replace("yes", "yet"))
+    values = [fingerprint(ConcatDataset([LlavaData(path)] * 2)) for path in paths]
     assert values[0] == values[1] != values[2]
 
 

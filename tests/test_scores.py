@@ -16,12 +16,9 @@ from benchmarks.readers import BENCHMARKS
 OFFICIAL = json.loads((ROOT / "tests/fixtures/scores.json").read_text(encoding="utf-8"))
 
 
-def test_words_are_those_of_the_official_tokenizer():
+def test_words_and_cider_are_those_of_the_official_scorer():
     for sentence, official in OFFICIAL["tokens"]:
         assert words(sentence) == official.split()
-
-
-def test_cider_is_the_official_score():
     for expected in OFFICIAL["captions"].values():
         answers, references = zip(*expected["pairs"], strict=True)
         score = caption_scores(answers, references)["CIDEr"]
@@ -113,9 +110,7 @@ def test_letters_are_read_by_the_rule_of_the_official_scorer():
         for case in cases.split("; "):
             answer, letter = case.split(" > ")
             assert str(read(answer, options)) == letter, case
-
-
-def test_mmmu_guesses_as_officially_where_it_reads_no_letter():
+    # where it reads none it guesses, always the same
     options = [{"options": list("wxyz")}] * 4
     assert scores.mmmu_parse(["?", "?", "(B)", "?"], options) == list("AABC")
 

@@ -16,8 +16,6 @@ from data import Batches
 from mllm import MLLM
 from tools import look, plan, web
 
-# ---- plan ----------------------------------------------------------------------------------------
-
 
 def most_allocated(step):
     """Return the most bytes that the allocator has given out at one time during the step."""
@@ -79,9 +77,6 @@ def test_recipes_are_planned_without_their_checkpoints(capsys):
     for flag, name in (("--llm=no/such", "no/such"), ("--train1=vision,llm", "--train1")):
         with refused(name):
             plan.main([flag])
-
-
-# ---- look ----------------------------------------------------------------------------------------
 
 
 def test_look_draws_models_and_towers(model_folder, tmp_path):

@@ -1,8 +1,6 @@
 """ViT, DINOv2, CLIP and SigLIP against what transformers computed (make_tower_fixtures.py)."""
 
-import json
 import re
-import shutil
 
 import pytest
 import torch
@@ -153,13 +151,3 @@ def test_another_kind_of_checkpoint_is_an_error(tmp_path):
         ViT.from_pretrained(tmp_path)
     with refused("swish"):
         ViT(ViTConfig(hidden_act="swish"))
-
-
-def test_pixel_statistics_are_read_from_both_of_transformers_files(tmp_path):
-    folder = shutil.copytree(recorded("vit")[0], tmp_path / "vit")
-    statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        (folder / name).write_text(json.dumps({"image_processor": statistics}))
-        normalize = ViT.from_pretrained(folder).normalize
-        assert normalize.mean.flatten().tolist() == pytest.approx(statistics["image_mean"])
-        assert normalize.std.flatten().tolist() == pytest.approx(statistics["image_std"])

@@ -14,7 +14,7 @@ import train
 from common.cli import parse
 from common.run import Ranks
 from connector import CONNECTORS
-from data import Loader
+from data import Batches
 from interop.load import load_model
 
 # Other micro-batches or ranks sum float32 numbers in another order: 1e-7 a step, and it grows.
@@ -28,9 +28,9 @@ def changed(before, after):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def assert_near(ours, theirs, tolerance=SAME):
+def assert_near(ours, theirs):
     assert ours.keys() == theirs.keys()
-    assert all(abs(ours[key] - theirs[key]) < tolerance * theirs[key] for key in ours)
+    assert all(abs(ours[key] - theirs[key]) < SAME * theirs[key] for key in ours)
 
 
 def write_dialogues(folder, count=14):
@@ -63,31 +63,25 @@ def dialogue_flags(flags, tmp_path):
     return make
 
 
-# ---- what is computed ----------------------------------------------------------------------------
-
-
-def test_loss_is_the_sum_over_supervised_tokens_divided_by_their_number(dialogue_flags):
-    train.main(dialogue_flags(lr2=0, connector_lr2=0, steps2=3))
-    config = parse(train.Config, dialogue_flags(lr2=0, connector_lr2=0, steps2=3))
+def test_loss_is_the_mean_over_supervised_tokens_also_of_held_out_data(dialogue_flags, tmp_path):
+    """All samples are in one step, nothing changes, and the held-out data are those of training."""
+    options = {"batch2": 14, "lr2": 0, "connector_lr2": 0, "steps2": 3}
+    flags = dialogue_flags(save_every=2, eval_data2=tmp_path / "data.json", **options)
+    train.main(flags)
+    config = parse(train.Config, flags)
     model = train.build_stage(config, 2, Path("run"), Ranks("cpu")).eval()
-    dataset = train.build_dataset(config, 2)
-    loader = Loader(
-        dataset, model.tokenizer, "tiny", model.spec, 16, 512, 4, 4, seed=config.seed + 2
-    )
-    for record, (batch,) in zip(records(), loader, strict=False):
-        with torch.no_grad():
-            embeds = model.embed(batch.tokens, batch.pixels, batch.image_index)
-            logits = model.llm(embeds=embeds, packed=batch.packed)[0].double()
-        targets = batch.labels[0, 1:]
-        is_supervised = targets >= 0
-        logs = logits[:-1].log_softmax(-1)[is_supervised]
-        slow = -logs.gather(1, targets[is_supervised][:, None]).mean().item()
-        assert record["supervised"] == is_supervised.sum()
-        assert record["tokens"] == batch.tokens.numel()
-        assert abs(record["loss"] - slow) < SAME * slow
+    samples = train.build_dataset(config, 2), model.tokenizer, "tiny", model.spec
+    batch = Batches(*samples, model.tokens_per_image, 512)[range(14)]
+    number, loss = (batch.labels >= 0).sum().item(), records()[0]["loss"]
+    assert loss == pytest.approx(model(batch).item() / number, rel=SAME)
+    assert (records()[0]["supervised"], records()[0]["tokens"]) == (number, batch.tokens.numel())
+    held_out = {r["step"]: r["held_out_loss"] for r in records() if "held_out_loss" in r}
+    assert held_out == pytest.approx(dict.fromkeys((1, 2), loss))
 
 
-def test_micro_batches_workers_and_activation_checkpointing_change_nothing(dialogue_flags):
+def test_micro_batches_workers_recomputed_and_compiled_blocks_change_nothing(
+    dialogue_flags, monkeypatch
+):
     train.main(dialogue_flags())
     train.main(dialogue_flags(out="micro", micro_batch=1))
     train.main(dialogue_flags(out="workers", workers=2))
@@ -95,14 +89,9 @@ def test_micro_batches_workers_and_activation_checkpointing_change_nothing(dialo
     assert_near(losses("micro"), losses())
     assert losses("workers") == losses()
     assert losses("recomputed") == losses()
-
-
-def test_compiled_blocks_give_the_same_losses(flags, monkeypatch):
-    """No code is generated, which takes 20 seconds. test_fsdp.py has bfloat16."""
+    # no code is generated, which takes 20 seconds
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    options = {"stage": 2, "init": "new", "steps2": 3}
-    train.main(flags(**options))
-    train.main(flags(**options, out="compiled", compile=True))
+    train.main(dialogue_flags(out="compiled", compile=True))
     assert_near(losses("compiled"), losses())
 
 
@@ -111,9 +100,6 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     expected = [(1 + math.cos(math.pi * step / 90)) / 2 for step in range(90)]
     assert rates[10:] == pytest.approx(expected)
-
-
-# ---- what is trained -----------------------------------------------------------------------------
 
 
 def untrained(arguments):
@@ -164,14 +150,6 @@ def test_an_option_of_one_stage_overrides_the_plain_one(dialogue_flags, tmp_path
         assert config.stage_options(stage).activation_checkpointing == (stage == 2)
 
 
-def test_the_loss_of_held_out_data_is_logged_at_each_checkpoint(dialogue_flags, tmp_path):
-    """With all samples in one step and no change, it is the loss of training."""
-    options = {"eval_data2": tmp_path / "data.json", "batch2": 14, "lr2": 0, "connector_lr2": 0}
-    train.main(dialogue_flags(save_every=2, steps2=3, **options))
-    held_out = {r["step"]: r["held_out_loss"] for r in records() if "held_out_loss" in r}
-    assert held_out == pytest.approx(dict.fromkeys((1, 2), records()[0]["loss"]))
-
-
 def test_files_are_mixed_by_size_or_equally_and_epochs_count_steps(dialogue_flags, tmp_path):
     flags = dialogue_flags(data2=f"{tmp_path / 'data.json'},world", steps2=7)
     config = parse(train.Config, flags)
@@ -207,9 +185,6 @@ def test_stage_2_refuses_a_connector_that_means_something_else(flags):
     (folder / "state.json").write_text(json.dumps(state))
     with refused():
         train.main(flags(**options | {"out": "three"}))
-
-
-# ---- faults --------------------------------------------------------------------------------------
 
 
 def poison(monkeypatch, steps):

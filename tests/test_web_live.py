@@ -24,7 +24,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from common.draw import COLORS
 from common.images import LARGEST_DOWNLOAD
-from dialogue import IGNORE, IMAGE
+from data import Batches, Sample
 from toy.scenes import scene_to_ask
 
 BOX = "[0.25,0.25,0.75,0.75]"
@@ -35,13 +35,12 @@ def server(tiny_model, tmp_path_factory):
     """Serve a model that has learned one answer, twice -> the page's address."""
     model, folder = copy.deepcopy(tiny_model), tmp_path_factory.mktemp("web")
     [image], questions = scene_to_ask(0)
-    pixels, ids, image_index = model.prompt([image], [(questions[-1], BOX)])
-    tokens = torch.tensor([ids])
-    labels = tokens.masked_fill(tokens == IMAGE, IGNORE)
+    sample = Sample([image], [(questions[-1], BOX)], "")
+    arguments = model.tokenizer, model.template, model.spec, model.tokens_per_image, 512
+    batch = Batches([sample], *arguments)[[0]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for _ in range(60):
-        loss, _ = model(pixels, tokens, labels, image_index=image_index)
-        loss.backward()
+        model(batch).backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save(folder / "model")
@@ -102,7 +101,7 @@ def test_the_slider_changes_the_picture(page):
     page.get_by_role("tab", name="Look inside").click()
     page.get_by_role("button", name="Look inside").click()
     figures = page.frame_locator("iframe").locator("figure")
-    for name, last in (("Is it red?", "block 2, head 2"), ("patches as colors", "hidden[2]")):
+    for name, last in (("Is it red?", "block 2, head 2"), ("patches as colors", "hidden[6]")):
         figure = figures.filter(has_text=name)
         image = figure.locator("img").locator("visible=true")
         before = image.screenshot()
