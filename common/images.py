@@ -110,7 +110,8 @@ class ImageSpec:
         stretched = {"height": side, "width": side}
         config = {
             "image_processor_type": "LlavaImageProcessor",
-            "do_pad": self.mode == "pad",
+            # with AnyRes transformers pads the number of tiles
+            "do_pad": self.mode in ("pad", "anyres"),
             "size": stretched if self.mode == "stretch" else {"shortest_edge": side},
             "do_center_crop": True,
             "crop_size": {"height": self.size, "width": self.size},

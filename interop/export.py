@@ -5,8 +5,9 @@
     python -m interop.export --model=out/dense/model --to=FOLDER --format=llama
     python -m interop.export --model=out/dense/checkpoints/stage2-0001500 --to=FOLDER
 
-    llava-hf   LlavaForConditionalGeneration of transformers, as llava-hf/llava-1.5-*
-    llava      liuhaotian/llava-v1.5-* and HuanjinYao/DenseConnector-v1.5-*, tower included
+    llava-hf   LlavaForConditionalGeneration of transformers, as llava-hf/llava-1.5-*; with AnyRes
+               LlavaNextForConditionalGeneration, as llava-hf/llava-v1.6-*
+    llava      liuhaotian/llava-v1.* and HuanjinYao/DenseConnector-v1.5-*, tower included
     llama      LlamaForCausalLM (or the class of that LLM), tokenizer and chat template
 
 --model is whatever sample.py reads, or a run's checkpoint: the parts that it lacks are read where
@@ -108,7 +109,7 @@ def llava_hf(model):
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "image_token_index": image_id,
-        "image_seq_length": model.tokens_per_image,
+        "image_seq_length": tower.num_patches(model.spec.size),
         "projector_hidden_act": "linear" if name == "linear" else "gelu",
         "vision_feature_layer": model.connector.layers[0] if name == "sci" else -2,
         "vision_feature_select_strategy": strategy,
@@ -122,6 +123,15 @@ def llava_hf(model):
         "num_additional_image_tokens": tower.num_prefix_tokens,
         "vision_feature_select_strategy": strategy,
     }
+    if model.spec.mode == "anyres":
+        processor["processor_class"] = "LlavaNextProcessor"
+        config |= {
+            "architectures": ["LlavaNextForConditionalGeneration"],
+            "model_type": "llava_next",
+            "image_grid_pinpoints": [[h, w] for w, h in model.spec.pinpoints],
+            "use_image_newline_parameter": True,
+        }
+        tensors["image_newline"] = model.connector.image_newline
     files = {"processor_config.json": processor}
     files |= tokenizer_files(model, tokenizer) | image_files(model)
     return files, tensors, config
@@ -144,7 +154,7 @@ def llava(model):
         "architectures": [f"Llava{family.capitalize()}ForCausalLM"],
         "model_type": f"llava_{family}",
         "mm_vision_tower": next(public_names, tower.config.model_type),
-        "mm_hidden_size": next(model.connector.parameters()).shape[1],
+        "mm_hidden_size": next(model.connector.mm_projector.parameters()).shape[1],
         "mm_projector_type": "linear" if name == "linear" else "mlp2x_gelu",
         "mm_vision_select_layer": -2,
         "mm_use_im_start_end": False,
@@ -152,6 +162,10 @@ def llava(model):
         "is_video": False,
         "image_aspect_ratio": "pad" if model.spec.mode == "pad" else "square",
     }
+    if model.spec.mode == "anyres":
+        config["image_aspect_ratio"] = "anyres"
+        config["image_grid_pinpoints"] = list(map(list, model.spec.pinpoints))
+        config["mm_patch_merge_type"] = "spatial_unpad"
     if config["mm_vision_tower"] == tower.config.model_type:
         # A key of ours, for a tower that has no public name.
         config["mm_vision_config"] = vision_config
@@ -175,8 +189,6 @@ FORMATS = {"llava-hf": llava_hf, "llava": llava, "llama": llama}
 def check_connector(model, layout, names):
     """Raise InputError if the layout cannot record this connector and its layers."""
     connector, name = model.connector, model.connector.name
-    if model.spec.mode == "anyres":
-        raise InputError(f"--format={layout}: not for --image_mode=anyres; --format=llama is")
     if name not in names:
         raise InputError(f"--format={layout}: not for connector {name}, only {', '.join(names)}")
     # Only the depth decides which layers are read.

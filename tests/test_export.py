@@ -50,18 +50,21 @@ def build(connector, towers=("clip",), template="vicuna_v1", mode="pad", llm=Non
 def assert_same(ours, again):
     """Template, prompt and logits are equal, bit for bit."""
     assert again.template == ours.template
-    pixels, ids, _ = ours.prompt([IMAGE], [("What?", None)])
-    other_pixels, other_ids, _ = again.prompt([IMAGE], [("What?", None)])
-    assert ids == other_ids and torch.equal(pixels, other_pixels)
+    pixels, ids, index = ours.prompt([IMAGE], [("What?", None)])
+    other_pixels, other_ids, other_index = again.prompt([IMAGE], [("What?", None)])
+    assert (
+        ids == other_ids and torch.equal(pixels, other_pixels) and torch.equal(index, other_index)
+    )
     tokens = torch.tensor([ids])
-    logits = ours.llm(embeds=ours.embed(tokens, pixels))
-    assert torch.equal(again.llm(embeds=again.embed(tokens, pixels)), logits)
+    logits = ours.llm(embeds=ours.embed(tokens, pixels, index))
+    assert torch.equal(again.llm(embeds=again.embed(tokens, pixels, index)), logits)
 
 
 def test_the_authors_layout_is_read_back(tmp_path):
     cases = [("clip", connector) for connector in ("linear", "mlp", "sti", "sci", "efficient")]
-    for tower, connector in [*cases, ("siglip", "dense")]:
-        ours, folder = build(connector, (tower,)), tmp_path / tower / connector
+    for tower, connector in [*cases, ("siglip", "dense"), ("clip", "dense")]:
+        mode = "anyres" if (tower, connector) == ("clip", "dense") else "pad"
+        ours, folder = build(connector, (tower,), mode=mode), tmp_path / tower / connector
         export(ours, folder, "llava")
         again = load_model(folder)
         assert again.connector.spec() == ours.connector.spec()
@@ -73,6 +76,7 @@ def test_transformers_layout_is_read_back_and_written_again(tmp_path):
         ("mlp", "clip", "vicuna_v1", "pad"),
         ("linear", "siglip", "llama_2", "stretch"),
         ("sci", "dinov2", "plain", "crop"),
+        ("mlp", "vit", "mistral_instruct", "anyres"),
     ):
         ours = build(connector, (tower,), template, mode)
         assert export(ours, tmp_path / tower) == "llava-hf"

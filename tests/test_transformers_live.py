@@ -137,6 +137,14 @@ def test_anyres_is_that_of_transformers(rename, tmp_path):
     assert (tokens == IMAGE).sum() == len(image_index) > 4 * 16
     logits = ours.llm(embeds=ours.embed(tokens, pixels, image_index))
     assert relative_error(logits, theirs(**inputs).logits) < 1e-5
+    assert export(ours, tmp_path / "again") == "llava-hf"
+    again = transformers.LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "again")
+    inputs = LlavaNextImageProcessorPil.from_pretrained(tmp_path / "again")(
+        images, return_tensors="pt"
+    )
+    inputs["input_ids"] = tokens.masked_fill(tokens == IMAGE, again.config.image_token_index)
+    same = again.eval()(**inputs).logits[..., : logits.shape[-1]]
+    assert relative_error(same, logits) < 1e-5
 
 
 @torch.no_grad()
