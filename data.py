@@ -39,14 +39,14 @@ class Batch(Movable):
     An image is IMAGE for each of its visual tokens, so shapes are known before the model runs.
     If no sample is left, the row is one unsupervised token, for a forward pass that adds nothing.
     Without an image there is a blank one: DDP waits for a gradient of every trained parameter.
-    What depends on the values of tokens is found here, since reading them back from a GPU waits.
+    Indices that depend on the values of tokens are made here: on a GPU the host would have to wait.
     """
 
     pixels: torch.Tensor  # (I, 3, R, R) uint8, all tiles; a file that is used twice is here once
     tokens: torch.Tensor  # (1, T)
     labels: torch.Tensor  # (1, T); the token where it is supervised, else IGNORE
     lengths: list  # in tokens, of each sample
-    packed: tuple  # what llama.pack says of them
+    packed: tuple  # positions, starts and longest: llama.pack
     places: torch.Tensor  # (V,); where the IMAGE tokens are
     image_index: torch.Tensor  # (V,); which of the I * M visual tokens each IMAGE is
     supervised: torch.Tensor  # (n,); where the supervised tokens are

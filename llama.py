@@ -115,7 +115,7 @@ def attend(sdpa, q, k, v, positions, window):
 
     q: (B, H, T, head_dim); k, v: (B, G, keys, head_dim) -> (B, H, T, head_dim). Each group of H/G
     query heads shares a head of k and v. positions: (B, T), the places of q among the keys; None:
-    0..T-1, all keys. Only then, and without a window, the kernel needs no mask.
+    0..T-1, all keys. Then, and without a window, the kernel needs no mask.
     """
     T, mask = q.shape[2], None
     if positions is None and window and window < T:

@@ -39,7 +39,7 @@ from common.run import (
 )
 from common.speed import speed_up
 from connector import CONNECTORS
-from data import DATASETS, Loader, num_with_images, whole_names
+from data import DATASETS, Loader, num_with_images, parts_of, whole_names
 from mllm import MLLM
 
 # ---- model and data ------------------------------------------------------------------------------
@@ -157,6 +157,10 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
     """Train one stage. Return False if the run was asked to stop before the end."""
     options = config.stage_options(stage)
     device = ranks.device
+    has_boxes = any(getattr(part, "has_boxes", False) for part in parts_of(dataset))
+    if has_boxes and model.spec.mode != "pad":
+        # With --init the image mode is the model's.
+        raise InputError(f"--data{stage}: has boxes, which need pad, not {model.spec.mode}")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.uses_bf16(device))
     steps = options.steps or math.ceil(options.epochs * len(dataset) / options.batch)
 

@@ -24,8 +24,8 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 ROLES = {"human": "user", "gpt": "assistant"}
 READ = ("id", "image", "images", "conversations", "messages")
 # Keys that hold media or a system prompt elsewhere. Ignoring them would train on text alone.
-OTHERS = ("img", "img_path", "image_path", "image_file", "image_url", "picture", "photo", "video")
-OTHERS += ("video_path", "frames", "audio", "system", "system_prompt")
+UNREAD = ("img", "img_path", "image_path", "image_file", "image_url", "picture", "photo", "video")
+UNREAD += ("video_path", "frames", "audio", "system", "system_prompt")
 
 
 class Sample(NamedTuple):
@@ -146,15 +146,15 @@ def is_text(value):
 
 
 @functools.cache
-def looks_read(key):
+def looks_misplaced(key):
     """Say whether a key that is not read looks like media, a system prompt or a misspelled key."""
-    names = READ[1:] + OTHERS
+    names = READ[1:] + UNREAD
     return key not in READ and bool(difflib.get_close_matches(key.lower(), names, 1, 0.8))
 
 
 def check_keys(record, where):
     for key, value in record.items():
-        if value and looks_read(key):
+        if value and looks_misplaced(key):
             raise InputError(
                 f'{where}: the key {key!r:.80} is not read: images belong under "image", texts '
                 'under "conversations", a system prompt into a message from "system"'

@@ -40,7 +40,7 @@ class ConvNeXtConfig:
     depths: list = field(default_factory=lambda: [3, 3, 27, 3])  # blocks of each stage
     hidden_sizes: list = field(default_factory=lambda: [192, 384, 768, 1536])
     image_size: int = 768  # R
-    patch_size: int = 4  # the stem's, and that of the map's positions
+    patch_size: int = 4  # pixels, on a side, of a position of the first map
     layer_norm_eps: float = 1e-6
     model_type: str = "convnext"
 
@@ -126,9 +126,10 @@ class ConvNeXt(PretrainedTower):
         return [x.flatten(2).transpose(1, 2)]
 
     def check_size(self, side):
-        """Raise InputError unless every stage can halve a side without a rest."""
-        if side % 32 or not side:
-            raise InputError(f"image size {side}: ConvNeXt takes multiples of 32")
+        """Raise InputError unless every stage can halve a side without a remainder."""
+        multiple = self.config.patch_size * 2 ** (len(self.stages) - 1)
+        if side % multiple or not side:
+            raise InputError(f"image size {side}: this ConvNeXt takes multiples of {multiple}")
 
     def freeze_above(self, deepest):
         """Freeze nothing: the hidden state depends on every stage."""

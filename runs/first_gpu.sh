@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The first run on a GPU, at most 12 minutes on one of 80 GB: its tests, training steps of 1B and 7B, decoding.
-# Run it from the repository's folder, after pip install -r requirements-dev.txt. Paste out/first_gpu.md into docs/speed.md.
+# Run it from the repository's folder, after pip install -r requirements.txt. Paste out/first_gpu.md into docs/speed.md.
+# The folder for temporary files ($TMPDIR) needs 60 GB.
 #   bash runs/first_gpu.sh
 set -uo pipefail
 mkdir -p out
@@ -9,7 +10,7 @@ export PYTORCH_ALLOC_CONF=expandable_segments:True
 section() {  # TITLE SECONDS COMMAND...: its output as a block of Markdown
     printf '\n### %s\n\n```\n$ %s\n' "$1" "${*:3}"
     timeout "$2" "${@:3}" 2>&1 | tail -n 60
-    printf '```\n'
+    printf 'exit status %s\n```\n' "${PIPESTATUS[0]}"
 }
 
 {

@@ -231,7 +231,7 @@ class Watch(TorchDispatchMode):
             on_cuda = inputs[0].is_cuda
             if on_cuda:
                 self.waits[self.place()] += 1
-            # Whatever comes from the GPU is finite. Whatever is checked on the CPU is right.
+            # What is read from the GPU is 1.0, which is finite. On the CPU 0 passes every check.
             return 1.0 if on_cuda else 0
         result = func(*args, **kwargs)
         outputs = tensors(result)
@@ -330,7 +330,7 @@ class Steps:
             yield self.step
 
 
-class Whole:
+class FakeDDP:
     """Stands in for DDP, which cannot hold fake tensors."""
 
     no_sync = nullcontext
@@ -360,7 +360,8 @@ def run(config):
     share = -(-config.stage_options(stage).batch // config.gpus)
     size = min(share, config.micro_batch)
     num_tokens = 0 if config.text_only else model.tokens_per_image
-    step = [make_batch(model.spec, num_tokens, size)] * -(-share // size)
+    sizes = [min(size, share - start) for start in range(0, share, size)]
+    step = [make_batch(model.spec, num_tokens, number) for number in sizes]
     with ExitStack() as stack:
         stack.enter_context(fake_cuda(config.rank, config.gpus))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -372,7 +373,7 @@ def run(config):
         make_fake(model, ranks.is_sharded, dtype, ranks.device)
         for owner, name, value in (
             (train, "build_model", lambda *_: model),
-            (train, "data_parallel", Whole),
+            (train, "data_parallel", FakeDDP),
             (train, "Loader", lambda *_, **__: Steps(step, watch)),
             (train, "fingerprint", lambda dataset: 0),
         ):

@@ -160,6 +160,16 @@ def test_files_are_mixed_by_size_or_equally_and_epochs_count_steps(dialogue_flag
     assert len(records()) == math.ceil(1.5 * 14 / 4)
 
 
+def test_boxes_need_a_model_that_pads(flags, tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    record = {"img_path": "a.png", "expression": "it", "bbox": [1, 2, 30, 20]}
+    (tmp_path / "boxes.jsonl").write_text(json.dumps(record | {"width": 40, "height": 30}))
+    train.main(flags(stage=1, out="one", image_mode="crop", steps1=1))
+    with refused("has boxes"):
+        data = f"rec:{tmp_path / 'boxes.jsonl'}"
+        train.main(flags(stage=2, init="one/model", out="two", data2=data))
+
+
 def test_a_run_ends_with_scores_and_what_to_do_next(flags, capsys, monkeypatch):
     monkeypatch.setattr(train.MLLM, "generate", lambda model, images, *_: ["yes"] * len(images))
     train.main(flags(evaluate=True, steps1=1, steps2=1))

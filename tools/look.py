@@ -135,6 +135,8 @@ def look_through(tower, pixels):
     -> all hidden states of the patches, (N, D) each, and the last block's attention from the prefix
     tokens, (prefix, H, S).
     """
+    if not hasattr(tower, "blocks"):
+        raise InputError(f"--vision: {type(tower).__name__} has no attention to look at")
     prefix = tower.num_prefix_tokens
     device = next(tower.parameters()).device
     with recorded_attention([tower.blocks[-1].attn], slice(prefix)) as recorded:
