@@ -32,7 +32,7 @@ def guard(tmp_path_factory):
     (
         "config/dense_7b.toml",
         "config/dense_7b.toml --stage=1",
-        "config/comm_7b.toml --gpus=512 --rank=511",
+        "config/comm_7b.toml --gpus=32 --rank=31",
         "config/dense_siglip_8b.toml --fsdp2=false --lora_rank=128 --batch2=16 --gpus=1",
     ),
 )
