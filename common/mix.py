@@ -30,12 +30,12 @@ class Task(FileData):
     """One question and one answer about one image. Each format is a subclass with `fields`.
 
     fields(record, where) -> name of the image, text, answer, groups of boxes, and, if the record
-    has them, width and height. The text takes the place of `place` in one of the questions. Each
-    "<boxes>" in it or in the answer stands for a group of boxes, in pixels.
+    has them, width and height. The text replaces `place` in one of the questions. Each "<boxes>" in
+    it or in the answer is replaced by a group of boxes, which are given in pixels.
     """
 
     has_boxes = True
-    # as in Shikra's templates
+    # the placeholder of Shikra's templates
     place = "<question>"
     questions = ("<image>\n<question>",)
 

@@ -205,7 +205,7 @@ class Watch(TorchDispatchMode):
         self.start()
 
     def start(self):
-        """Begin to count anew."""
+        """Set all counts to zero."""
         self.kernels, self.bytes, self.waits = 0, Counter(), Counter()
         self.peak = self.live
 

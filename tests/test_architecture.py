@@ -32,7 +32,7 @@ BUDGETS = {
     "sample": 170,
     "eval": 180,
 }
-# Files that one connector, one format or one page needs, each with a budget of its own in tokens.
+# Files that only one connector, format or page needs, and the limit of each in tokens.
 BEYOND = {
     "common/anyres": 700,
     "common/grid": 500,

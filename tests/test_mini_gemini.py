@@ -54,7 +54,7 @@ def test_patch_info_mining_equals_the_authors_code():
     tokens = mining()([[low], [tokens_of(detail)]])
     expected = torch.tensor(FACTS["mining"]["tokens"]).reshape(1, 4, 4)
     assert (tokens - expected).abs().max() < 1e-6
-    # the Dense Connector's: the means beside it
+    # the Dense Connector's: the means as further channels
     means = [w((1, 4, 4), seed) for seed in (32, 33)]
     module = mining(groups=2)
     assert module.layers == [[23, range(0, 12), range(12, 24)], [4]]

@@ -291,6 +291,9 @@ def compare_training(config, folder):
 def gpu_dry(arguments):
     """Print what a step of a recipe would launch, move, wait for, hold and take on GPUs."""
     child = run(ROOT, "tests/fake_cuda.py", *arguments)
+    if "--help" in arguments:
+        print(child)
+        return
     found = json.loads(child.splitlines()[-1])
     moved, kernels = sum(found["bytes"].values()), found["kernels"]
     print(f"{kernels:,} kernels; bytes, matrix products excepted: {moved / 1e9:,.0f} GB")

@@ -73,7 +73,7 @@ class Config:
     prompt: str = option("", "default: where the scene's objects are, or a description")
     model: str = option("", "folder or hub id; default: the newest under out/")
     vision: list[str] = option([], "towers to draw instead of a model: folders or hub ids")
-    out: str = option("out/look.png", "the sheet; beside it a page with sliders, out/look.html")
+    out: str = option("out/look.png", "the sheet; a page with sliders goes to out/look.html")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
