@@ -4,7 +4,7 @@
 
 Each folder holds a checkpoint (config.json, model.safetensors) and expected.safetensors: `tokens`
 (B, T), their `logits` (B, T, V), and `prompts` (B, T), padded on the left as `mask` says, with the
-`greedy` ids (B, 12) that follow. test_transformers_live.py compares the logits of more variants.
+`greedy` ids (B, 12) that follow. live_transformers.py compares the logits of more variants.
 """
 
 from pathlib import Path

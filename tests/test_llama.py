@@ -1,6 +1,6 @@
 """llama.py and interop/phi.py: recorded results of transformers, packed rows, generation, configs.
 
-make_llama_fixtures.py writes the fixtures. test_transformers_live.py compares more variants.
+make_llama_fixtures.py writes the fixtures. live_transformers.py compares more variants.
 """
 
 import json

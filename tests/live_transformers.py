@@ -176,7 +176,7 @@ def test_transformers_llava_gives_the_logits_of_what_we_trained(tmp_path):
 
 
 def check_answer(ours, theirs, tokenizer, images):
-    """Compare prompt and logits. test_pipelines_live.py compares answers."""
+    """Compare prompt and logits. live_pipelines.py compares answers."""
     pixels, ids, _ = ours.prompt(images, [("What is this?", None)])
     parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": "What is this?"}]
     text = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
