@@ -12,12 +12,13 @@ Prompts: LLaVA-1.5 (arXiv 2310.03744, table of evaluation formats). For boxes an
 
 import csv
 import io
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import InputError
 from common.images import open_image
+from common.pretrained import read_json
 from common.records import read_records
 from common.video import open_frames
 from dialogue import MARK
@@ -79,11 +80,9 @@ class Record(dict):
 
 def read_object(path):
     """Read a file that is one JSON object. Returns {} for any other file."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    with suppress(InputError):
+        return read_json(path)
+    return {}
 
 
 def records(path):

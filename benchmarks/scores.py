@@ -204,11 +204,8 @@ def gqa_normalize(answer):
 
 def scienceqa_letter(answer, options="ABCDE"):
     """Read "B", "B. ..." or a single "The answer is B." by LLaVA's rule, else None."""
-    if len(answer) == 1 and answer in options:
-        return answer
-    if len(answer) >= 3 and answer[0] in options and answer[1:3] == ". ":
-        return answer[0]
-    found = re.findall(r"The answer is ([A-Z]).", answer)
+    found = re.findall(rf"^([{options}])(?:\. |\Z)", answer)
+    found = found or re.findall(r"The answer is ([A-Z]).", answer)
     return found[0] if len(found) == 1 and found[0] in options else None
 
 

@@ -130,12 +130,10 @@ def load(folder, model, optimizer=None):
             f"{folder}: was trained with the connector {state['connector']}, "
             f"the model has {model.connector.spec()}"
         )
-    saved = names(folder)
-    parameters = dict(model.named_parameters()) | trained_tensors(model)
-    expected = saved
-    if optimizer:
-        expected = trained_tensors(model).keys()
-    mismatched = (saved - parameters.keys()) | (saved ^ expected)
+    saved, trained = names(folder), trained_tensors(model)
+    parameters = dict(model.named_parameters()) | trained
+    expected = trained.keys() if optimizer else saved & parameters.keys()
+    mismatched = saved ^ expected
     if mismatched:
         raise InputError(
             f"{folder}: tensor {min(mismatched)} does not fit: "
@@ -195,12 +193,9 @@ def names(folder, kind="model."):
 
 def newest(run, stage):
     """Return the newest checkpoint of a stage in a run folder, or None."""
-    found = []
-    for path in (Path(run) / "checkpoints").glob(f"stage{stage}-*"):
-        # copies have other names
-        if re.fullmatch(r"stage\d-\d{7}", path.name) and is_checkpoint(path):
-            found.append(path)
-    return max(found, default=None)
+    # seven digits: copies have other names
+    found = (Path(run) / "checkpoints").glob(f"stage{stage}-{'[0-9]' * 7}")
+    return max(filter(is_checkpoint, found), default=None)
 
 
 def is_checkpoint(folder):

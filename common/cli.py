@@ -54,11 +54,9 @@ def parse(cls, arguments, about=""):
 
     A word without dashes is a TOML file or the value of the first field.
     """
-    values, flags, words, is_help = {}, [], [], False
+    values, flags, words = {}, [], []
     for argument in arguments:
-        if argument in ("-h", "--help"):
-            is_help = True
-        elif argument.startswith("-"):
+        if argument.startswith("-"):
             flags.append(argument)
         elif argument.endswith(".toml"):
             set_options(cls, values, read_recipe(argument), f"{argument}: ")
@@ -67,7 +65,7 @@ def parse(cls, arguments, about=""):
         else:
             words.append(argument)
             flags.append(f"--{fields(cls)[0].name}={argument}")
-    if is_help:
+    if "-h" in arguments or "--help" in arguments:
         # a recipe's values take the place of the defaults
         print(f"{about.strip()}\n{describe(cls(**values))}")
         sys.exit(0)
@@ -236,6 +234,7 @@ def run(main):
 
     So are the errors of REMEDIES: a GPU's memory, or a rank that was killed.
     """
+    status = 2
     try:
         main(sys.argv[1:])
         status = 0
@@ -249,11 +248,9 @@ def run(main):
         if isinstance(error, OSError) and error.errno is None:  # a bug, not the system's answer
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        status = 2
     except RuntimeError as error:
         advice = [REMEDIES[words] for words in REMEDIES if words in str(error)]
         if not advice:
             raise
         print(f"error: {str(error).splitlines()[0]}: {advice[0]}", file=sys.stderr)
-        status = 2
     leave(status)

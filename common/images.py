@@ -40,7 +40,7 @@ USER_AGENT = "nanoMLLM/1.0 (educational code for multimodal LLMs)"
 # --- how a checkpoint wants its images ---
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImageSpec:
     """How images are brought to R x R pixels.
 
@@ -60,8 +60,7 @@ class ImageSpec:
     def __post_init__(self):
         if self.mode == "anyres" and not self.pinpoints:
             R = self.size
-            pinpoints = (R, 2 * R), (2 * R, R), (2 * R, 2 * R), (3 * R, R), (R, 3 * R)
-            object.__setattr__(self, "pinpoints", pinpoints)
+            self.pinpoints = (R, 2 * R), (2 * R, R), (2 * R, 2 * R), (3 * R, R), (R, 3 * R)
 
     @classmethod
     def from_folder(cls, folder):
@@ -88,9 +87,12 @@ class ImageSpec:
         is_square = kind.startswith(("ViT", "DeiT", "Siglip"))
         if isinstance(size, dict):
             is_square = "height" in size
-        mode = "stretch" if is_square else "pad" if config.get("do_pad") else "crop"
+        mode = "pad" if config.get("do_pad") else "crop"
+        if is_square:
+            mode = "stretch"
         pinpoints = tuple((w, h) for h, w in config.get("image_grid_pinpoints") or ())
-        mode = "anyres" if pinpoints else mode
+        if pinpoints:
+            mode = "anyres"
         resize_to = side = side_of(size)
         if config.get("do_center_crop"):
             side = side_of(config.get("crop_size") or size)

@@ -49,7 +49,7 @@ def locate(folder_or_id):
 def read_json(path):
     """Read a JSON file that holds an object -> dict. Raises InputError."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
@@ -107,25 +107,19 @@ def tensor_files(folder):
     if single.exists():
         with open_safetensors(single) as file:
             return dict.fromkeys(file.keys(), single)
-    if index.exists():
-        return files_of_index(index)
-    raise InputError(
-        f"{folder}: no safetensors in this folder. A run has them in its folder model. Pickled "
-        "weights (.bin, .pt) can run any code: convert them, or name a revision that has "
-        "safetensors (owner/name@revision)"
-    )
-
-
-def files_of_index(index):
-    """Read model.safetensors.index.json -> {tensor name: shard}, checked against the shards."""
-    weight_map = read_json(index).get("weight_map", {})
-    present = [path.name for path in index.parent.iterdir()]
+    if not index.exists():
+        raise InputError(
+            f"{folder}: no safetensors in this folder. A run has them in its folder model. Pickled "
+            "weights (.bin, .pt) can run any code: convert them, or name a revision that has "
+            "safetensors (owner/name@revision)"
+        )
+    present = [path.name for path in folder.iterdir()]
     files = {}
-    for name, shard in weight_map.items():
+    for name, shard in read_json(index).get("weight_map", {}).items():
         # in this folder: an index from outside must not lead elsewhere
         if shard not in present:
             raise InputError(f"{index}: {name} should be in {shard}, which is not in this folder")
-        files[name] = index.parent / shard
+        files[name] = folder / shard
     return files
 
 
@@ -367,19 +361,15 @@ class PretrainedTower(Pretrained):
 
         Two crops a side make five images of each, in this order: whole, crops row by row.
         """
-        self.check_pixels(pixels)
+        shape = tuple(pixels.shape)
+        if pixels.dtype != torch.uint8 or shape[1:] != (3, shape[-1], shape[-1]):
+            raise InputError(f"pixels should be uint8 (B, 3, R, R), got {pixels.dtype} {shape}")
+        self.check_size(shape[-1])
         x = self.normalize(pixels, torch.float32)
         if self.crops and not self.any_resolution:
             x = F.interpolate(x, self.crops * self.config.image_size, mode="bilinear")
             x = views(x, self.crops)
         return x.to(dtype)
-
-    def check_pixels(self, pixels):
-        """Raise InputError unless pixels are uint8 (B, 3, R, R) of a size that this tower takes."""
-        shape = tuple(pixels.shape)
-        if pixels.dtype != torch.uint8 or shape[1:] != (3, shape[-1], shape[-1]):
-            raise InputError(f"pixels should be uint8 (B, 3, R, R), got {pixels.dtype} {shape}")
-        self.check_size(shape[-1])
 
     def check_size(self, side):
         """Raise InputError unless this tower takes images of side x side pixels."""

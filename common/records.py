@@ -22,10 +22,12 @@ MARK = "<image>"  # an image in the text
 SURROGATE = re.compile("[\ud800-\udfff]")
 # LLaVA's names of the roles in other words
 ROLES = {"human": "user", "gpt": "assistant"}
-READ = ("id", "image", "images", "conversations", "messages")
+READ = "id image images conversations messages".split()
 # Keys that hold media or a system prompt elsewhere. Ignoring them would train on text alone.
-UNREAD = ("img", "img_path", "image_path", "image_file", "image_url", "picture", "photo", "video")
-UNREAD += ("video_path", "frames", "audio", "system", "system_prompt")
+UNREAD = (
+    "img img_path image_path image_file image_url picture photo video video_path frames audio "
+    "system system_prompt"
+).split()
 
 
 class Sample(NamedTuple):
@@ -50,8 +52,6 @@ class FileData:
         self.image_dir = os.path.abspath(image_dir or Path(path).parent)
         records = enumerate(self.read(path))
         samples = [self.parse(record, where, index) for index, (where, record) in records]
-        if not samples:
-            raise InputError(f"{path}: holds no samples")
         self.num_with_images = sum(bool(images) for images, *_ in samples)
         # now, not at the first image
         if self.num_with_images and not os.path.isdir(self.image_dir):
@@ -152,15 +152,6 @@ def looks_misplaced(key):
     return key not in READ and bool(difflib.get_close_matches(key.lower(), names, 1, 0.8))
 
 
-def check_keys(record, where):
-    for key, value in record.items():
-        if value and looks_misplaced(key):
-            raise InputError(
-                f'{where}: the key {key!r:.80} is not read: images belong under "image", texts '
-                'under "conversations", a system prompt into a message from "system"'
-            )
-
-
 def read_turns(record, where):
     """Read the messages of LLaVA's format -> turns [(question, answer), ...], system prompt.
 
@@ -177,20 +168,20 @@ def read_turns(record, where):
         role = str(message.get("from", message.get("role")))
         roles.append(ROLES.get(role, role))
         texts.append(message.get("value", message.get("content")))
-        if not is_text(texts[-1]):
-            raise InputError(f'{where}: every message needs a text, "value", of whole characters')
+    if not all(map(is_text, texts)):
+        raise InputError(f'{where}: every message needs a text, "value", of whole characters')
     system = ""
     if roles[0] == "system":
         system, roles, texts = texts[0], roles[1:], texts[1:]
     if roles[:1] == ["assistant"]:
         roles, texts = roles[1:], texts[1:]
-    questions, answers = texts[::2], texts[1::2]
-    if roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
+    in_turns = ["user", "assistant"] * len(roles)
+    if roles != in_turns[: len(roles)]:
         raise InputError(
             f'{where}: "from" should be human and gpt, or user and assistant, in turns; the first '
             "message may be from system"
         )
-    return list(zip(questions, answers, strict=False)), system
+    return list(zip(texts[::2], texts[1::2], strict=False)), system
 
 
 def llava_fields(record, image_dir, where):
@@ -198,7 +189,12 @@ def llava_fields(record, image_dir, where):
 
     There must be as many marks as images. Without images a mark may be text within a message.
     """
-    check_keys(record, where)
+    for key, value in record.items():
+        if value and looks_misplaced(key):
+            raise InputError(
+                f'{where}: the key {key!r:.80} is not read: images belong under "image", texts '
+                'under "conversations", a system prompt into a message from "system"'
+            )
     turns, system = read_turns(record, where)
     names = record.get("image") or record.get("images") or []
     images = image_paths(names, image_dir, where) if turns else []
@@ -220,7 +216,7 @@ def image_paths(names, folder, where):
         raise InputError(f"{where}: image should be a file name or a list of them")
     paths = [os.path.normpath(os.path.join(folder, name)) for name in names]
     for path in paths:
-        if path == folder or os.path.commonpath([path, folder]) != folder:
+        if not path.startswith(os.path.join(folder, "")):
             name = printable(path, 300)
             raise InputError(f"{where}: the image path {name} is not inside the folder {folder}")
     return paths

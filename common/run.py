@@ -26,6 +26,7 @@ from shutil import which
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import ConcatDataset
 
 from common import checkpoint, distributed, fsdp, lora
@@ -36,15 +37,11 @@ from common.pretrained import LARGE, stored
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PARTS = ("vision", "connector", "llm")  # the parts of a model that can be trained
 IMAGE_MODES = ("pad", "crop", "stretch", "anyres")
-AT_LEAST_1 = "batch1 batch2 micro_batch log_every save_every max_length"
-AT_LEAST_0 = (
-    "steps1 steps2 epochs1 epochs2 workers image_size seed lr1 lr2 connector_lr2 vision_lr2 "
-    "lora_lr2 clip weight_decay lora_rank lora_alpha"
-)
-# The least and the greatest value of an option.
-LIMITS = dict.fromkeys(AT_LEAST_1.split(), (1, 1e9)) | dict.fromkeys(AT_LEAST_0.split(), (0, 1e9))
-LIMITS |= {"stage": (0, 2), "warmup": (0, 1), "memory_budget": (0, 1)}
-LIMITS |= dict.fromkeys(("adam_beta", "lora_dropout"), (0, 0.999999))
+# The least and the greatest value of an option. Other numbers are from 0 to 1e9.
+AT_LEAST_1 = "batch1 batch2 micro_batch log_every save_every max_length".split()
+LIMITS = {"stage": (0, 2), "warmup": (0, 1), "memory_budget": (0, 1)}
+LIMITS |= {"adam_beta": (0, 0.999999), "lora_dropout": (0, 0.999999)}
+LIMITS |= dict.fromkeys(AT_LEAST_1, (1, 1e9))
 
 
 @dataclass
@@ -124,9 +121,10 @@ class Config:
 
     def __post_init__(self):
         self.lora_alpha = self.lora_alpha or 2 * self.lora_rank
-        for key, (least, greatest) in LIMITS.items():
-            value = getattr(self, key)
-            if value is not None and not least <= value <= greatest:  # false for NaN too
+        for key, value in vars(self).items():
+            least, greatest = LIMITS.get(key, (0, 1e9))
+            # false for NaN too
+            if isinstance(value, int | float) and not least <= value <= greatest:
                 raise InputError(f"--{key}={value}: must be from {least:g} to {greatest:g}")
         for stage in (1, 2):
             options = self.stage_options(stage)
@@ -148,8 +146,8 @@ class Config:
 
     def stage_options(self, stage):
         """Return the options of one stage: in stage 2 .lr is --lr2, and --fsdp2 overrides .fsdp."""
-        options = asdict(self)
-        for key, value in asdict(self).items():
+        options = dict(vars(self))
+        for key, value in vars(self).items():
             if key.endswith(str(stage)) and value is not None:
                 options[key[:-1]] = value
         return SimpleNamespace(**options)
@@ -191,7 +189,7 @@ class Config:
 class Ranks:
     """This process among all ranks: rank, size, device, and whether it was asked to stop.
 
-    torchrun starts a rank for each GPU. Without it there is one rank.
+    torchrun starts a rank for each GPU. Without it there is one rank, which waits for nobody.
     """
 
     def __init__(self, device):
@@ -225,23 +223,45 @@ class Ranks:
 
     def sum(self, tensor):
         """Return the sum over all ranks, on the device of `tensor`."""
-        return distributed.total(tensor, self.device) if self.size > 1 else tensor
+        if self.size == 1:
+            return tensor
+        summed = tensor.to(self.device, copy=True)
+        dist.all_reduce(summed)
+        return summed.to(tensor.device)
 
     def agree(self, number, what):
         """Raise InputError unless a number is the same on all ranks."""
-        if self.size > 1:
-            distributed.agree(number, what, self.device)
+        if self.size == 1:
+            return
+        numbers = torch.tensor([number, -number], device=self.device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        # the largest and the smallest
+        if numbers[0] != -numbers[1]:
+            raise InputError(f"the ranks differ in {what}: all nodes must see the same files")
 
     def barrier(self):
         if self.size > 1:
-            distributed.barrier()
+            dist.barrier()
+
+    def wait_for(self, folder):
+        """Wait until this rank sees a folder that rank 0 made. Raises InputError."""
+        self.barrier()
+        for _ in range(60):  # a network disk may show it late
+            if folder.exists():
+                return
+            time.sleep(1)
+        raise InputError(
+            f"rank {self.rank}: does not see {folder}, which rank 0 made: "
+            "--out must be on a disk that all nodes share"
+        )
 
     def close(self):
         """Leave the other ranks. From here on a signal ends the process: all is saved."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.barrier()
         if self.size > 1:
-            distributed.close()
+            dist.destroy_process_group()
 
 
 def run_folder(config, ranks):
@@ -252,8 +272,7 @@ def run_folder(config, ranks):
     if ranks.is_main:
         run.mkdir(parents=True, exist_ok=True)
         ranks.lock = lock(run)  # kept open: closing the file would unlock it
-    if ranks.size > 1:
-        distributed.wait_for(run, ranks.rank)
+    ranks.wait_for(run)
     return run
 
 
@@ -274,9 +293,9 @@ def lock(run):
 
 
 def fingerprint(dataset):
-    """Return a CRC-32 of all samples. The image folder does not count."""
+    """Return a CRC-32 of all samples of a ConcatDataset. The image folder does not count."""
     value = 0
-    for part in getattr(dataset, "datasets", [dataset]):
+    for part in dataset.datasets:
         if not hasattr(part, "samples"):
             value = zlib.crc32(f"{type(part).__name__} {len(part)}".encode(), value)
             continue
@@ -298,7 +317,7 @@ class Log:
         self.ranks = ranks
         self.start, self.steps = state["step"], state["steps"]
         self.path = run / "log.jsonl"
-        self.began = self.interval_began = time.time()
+        self.began = self.interval_began = time.perf_counter()
         self.stage = state["stage"]
         self.tokens = self.num_steps = self.num_printed = 0
         self.interval = state["interval"]
@@ -339,14 +358,18 @@ class Log:
 
     def write(self, record):
         """Print and write a line: record has step, lr, and the other numbers of the step."""
-        now, step = time.time(), record["step"]
+        now, step = time.perf_counter(), record["step"]
         num_finite = self.interval["steps"]
         mean_loss = self.interval["loss"] / num_finite if num_finite else math.nan
-        record |= {"mean_loss": mean_loss, "skipped": self.interval["skipped"]}
-        seconds = max(now - self.interval_began, 1e-9)
+        seconds = now - self.interval_began
         step_seconds, speed = seconds / self.num_steps, round(self.tokens / seconds)
-        record |= {"tokens_per_second": speed, "seconds_per_step": step_seconds}
-        record["seconds"] = round(now - self.began, 1)
+        record |= {
+            "mean_loss": mean_loss,
+            "skipped": self.interval["skipped"],
+            "tokens_per_second": speed,
+            "seconds_per_step": step_seconds,
+            "seconds": round(now - self.began, 1),
+        }
         memory = ""
         if self.ranks.device.type == "cuda":
             record["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -370,7 +393,7 @@ class Log:
         """
         if not datasets:
             return
-        began, ranks = time.time(), self.ranks
+        began, ranks = time.perf_counter(), self.ranks
         loader = replace(loader, dataset=ConcatDataset(datasets))
         model.eval()
         sums = torch.zeros(2)
@@ -390,7 +413,7 @@ class Log:
         loss /= max(1, num_tokens)
         ranks.print(f"stage {self.stage}  step {step:5d}/{self.steps}  held-out loss {loss:.4f}")
         self.append({"step": step, "held_out_loss": loss})
-        self.interval_began += time.time() - began
+        self.interval_began += time.perf_counter() - began
 
     def append(self, record):
         """Write numbers of a step to log.jsonl and W&B."""
@@ -411,9 +434,13 @@ def start_wandb(config, run):
     name = run / "wandb.id"
     if not name.exists():
         name.write_text(secrets.token_hex(4))
-    project = os.environ.get("WANDB_PROJECT", "nanoMLLM")
-    options = {"project": project, "id": name.read_text(), "resume": "allow", "dir": run}
-    board = wandb.init(config=asdict(config), **options)
+    board = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "nanoMLLM"),
+        id=name.read_text(),
+        resume="allow",
+        dir=run,
+        config=asdict(config),
+    )
     for stage in ("stage1", "stage2"):
         board.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
     return board
@@ -454,8 +481,7 @@ def print_bad_step(step, loss, norm, micro_batches, losses):
         if not loss_sum.isfinite():
             names += batch.ids
     among = f" (among {', '.join(names)})" if names else ""
-    message = f"step {step}: loss {loss}, gradient norm {norm}: step skipped{among}"
-    print(message, file=sys.stderr, flush=True)
+    print(f"step {step}: loss {loss}, gradient norm {norm}: step skipped{among}", file=sys.stderr)
 
 
 def check_progress(stage, step, bad_steps, empty_steps, steps):

@@ -90,14 +90,13 @@ def merges_of(pieces, ids):
 
     Equal scores keep the order of the pieces. Cuts of one piece are in the order of their ids.
     """
-    scored = []
-    for piece, score, _ in pieces:
-        cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        cuts = [(left, right) for left, right in cuts if left in ids and right in ids]
-        cuts.sort(key=lambda cut: (ids[cut[0]], ids[cut[1]]))
-        scored += [(-score, cut) for cut in cuts]
-    scored.sort(key=lambda pair: pair[0])
-    return [cut for _, cut in scored]
+    ranked = []
+    for number, (piece, score, _) in enumerate(pieces):
+        for i in range(1, len(piece)):
+            cut = piece[:i], piece[i:]
+            if cut[0] in ids and cut[1] in ids:
+                ranked.append((-score, number, ids[cut[0]], ids[cut[1]], cut))
+    return [cut for *_, cut in sorted(ranked)]
 
 
 def load_tokenizer_model(folder):

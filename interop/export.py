@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from tokenizers import AddedToken, Tokenizer, processors
 
 import train
@@ -92,18 +91,15 @@ def llava_hf(model):
             missing = text_config["vocab_size"] - len(tensor)
             tensor = torch.cat([tensor, mean.expand(missing, -1)])
         tensors[f"language_model.{key}"] = tensor
-    projector = model.connector.mm_projector
+    for key, tensor in model.connector.state_dict().items():
+        key = key.replace("mm_projector.2", "multi_modal_projector.linear_2")
+        key = key.replace("mm_projector.0", "mm_projector")
+        tensors[key.replace("mm_projector", "multi_modal_projector.linear_1")] = tensor
     if name == "linear":
         # LlavaForConditionalGeneration has two linear layers: make the second one the identity.
-        first, second = projector, nn.Linear(projector.out_features, projector.out_features)
-        second.to(projector.weight)
-        nn.init.eye_(second.weight)
-        nn.init.zeros_(second.bias)
-    else:
-        first, _, second = projector
-    for key, linear in (("linear_1", first), ("linear_2", second)):
-        tensors[f"multi_modal_projector.{key}.weight"] = linear.weight
-        tensors[f"multi_modal_projector.{key}.bias"] = linear.bias
+        bias = model.connector.mm_projector.bias
+        tensors["multi_modal_projector.linear_2.weight"] = torch.eye(len(bias)).to(bias)
+        tensors["multi_modal_projector.linear_2.bias"] = torch.zeros_like(bias)
     strategy = "default" if tower.num_prefix_tokens else "full"
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -131,7 +127,6 @@ def llava_hf(model):
             "image_grid_pinpoints": [[h, w] for w, h in model.spec.pinpoints],
             "use_image_newline_parameter": True,
         }
-        tensors["image_newline"] = model.connector.image_newline
     files = {"processor_config.json": processor}
     files |= tokenizer_files(model, tokenizer) | image_files(model)
     return files, tensors, config
@@ -147,26 +142,25 @@ def llava(model):
     tensors = {TOWER + key: tensor for key, tensor in vision.items()} | llm_tensors(model.llm)
     tensors |= {f"model.{key}": tensor for key, tensor in model.connector.state_dict().items()}
     shape = asdict(tower.config).items()
-    public_names = (key for key, public in SHAPES.items() if public.items() <= shape)
+    names = [key for key, public in SHAPES.items() if public.items() <= shape]
     llm_config = model.llm.config.to_dict()
     family = llm_config["model_type"].replace("qwen2", "qwen")
     config = llm_config | {
         "architectures": [f"Llava{family.capitalize()}ForCausalLM"],
         "model_type": f"llava_{family}",
-        "mm_vision_tower": next(public_names, tower.config.model_type),
+        "mm_vision_tower": names[0] if names else tower.config.model_type,
         "mm_hidden_size": next(model.connector.mm_projector.parameters()).shape[1],
         "mm_projector_type": "linear" if name == "linear" else "mlp2x_gelu",
         "mm_vision_select_layer": -2,
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "is_video": False,
-        "image_aspect_ratio": "pad" if model.spec.mode == "pad" else "square",
+        "image_aspect_ratio": model.spec.mode if model.spec.mode in ("pad", "anyres") else "square",
     }
     if model.spec.mode == "anyres":
-        config["image_aspect_ratio"] = "anyres"
         config["image_grid_pinpoints"] = list(map(list, model.spec.pinpoints))
         config["mm_patch_merge_type"] = "spatial_unpad"
-    if config["mm_vision_tower"] == tower.config.model_type:
+    if not names:
         # A key of ours, for a tower that has no public name.
         config["mm_vision_config"] = vision_config
     for theirs, ours in DENSE.items():

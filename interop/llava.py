@@ -207,7 +207,7 @@ def read_llava(folder, config, names):
             template = "llama_3_dense"
     towers = [tower]
     if "mm_vision_tower_aux" in config:
-        convnext, connector = read_mgm(folder, config, names, tower)
+        convnext, connector = read_mgm(folder, config, is_inside, tower)
         towers.append(convnext)
         spec = replace(spec, size=config["image_size_aux"])
     llm_type = FILE["llava_llms"].get(config["model_type"], config["model_type"])
@@ -216,16 +216,17 @@ def read_llava(folder, config, names):
     return model, None if is_inside else tower_folder
 
 
-def read_mgm(folder, config, names, clip):
-    """Build Mini-Gemini's second tower -> (tower, spec of the connector). Raises InputError."""
+def read_mgm(folder, config, is_inside, clip):
+    """Build Mini-Gemini's second tower -> (tower, spec of the connector). Raises InputError.
+
+    is_inside: whether the first tower is in the model's files.
+    """
     where, width = f"Mini-Gemini {folder}", clip.config.hidden_size
     expect(where, config, "model_type", "mgm")
     expect(where, config, "mm_projector_type", "mlp2x_gelu")
     expect(where, config, "image_aspect_ratio", None, "pad", "square")
     grid = expect(where, config, "image_grid", 1, 2)
     expect(where, {"image_global": False} | config, "image_global", grid == 2)
-    starts = TOWER, "model.vision_tower_aux."
-    is_inside = all(any(name.startswith(start) for name in names) for start in starts)
     if "convnext-large-d-320" not in str(config["mm_vision_tower_aux"]) or not is_inside:
         raise InputError(
             f"{where}: its towers must be a CLIP and convnext-large-d-320, both in its files"

@@ -47,7 +47,7 @@ def test_a_recipe_trains_on_cuda_with_few_waits_and_in_the_memory_planned(flags,
     for place, count in found["waits"].items():
         waits[place.partition(":")[0]] += count
     # Loss and gradient norm; the counts of the global batch, to NCCL and back.
-    expected = {"train.py": 2, "common/distributed.py": 2}
+    expected = {"train.py": 2, "common/run.py": 2}
     assert waits == ({"train.py": 2} if flags.endswith("--gpus=1") else expected)
     assert found["plan"] == pytest.approx(found["peak"], rel=0.15)
 

@@ -67,14 +67,12 @@ ATTENTION_NOTE = (
 
 
 @dataclass
-class Config:
+class Config(cli.ModelConfig):  # --model, --device and --bf16
     image: str = option("", "file or URL; default: a test scene of the toy world")
     scene: int = option(0, "which scene")
     prompt: str = option("", "default: where the scene's objects are, or a description")
-    model: str = option("", "folder or hub id; default: the newest under out/")
     vision: list[str] = option([], "towers to draw instead of a model: folders or hub ids")
     out: str = option("out/look.png", "the sheet; a page with sliders goes to out/look.html")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
 # ---- features as colors --------------------------------------------------------------------------
@@ -212,7 +210,7 @@ def with_boxes(image, boxes, side):
     return ImageOps.crop(panel(image, boxes, [], side), MARGIN)
 
 
-# ---- the sections: (title, note, [(image, caption)], how many of these the sheet shows) ----------
+# ---- the sections: (title, note, [(image, caption)], how many are on the sheet; None: all) -------
 
 
 def tower_sections(tower, pixels, notes):
@@ -223,7 +221,7 @@ def tower_sections(tower, pixels, notes):
     for i, features in enumerate(hidden):
         colors, share = principal_colors(features, colors)
         layers.append((mosaic(colors), f"hidden[{i}] · {share:.0%}\n{notes.get(i, '')}"))
-    sections = [(f"{name}: patches as colors", COLORS_NOTE, layers, len(layers))]
+    sections = [(f"{name}: patches as colors", COLORS_NOTE, layers, None)]
     # SigLIP has no class token.
     for row in attention[:1]:
         for i, weights in enumerate([row.mean(dim=0), *row]):
@@ -231,7 +229,7 @@ def tower_sections(tower, pixels, notes):
             caption = f"{f'head {i}' if i else 'mean'} · {weights.sum():.0%}"
             heads.append((heatmap(weights, edges), caption))
         title = f"{name}: attention of the class token"
-        sections.append((title, ATTENTION_NOTE, heads, len(heads)))
+        sections.append((title, ATTENTION_NOTE, heads, None))
     return sections
 
 
@@ -383,10 +381,11 @@ def main(arguments):
     name, sections = ", ".join(config.vision), []
     for folder in map(locate, config.vision):
         device = cli.pick_device(config.device)
-        tower = load_part(TOWERS, folder, dtype_to_answer(folder, device), device)
+        dtype = dtype_to_answer(folder, device, config.bf16)
+        tower = load_part(TOWERS, folder, dtype, device)
         sections += tower_sections(tower, to_pixels(image, ImageSpec(tower.config.image_size)), {})
     if not sections:
-        name, model = load_to_answer(config.model, config.device)
+        name, model = load_to_answer(config.model, config.device, config.bf16)
         sections = model_sections(model, image, questions)
     title = f"{name}: {title}"
     save_image([make_sheet(title, sections)], config.out)
