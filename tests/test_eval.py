@@ -64,8 +64,9 @@ def test_only_a_model_that_looks_loses_its_score_blind():
 
 
 def test_a_real_model_is_scored_the_same_twice_and_prints_json_last(
-    tiny_model, model_folder, capsys
+    tiny_model, model_folder, monkeypatch, capsys
 ):
+    monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 6)
     evaluation.main(["--count=4", "--batch=3", "--json", "--device=cpu"])
     printed = capsys.readouterr().out
     last = json.loads(printed.rstrip("\n").split("\n")[-1])
