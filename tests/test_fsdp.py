@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_process, records, refused, saved_weights, torchrun
+from conftest import HEADS, in_process, records, refused, saved_weights, torchrun
 from test_tools import most_allocated
 from test_train import write_dialogues
 
 import train
 from common import cli
 from common.run import Log, Ranks
+from llama import Llama, LlamaConfig
 
 
 def stopped(arguments):
@@ -121,12 +122,26 @@ def test_two_ranks_compute_what_one_process_computes(sharded, one, tmp_path):
     assert_near("lora2", "lora1")
 
 
-def test_what_two_gpus_run_computes_what_one_process_computes(sharded):
+@pytest.fixture
+def random_llm(tiny_folders, world_tokenizer, tmp_path):
+    """Return random_llm(**sizes): options of a run with a random LLM of these sizes."""
+
+    def make(**sizes):
+        folder = shutil.copytree(tiny_folders["llama"], tmp_path / "random")
+        config = LlamaConfig(vocab_size=world_tokenizer.get_vocab_size(), **sizes)
+        Llama(config).to(torch.bfloat16).save_pretrained(folder)
+        return {"llm": folder, "template": "tiny"}
+
+    return make
+
+
+def test_what_two_gpus_run_computes_what_one_process_computes(sharded, random_llm):
     """DDP in stage 1. FSDP, compiled and recomputed blocks in stage 2. Both in bfloat16.
 
-    The connector reads the tower's first block, so that few blocks are compiled.
+    One block of the LLM and one of the tower are enough, since tracing takes seconds.
     """
-    options = {"connector": "mlp", "connector.layer": 1, "steps2": 3}
+    options = {"connector": "mlp", "connector.layer": 1, "steps2": 2}
+    options |= random_llm(num_hidden_layers=1, intermediate_size=64, **HEADS)
     train.main(sharded(out="plain", **options))
     options |= {"bf16": True, "compile": True, "fsdp1": False, "activation_checkpointing2": True}
     done = in_process(compiled, sharded(out="half", **options), 2)
@@ -159,16 +174,10 @@ def test_ranks_must_share_a_disk_and_the_data(sharded):
     assert done.returncode and "error: the ranks differ in their data" in done.stderr
 
 
-def test_no_rank_ever_holds_the_whole_model(sharded, tiny_folders, world_tokenizer, tmp_path):
+def test_no_rank_ever_holds_the_whole_model(sharded, random_llm):
     """The mapped LLM in bfloat16 counts as a half, and a rank's rows in float32 as another."""
-    from llama import Llama, LlamaConfig
-
-    shutil.copytree(tiny_folders["llama"], tmp_path / "large")
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
-    vocabulary = world_tokenizer.get_vocab_size()
-    config = LlamaConfig(vocab_size=vocabulary, num_hidden_layers=8, **sizes)
-    Llama(config).to(torch.bfloat16).save_pretrained(tmp_path / "large")
-    options = {"llm": tmp_path / "large", "template": "tiny", "init": "new", "stage": 2}
+    options = random_llm(num_hidden_layers=8, **sizes) | {"init": "new", "stage": 2}
     done = in_process(measured, sharded(**options), 2)
     shares = [float(x.split()[1]) for x in done.stdout.splitlines() if "MEASURED" in x]
     assert len(shares) == 2 and all(0.9 < share < 1.1 for share in shares), done
