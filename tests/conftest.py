@@ -1,13 +1,17 @@
 """What the tests share: the project's root, two threads, small models, and short training runs."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import asdict
+from multiprocessing.connection import wait
 from pathlib import Path
 
 # No test may use the network.
@@ -16,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -168,6 +173,50 @@ def torchrun(ranks, command, options=(), **environment):
     """Run a Python command on several ranks of this CPU, as a user starts it."""
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a restart needs a new port
     return subprocess.run([*launch, *command], env=environment, capture_output=True, text=True)
+
+
+# New processes are forked from one that has imported PyTorch, which takes seconds.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(
+    ["conftest", "train", "torch.distributed.fsdp", "torch._dynamo", "torch.distributed.checkpoint"]
+)
+# returncode: the first that is not 0
+Ended = namedtuple("Ended", "returncode stdout stderr")
+
+
+def enter(main, arguments, environment):
+    """Be a new process: run a command as __main__ does."""
+    from common import cli
+
+    os.environ |= environment
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    if "RANK" in environment:
+        torch.set_num_threads(1)
+    sys.argv[1:] = arguments
+    cli.run(main)
+
+
+def in_process(main, arguments, ranks=None, **environment):
+    """Run main(arguments) in a new process, or in one for each rank, as torchrun does -> Ended."""
+    for name in ("stdout.txt", "stderr.txt"):
+        Path(name).write_text("")
+    if ranks:
+        with socket.create_server(("localhost", 0)) as server:
+            environment["MASTER_PORT"] = str(server.getsockname()[1])
+        environment |= {"MASTER_ADDR": "localhost", "WORLD_SIZE": str(ranks)}
+    processes = []
+    for rank in range(ranks or 1):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}
+        processes.append(FORK.Process(target=enter, args=(main, arguments, environment | own)))
+        processes[-1].start()
+    while waiting := [process for process in processes if process.exitcode is None]:
+        wait(process.sentinel for process in waiting)
+        # if one rank fails, the others are ended
+        for process in processes if any(p.exitcode for p in processes) else ():
+            process.kill()
+    status = next((p.exitcode for p in processes if p.exitcode), 0)
+    return Ended(status, Path("stdout.txt").read_text(), Path("stderr.txt").read_text())

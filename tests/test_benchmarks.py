@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, refused, torchrun
+from conftest import ROOT, in_process, refused
 from PIL import Image
 
 from benchmarks.judged import mathvista_match, mathvista_rule
@@ -98,7 +98,7 @@ def test_a_run_resumes_asks_changed_questions_again_and_refuses_others(here, cap
 def test_two_processes_answer_what_one_answers(here):
     flags = ["--model=out/tiny/model", "--batch=1"]
     main(command("pope", *flags, "--out=one"))
-    done = torchrun(2, ["-m", "benchmarks", *command("pope", *flags)])
+    done = in_process(main, command("pope", *flags), 2)
     assert done.returncode == 0, done.stderr
     assert answers() == answers("one") and list(Path("scored").glob("*rank*")) == []
     assert results() == results("one")

@@ -64,13 +64,17 @@ def test_only_a_model_that_looks_loses_its_score_blind():
 
 
 def test_a_real_model_is_scored_the_same_twice_and_prints_json_last(
-    tiny_model, model_folder, capsys
+    tiny_model, model_folder, monkeypatch, capsys
 ):
+    monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 6)
     evaluation.main(["--count=4", "--batch=3", "--json", "--device=cpu"])
     printed = capsys.readouterr().out
     last = json.loads(printed.rstrip("\n").split("\n")[-1])
     assert last["model"] == "out/tiny/model"
     # the size of a batch changes nothing
+    images, texts, _ = task_questions("count", 4)
+    answers = [evaluation.answer(tiny_model, images, texts, batch) for batch in (2, 3)]
+    assert answers[0] == answers[1]
     assert {task: last[task] for task in world.TASKS} == evaluate(tiny_model, count=4, batch=2)
     for flag in ("--count=1", "--batch=0", "--seed=-1"):
         with refused(flag[2:].partition("=")[0]):

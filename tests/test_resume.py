@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, records, refused
+from conftest import in_process, records, refused
 from safetensors.torch import load_file
 from test_train import write_dialogues
 from torch.utils.data import ConcatDataset
 
 import train
-from common.run import Ranks, fingerprint, run_folder
+from common import checkpoint
+from common.run import Log, Ranks, fingerprint, run_folder
 from data import LlavaData
 from mllm import MLLM
 
@@ -34,20 +36,33 @@ def whole(flags, tmp_path_factory):
     return folder
 
 
-def run_process(arguments, before=""):
-    """Run train.main in a process, after the statements `before`."""
-    code = f"""
-import os, signal, sys
-import torch, train
-from common import checkpoint, cli
-from common.run import Log
-torch.set_num_threads({torch.get_num_threads()})
-sys.argv[1:] = {arguments!r}
-{before}
-cli.run(train.main)"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+def interrupted(arguments):
+    """Train up to STOP, "what when": kill this process or fill its disk."""
+    what, when = os.environ["STOP"].split(maxsplit=1)
+    write, replace_folder, rmtree = Log.write, checkpoint.replace_folder, shutil.rmtree
+
+    def act(now):
+        if now == when and what == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))
+        elif now == when:
+            os.kill(os.getpid(), getattr(signal, what))
+
+    def write_then_act(log, record):
+        write(log, record)
+        act(f"{log.stage} {record['step']}")
+
+    def act_then_replace(partial, folder):
+        act(f"saving {folder.name}")
+        replace_folder(partial, folder)
+
+    def act_then_delete(path, **options):
+        act(f"deleting {path.name}")
+        rmtree(path, **options)
+
+    Log.write = write_then_act
+    checkpoint.replace_folder = act_then_replace
+    checkpoint.shutil.rmtree = act_then_delete
+    train.main(arguments)
 
 
 def tensors(run="run"):
@@ -76,41 +91,23 @@ def assert_equal_runs(run, whole):
     assert checkpoints(run) == ["stage1-0000002", LAST]
 
 
-KILL = "os.kill(os.getpid(), signal.SIGKILL)"
-AFTER_STEP = """
-write = Log.write
-def act(self, record):
-    write(self, record)
-    if (self.stage, record["step"]) == {step}:
-        {action}
-Log.write = act
-"""
-DURING_SAVE = """
-replace = checkpoint.replace_folder
-def die(partial, folder):
-    if folder.name == "stage2-0000004":
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(partial, folder)
-checkpoint.replace_folder = die
-"""
-BEFORE_DELETING = """
-def die(path, **options):
-    if not options:
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.shutil.rmtree = die
-"""
-KILLS = [
-    (AFTER_STEP.format(step=(1, 0), action=KILL), ""),
-    (AFTER_STEP.format(step=(2, 4), action=KILL), "stage1-0000002 stage2-0000004"),
-    (DURING_SAVE, "stage1-0000002 stage2-0000002 stage2-0000004.partial"),
-    (BEFORE_DELETING, "stage1-0000002 stage2-0000002 stage2-0000004"),
-]
+# where a run is killed, and the checkpoints that it leaves
+KILLS = {
+    "1 0": "",
+    "2 4": "stage1-0000002 stage2-0000004",
+    "saving stage2-0000004": "stage1-0000002 stage2-0000002 stage2-0000004.partial",
+    "deleting stage2-0000002": "stage1-0000002 stage2-0000002 stage2-0000004",
+}
 
 
-@pytest.mark.parametrize("before, left", KILLS, ids=range(4))
-def test_a_killed_run_resumes_bit_for_bit(before, left, flags, whole):
-    assert run_process(flags(), before).returncode == -signal.SIGKILL
-    assert " ".join(checkpoints()) == left
+def stop(arguments, what, when):
+    return in_process(interrupted, arguments, STOP=f"{what} {when}")
+
+
+@pytest.mark.parametrize("when", KILLS)
+def test_a_killed_run_resumes_bit_for_bit(when, flags, whole):
+    assert stop(flags(), "SIGKILL", when).returncode == -signal.SIGKILL
+    assert " ".join(checkpoints()) == KILLS[when]
     with open("run/log.jsonl", "a", errors="surrogateescape") as log:
         log.write('{"stage": 1, "st\udcff')  # the kill may cut a line
     train.main([*flags(workers=1), "--resume"])
@@ -118,9 +115,8 @@ def test_a_killed_run_resumes_bit_for_bit(before, left, flags, whole):
 
 
 def test_a_signal_saves_and_stops_and_a_second_one_stops_at_once(flags, whole):
-    for step, number in (((1, 0), "SIGINT"), ((2, 2), "SIGTERM")):
-        before = AFTER_STEP.format(step=step, action=KILL.replace("SIGKILL", number))
-        assert run_process([*flags(), "--resume"], before).returncode == 0
+    for when, name in (("1 0", "SIGINT"), ("2 2", "SIGTERM")):
+        assert stop([*flags(), "--resume"], name, when).returncode == 0
         assert not Path("run/model").exists()
     train.main([*flags(), "--resume"])
     assert_equal_runs("run", whole)
@@ -133,8 +129,7 @@ def test_a_signal_saves_and_stops_and_a_second_one_stops_at_once(flags, whole):
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(flags, whole):
-    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))"
-    done = run_process(flags(), AFTER_STEP.format(step=(2, 2), action=full))
+    done = stop(flags(), "full", "2 2")
     assert done.returncode == 2 and done.stderr.startswith("error: run/checkpoints/stage2-0000004")
     assert done.stderr.count("\n") == 1 and "stage2-0000002" in checkpoints()
     train.main([*flags(), "--resume"])
@@ -225,7 +220,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(flags, whole):
 def test_batchnorm_continues_bit_for_bit_and_is_saved(flags):
     options = {"connector": "comm", "connector.merge": "conv"}
     train.main(flags(out="whole", **options))
-    assert run_process(flags(**options), KILLS[1][0]).returncode == -signal.SIGKILL
+    assert stop(flags(**options), "SIGKILL", "2 4").returncode == -signal.SIGKILL
     train.main([*flags(**options), "--resume"])
     assert_equal_runs("run", "whole")
     saved = load_file("run/model/model.safetensors")

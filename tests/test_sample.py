@@ -2,7 +2,7 @@
 
 import io
 import json
-import subprocess
+import runpy
 import sys
 
 import numpy as np
@@ -160,7 +160,7 @@ def test_frames_touch_in_front_of_the_bare_question(model_folder, monkeypatch):
     assert asked == [(first, 1, 3 * 8), (first, 1, 3 * 16), (first, 2, 3 * 16)]
 
 
-def test_bad_input_is_named(model_folder, tmp_path):
+def test_bad_input_is_named(model_folder, monkeypatch, capsys):
     flags = ["image=missing.jpg", "image=out/tiny/model/config.json", "temperature=-1", "count=0"]
     flags += ["seed=-1", "max_new_tokens=0", "out=out/image.docx", "model=nowhere/at/all"]
     flags += ["out=out/tiny/model/config.json/a.png", "device=abacus", "frames=-1", "pool=all"]
@@ -173,9 +173,12 @@ def test_bad_input_is_named(model_folder, tmp_path):
     with refused("2 <image> marks"):
         sample.main(["--prompt=<image> <image>"])
     # without a model
+    capsys.readouterr()
+    monkeypatch.chdir("out/tiny")
     for command in ("sample.py", "eval.py"):
-        arguments = [sys.executable, ROOT / command]
-        folder = tmp_path / "out" / "tiny"
-        ended = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
-        assert ended.returncode == 2 and ended.stdout == ""
-        assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+        monkeypatch.setattr(sys, "argv", [command])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(ROOT / command, run_name="__main__")
+        printed = capsys.readouterr()
+        assert printed.out == "" and printed.err.startswith("error: ")
+        assert printed.err.count("\n") == 1
