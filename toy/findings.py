@@ -67,6 +67,7 @@ comm               --connector=comm
 comm-mean_half     --connector=comm --connector.merge=mean_half
 comm-mean_all      --connector=comm --connector.merge=mean_all
 comm-layerscale    --connector=comm --connector.merge=layerscale
+comm-conv          --connector=comm --connector.merge=conv
 clip-mlp           --connector=mlp
 clip-sti           --connector=sti
 clip-sci           --connector=sci
@@ -119,6 +120,7 @@ DeiT, one layer | deit-layer5 | 24.8, 72.7""",
 mean over the second half | comm-mean_half | –, –
 mean over all | comm-mean_all | –, –
 layer scale | comm-layerscale | –, –
+Conv + BatchNorm, layer scale | comm-conv | –, –
 LN + Linear, layer scale | comm | 72.8, 83.6""",
     "dense": """label | arm | paper: GQA, POPE
 CLIP, one layer, MLP | clip-mlp | 62.0, 85.9
