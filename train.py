@@ -87,7 +87,7 @@ def read_data(config, stage, names, split="train"):
     options = config.stage_options(stage)
     datasets = []
     for name in whole_names(names):
-        kind, _, path = name.partition(":")
+        kind, colon, path = name.partition(":")
         if name == "world":
             from toy.world import World
 
@@ -95,11 +95,12 @@ def read_data(config, stage, names, split="train"):
             size = size if split == "train" else 200
             datasets.append(World(split, size, "caption" if stage == 1 else "dialogue"))
             continue
-        if kind not in DATASETS:
+        if not colon:
             kind, path = "llava", name
-        if DATASETS[kind].has_boxes and options.image_mode != "pad":
+        cls = cli.find_class(DATASETS, kind, f"{name}: KIND")
+        if cls.has_boxes and options.image_mode != "pad":
             raise InputError(f"--image_mode={options.image_mode}: the boxes of {name} need pad")
-        datasets.append(DATASETS[kind](path, options.image_dir))
+        datasets.append(cls(path, options.image_dir))
         check_images(datasets[-1])
     return datasets
 

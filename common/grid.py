@@ -66,7 +66,7 @@ class ConvNorm(nn.Sequential):
     def forward(self, x):
         side = math.isqrt(x.shape[1])
         grid = x.transpose(1, 2).unflatten(2, (side, side))  # (B, D, side, side)
-        # not in bfloat16 under autocast, in which a CPU convolves 20 times as slowly
-        with torch.autocast(x.device.type, enabled=False):
+        # not in bfloat16 under autocast, in which a CPU convolves 20 times as slowly; meta has none
+        with torch.autocast(x.device.type.replace("meta", "cpu"), enabled=False):
             grid = super().forward(grid.to(self[0].weight.dtype))
         return grid.flatten(2).transpose(1, 2)

@@ -56,6 +56,8 @@ def server(tiny_model, tmp_path_factory):
         assert found, printed
         yield found[0]
         process.terminate()
+        # a refused upload is a line in the browser and nothing here
+        assert "Traceback" not in process.stdout.read()
 
 
 @pytest.fixture

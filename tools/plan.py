@@ -7,10 +7,10 @@ common/shapes.json has those of the recipes in config/, which need no download. 
 train.py: packed dialogues without padding, float32 trained weights, AdamW's two moments in float32,
 bf16 autocast, a frozen LLM in bf16, and logits at supervised positions only.
 
-Memory of one GPU in bytes. A forward has T tokens, n of them supervised, and I images of N patches.
-b is 2 under autocast, otherwise 4. e is the residual stream's: 2 for a bf16 LLM, otherwise 4.
-C is the LLM's width, F its MLP's, W that of all query heads, K that of all key heads, H the number
-of heads, L of blocks, V the vocabulary, D a tower's width.
+Memory of one GPU in bytes. A forward has T tokens, n of them supervised, and I images. b is 2 under
+autocast, otherwise 4. e is the residual stream's: 2 for a bf16 LLM, otherwise 4. C is the LLM's
+width, F its MLP's, W that of all query heads, K that of all key heads, H the number of heads, L of
+blocks, V the vocabulary.
 
     weights      4 a parameter, 2 in a frozen LLM. FSDP splits the LLM and all trained parameters.
                  It gathers the embedding, lm_head and two blocks at a time, b a parameter.
@@ -22,14 +22,16 @@ of heads, L of blocks, V the vocabulary, D a tower's width.
                  without LoRA T·2eC [outputs of the norms]. In float32 4T(H + W [if trained]) more.
     all blocks   L of these. With activation checkpointing: eC·T for each input, and one block.
     casts        2 a weight of a float32 LLM under autocast
-    connector    b·I·N·(inputs of linear layers and GELUs), COMM: (4 + b)D more for each LayerNorm
+    connector    b a value of the inputs of linear layers and GELUs, 4 + b of LayerNorms, 4 of
+                 convolutions and BatchNorms. The queries, keys and values of mgm are not counted.
     logits       12nV: log-softmax and two gradients in float32, of MAX_LOGITS values at a time
     peak         weights, optimizer, and the most that exists at one time: at the end of the
                  forward; with the logits; in the backward of the last block; in that of the first
                  block, when all gradients exist
 
-FLOPs are those of matrix products. A weight takes 2 a token in the forward, 2 for the gradient of
-its input and 2 for its own. Attention takes 2W·T² in the forward (causal), twice that backward.
+FLOPs are those of matrix products and convolutions. PyTorch counts those of the towers and of the
+connector. In the LLM a weight takes 2 a token in the forward, 2 for the gradient of its input and 2
+for its own. Attention takes 2W·T² in the forward (causal), twice that backward.
 
 The plan does not know the CUDA context, fragmentation, the communication library and torch.compile,
 so a run fits if it takes at most ROOM of the memory. The loader groups dialogues by length, so some
@@ -39,12 +41,15 @@ allocator and FLOP counter on a CPU.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import torch.nn as nn
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import cli
 from common.cli import option, parse_options
@@ -142,8 +147,6 @@ def build(config, stage):
     """Build the run's model on the meta device."""
     vision, llm = config.checkpoints()
     connector = {"name": config.connector, **config.connector_options}
-    if config.connector == "mgm" or config.connector_options.get("merge") == "conv":
-        raise InputError(f"--connector={config.connector}: the plan cannot count convolutions")
     with on_meta():
         towers = [build_part(TOWERS, read_shape(name), name) for name in vision]
         llm = build_part(LLMS, read_shape(llm), llm)
@@ -177,25 +180,28 @@ def linear_weights(module):
     return [part.weight for part in module.modules() if isinstance(part, nn.Linear)]
 
 
-def connector_tokens(model):
-    """Count an image's tokens in the connector; `efficient` drops some at its end."""
-    return max(model.vision[0].num_patches(model.spec.size), model.tokens_per_image)
+@cache
+def vision_costs(model, b):
+    """Run the towers and the connector on an image without storage -> FLOPs, bytes.
 
+    The FLOPs include the connector's backward. The bytes are those that the connector keeps for it.
+    """
+    sizes = {nn.Linear: b, nn.GELU: b, nn.LayerNorm: 4 + b, nn.Conv2d: 4, nn.BatchNorm2d: 4}
+    kept = {}
 
-def connector_memory(plan):
-    """Count the bytes that the connector keeps for its backward."""
-    model, b = plan.model, plan.activation_bytes
-    channels = out_features = 0
+    def keep(module, inputs, output):
+        # two modules of one type that read the same tensor keep it once
+        kept[type(module), inputs[0]] = sizes[type(module)] * inputs[0].numel()
+
     for module in model.connector.modules():
-        if isinstance(module, nn.Linear):
-            channels += b * module.in_features
-            out_features = module.out_features
-        elif isinstance(module, nn.GELU):
-            channels += b * out_features
-        elif isinstance(module, nn.LayerNorm):
-            channels += (4 + b) * module.normalized_shape[0]
-    casts = 2 * size(model.connector) if plan.bf16 else 0
-    return plan.load.images * connector_tokens(model) * channels + casts
+        if type(module) in sizes:
+            module.register_forward_hook(keep)
+    model.vision.requires_grad_(False)
+    side = model.spec.size
+    pixels = torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model.see(pixels).sum().backward()
+    return counter.get_total_flops(), sum(kept.values())
 
 
 def block_memory(plan, e):
@@ -236,7 +242,8 @@ def memory(plan):
 
     e = b if sharded else plan.llm_bytes
     casts = 2 * (L * block_size + V * C) if e > b else 0
-    connector = connector_memory(plan)
+    per_image = vision_costs(model, b)[1]
+    connector = load.images * per_image + 2 * size(model.connector) * plan.bf16
     block = block_memory(plan, e)
     working = block + casts / L
     # What the final norm keeps and returns.
@@ -267,28 +274,13 @@ def memory(plan):
     }
 
 
-def tower_flops(model):
-    """Count the FLOPs of an image in the blocks that the connector reads."""
-    total = 0
-    for tower, layers in zip(model.vision, model.connector.layers, strict=True):
-        deepest = max(max(layer) if isinstance(layer, range) else layer for layer in layers)
-        D, N = tower.config.hidden_size, tower.num_patches(model.spec.size)
-        S = N + tower.num_prefix_tokens
-        total += 2 * N * 3 * tower.config.patch_size**2 * D
-        total += 2 * S * numel(linear_weights(tower.blocks[:deepest])) + 4 * S**2 * D * deepest
-    return total
-
-
 def flops(plan):
     """Return {part: FLOPs of a forward and its backward}.
 
     "again": what the backward computes once more.
     """
     model, load, c = plan.model, plan.load, plan.model.llm.config
-    # Forward and both gradients. COMM's layer weights need the gradient of the connector's input.
-    joined = 3 * numel(linear_weights(model.connector))
-    if not hasattr(model.connector, "layer_weights"):
-        joined -= linear_weights(model.connector)[0].numel()
+    per_image, _ = vision_costs(model, plan.activation_bytes)
     blocks = numel(linear_weights(model.llm.layers))
     last = numel(linear_weights(block.mlp)[-1] for block in model.llm.layers)
     attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * load.squared
@@ -298,8 +290,7 @@ def flops(plan):
         again += 2 * load.tokens * (blocks - last) + attention
     passes = 2 + plan.tunes_llm
     return {
-        "towers": load.images * tower_flops(model),
-        "connector": 2 * load.images * connector_tokens(model) * joined,
+        "vision": load.images * per_image,
         "llm": 2 * load.tokens * (blocks * passes + 3 * plan.adapters()),
         "attention": 3 * attention,
         "logits": logits * passes,

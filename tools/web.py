@@ -52,10 +52,14 @@ class Config:
 
 
 def open_upload(file):
-    """Open the image of the page -> PIL image. Raises InputError."""
-    if not file:
-        raise InputError("no image: drop one, or choose a scene")
-    return open_image(file)
+    """Open the image of the page -> PIL image. Raises gr.Error, which the page shows."""
+    try:
+        if not file:
+            raise InputError("no image: drop one, or choose a scene")
+        return open_image(file)
+    except InputError as error:
+        # without a traceback in the terminal
+        raise gr.Error(str(error), print_exception=False) from None
 
 
 def ask(model, file, question):

@@ -67,6 +67,7 @@ comm               --connector=comm
 comm-mean_half     --connector=comm --connector.merge=mean_half
 comm-mean_all      --connector=comm --connector.merge=mean_all
 comm-layerscale    --connector=comm --connector.merge=layerscale
+comm-conv          --connector=comm --connector.merge=conv
 clip-mlp           --connector=mlp
 clip-sti           --connector=sti
 clip-sci           --connector=sci
@@ -119,6 +120,7 @@ DeiT, one layer | deit-layer5 | 24.8, 72.7""",
 mean over the second half | comm-mean_half | –, –
 mean over all | comm-mean_all | –, –
 layer scale | comm-layerscale | –, –
+Conv + BatchNorm, layer scale | comm-conv | –, –
 LN + Linear, layer scale | comm | 72.8, 83.6""",
     "dense": """label | arm | paper: GQA, POPE
 CLIP, one layer, MLP | clip-mlp | 62.0, 85.9
@@ -274,7 +276,7 @@ def markdown(config, name):
     (_, _, *paper), *arms = rows_of(name)
     columns, asked = TASKS, f"{config.count} questions a task"
     if name == "video":
-        columns, asked = dict(zip(VIDEO, VIDEO, strict=True)), f"{config.count // 2} clips"
+        columns, asked = {key: key for key in VIDEO}, f"{config.count // 2} clips"
     rows, weights = [["", *columns.values(), "tokens", *paper]], {}
     for label, arm, *paper in arms:
         runs = runs_of(config, arm)
@@ -298,8 +300,8 @@ def chart(config, name):
     A dashed line shows the score of the best constant answer.
     """
     (_, _, *headings), *arms = rows_of(name)
-    height = 24 * len(arms) + 40
-    shapes = [f'<rect width="800" height="{height}" fill="white"/>']
+    bottom = 24 * len(arms) + 40
+    shapes = ['<rect width="100%" height="100%" fill="white"/>']
     for row, (label, *_) in enumerate(arms):
         shapes.append(f'<text x="10" y="{24 * row + 48}">{label}</text>')
     for panel, (task, guess) in enumerate(GUESS.items()):
@@ -309,6 +311,10 @@ def chart(config, name):
         for heading in headings:
             title += f" (ring: {heading.split(', ')[panel]})"
         shapes.append(f'<text x="{left}" y="20">{title}</text>')
+        for value in range(0, 101, 25):
+            x = left + 2.5 * value
+            shapes.append(f'<path d="M{x} 30V{bottom}" stroke="lightgray"/>')
+            shapes.append(f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{value}%</text>')
         for row, (_, arm, *papers) in enumerate(arms):
             y = 24 * row + 44
             scores = [250 * run["scores"][task] for run in runs_of(config, arm)] or [0]
@@ -323,9 +329,9 @@ def chart(config, name):
                 if number != "–":
                     x = left + 2.5 * float(number)
                     shapes.append(f'<circle cx="{x}" cy="{y}" r="5" fill="none" stroke="red"/>')
-        line = f'd="M{left + 2.5 * guess} 30V{height}"'
+        line = f'd="M{left + 2.5 * guess} 30V{bottom}"'
         shapes.append(f'<path {line} stroke="black" stroke-dasharray="4"/>')
-    size = f'width="800" height="{height}" font-family="sans-serif" font-size="13"'
+    size = f'width="800" height="{bottom + 24}" font-family="sans-serif" font-size="13"'
     text = "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', *shapes, "</svg>\n"])
     Path(config.out, f"{name}.svg").write_text(text, encoding="utf-8")
 
