@@ -8,8 +8,12 @@ batches and NCCL are fake. The last line printed is JSON, all of the second step
     kernels  number of operators that would launch at least one kernel
     bytes    {line of code: bytes that it reads and writes, matrix products excepted}
     waits    {line of code: how often the host waits for the GPU there}
-    peak     bytes that PyTorch's allocator would hold at most; plan: the same by tools/plan.py
+    memory   {"eager": bytes that PyTorch's allocator would hold at most, "planned": the same by
+             tools/plan.py, "compiled": that plan with blocks of --memory_budget}
     flops    {part: FLOPs of the step}, and sent: bytes, both by tools/plan.py
+
+Nothing is compiled. With --memory_budget one block is traced as far as torch.compile's choice of
+what to keep. From that come "compiled" and the FLOPs of what a block computes again.
 
 PyTorch for CPUs lacks a device guard for CUDA, so autograd would abort. `build` compiles one, which
 must be loaded before torch. So this script starts itself again with it.
@@ -38,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from common import cli, distributed  # noqa: E402
+from common import cli, distributed, lora  # noqa: E402
 from common.cli import option  # noqa: E402
 from common.run import Ranks  # noqa: E402
 from common.speed import speed_up  # noqa: E402
@@ -291,6 +295,65 @@ def tensors(tree):
     return found
 
 
+# ---- a compiled block ----------------------------------------------------------------------------
+
+
+def trace_block(config, batch, dtype, budget):
+    """Choose what a compiled block of the LLM keeps -> bytes kept, FLOPs of its linear layers."""
+    from torch._functorch import aot_autograd, partitioners
+    from torch._functorch import config as functorch
+    from torch._inductor.decomposition import select_decomp_table
+
+    model = make_fake(shapes_of(config), False, dtype, torch.device("cuda"))
+    parts = config.stage_options(config.stage).train
+    if config.lora_rank and "llm" in parts:
+        lora.adapt(model.llm, config.lora_rank, config.lora_alpha)
+    train.freeze(model, parts)
+    speed_up(model, "train")
+    block, tokens = model.llm.layers[0], batch.tokens.numel()
+    names, parameters = zip(*block.named_parameters(), strict=True)
+    _, starts, longest = batch.packed
+    width = model.llm.config.hidden_size
+    x = torch.empty(1, tokens, width, dtype=dtype, device="cuda", requires_grad=True)
+    angles = torch.empty(1, tokens, 1, len(model.llm.rope_frequencies), device="cuda")
+    kept = flops = 0
+
+    def forward(x, cos, sin, starts, *parameters):
+        attention = (cos, sin), (starts, longest), None, None
+        with torch.autocast("cuda", torch.bfloat16):
+            weights = dict(zip(names, parameters, strict=True))
+            return torch.func.functional_call(block, weights, (x, *attention))
+
+    def count_flops(graph, _):
+        nonlocal flops
+        for node in graph.graph.nodes:
+            if node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                flops += 2 * node.meta["val"].numel() * node.args[-2].meta["val"].shape[-1]
+        return graph
+
+    def count_kept(graph, inputs):
+        nonlocal kept
+        (*_, outputs) = graph.graph.nodes
+        for node in outputs.args[0][1:]:
+            kind = node.meta.get("val")
+            # Neither weights nor the tables of RoPE, which all blocks share.
+            is_shared = node.op == "placeholder" and node.name != "primals_1"
+            if isinstance(kind, torch.Tensor) and tokens in kind.shape and not is_shared:
+                kept += kind.numel() * kind.element_size()
+        return count_flops(graph, inputs)
+
+    compiled = aot_autograd.aot_function(
+        forward,
+        count_kept,
+        count_flops,
+        partitioners.min_cut_rematerialization_partition,
+        select_decomp_table(),
+    )
+    with functorch.patch(activation_memory_budget=budget):
+        compiled(x, angles, angles, starts.to("cuda"), *parameters).sum().backward()
+    return kept, flops
+
+
 # ---- the run -------------------------------------------------------------------------------------
 
 
@@ -299,6 +362,7 @@ class FakeConfig(plan.PlanConfig):
     layers: int = option(0, "blocks of the LLM; 0: all")
     rank: int = option(0, "which of the --gpus")
     text_only: bool = option(False, "dialogues without images")
+    trace: bool = option(True, "trace a compiled block, if there is a --memory_budget")
 
 
 def make_fake(model, is_sharded, llm_dtype, device):
@@ -351,6 +415,11 @@ def shapes_of(config):
     return model
 
 
+def close():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def run(config):
     """Train two steps -> what was measured in the second one, and the plan of it."""
     stage, device = config.stage, f"cuda:{config.rank % 8}"
@@ -359,10 +428,11 @@ def run(config):
     model = shapes_of(config)
     share = -(-config.stage_options(stage).batch // config.gpus)
     size = min(share, config.micro_batch)
-    num_tokens = 0 if config.text_only else model.tokens_per_image
     sizes = [min(size, share - start) for start in range(0, share, size)]
-    step = [make_batch(model.spec, num_tokens, number) for number in sizes]
+    options = model.spec, model.tokens_per_image
+    step = [make_batch(*options, number, config.text_only) for number in sizes]
     with ExitStack() as stack:
+        stack.callback(close)
         stack.enter_context(fake_cuda(config.rank, config.gpus))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         watch = stack.enter_context(Watch())
@@ -382,11 +452,8 @@ def run(config):
         speed_up(model, "train")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         train.train_stage(config, stage, model, range(10**6), [], folder, ranks)
-        found = {"kernels": watch.kernels, "bytes": dict(watch.bytes.most_common())}
-        found |= {"waits": dict(watch.waits), "peak": watch.peak}
-    batch = step[0]
+    batch, options = step[0], config.stage_options(stage)
     squared = sum(length**2 for length in batch.lengths)
-    options = config.stage_options(stage)
     trains_llm = "llm" in options.train
     planned = plan.Plan(
         # Without the buckets of DDP.
@@ -399,24 +466,43 @@ def run(config):
         config.lora_rank if trains_llm else 0,
         config.gpus if ranks.is_sharded else 1,
     )
-    flops = {part: len(step) * number for part, number in plan.flops(planned).items()}
-    found |= {"plan": plan.memory(planned)["peak"], "flops": flops}
+    flops, memory = plan.flops(planned), {"eager": watch.peak}
+    planned.config.memory_budget = 0
+    memory["planned"] = plan.memory(planned)["peak"]
+    if config.trace and options.activation_checkpointing and config.memory_budget:
+        with fake_cuda(config.rank, config.gpus), FakeTensorMode(allow_non_fake_inputs=True):
+            _, least = trace_block(config, batch, dtype, 1.0)
+            kept, all_flops = trace_block(config, batch, dtype, config.memory_budget)
+        planned.config.activation_checkpointing = False
+        flops["again"] = plan.flops(planned)["again"]
+        flops["again"] += planned.model.llm.config.num_hidden_layers * (all_flops - least)
+        with patch.object(plan, "block_memory", lambda *_: kept):
+            memory["compiled"] = plan.memory(planned)["peak"]
+    flops = {part: len(step) * number for part, number in flops.items()}
+    found = {"kernels": watch.kernels, "bytes": dict(watch.bytes.most_common())}
+    found |= {"waits": dict(watch.waits), "memory": memory, "flops": flops}
     return found | {"sent": plan.sent(planned._replace(config=options))}
 
 
-def main(arguments):
+def measure(arguments):
+    """Train as command-line arguments say. The guard must be loaded."""
     config = cli.parse(FakeConfig, arguments, __doc__)
+    config.stage = config.stage or 2
+    config.init = "new" if config.stage == 2 else ""
+    config.steps1 = config.steps2 = 10
+    config.compile = False
+    config.connector_options = cli.parse_options(
+        CONNECTORS, config.connector, config.connector_options, "--connector"
+    )
+    return run(config)
+
+
+def main(arguments):
     if "guard.so" not in os.environ.get("LD_PRELOAD", ""):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, *arguments]
             sys.exit(subprocess.run(command, env=environment(build(folder))).returncode)
-    config.stage = config.stage or 2
-    config.init = "new" if config.stage == 2 else ""
-    config.steps1 = config.steps2 = 10
-    config.connector_options = cli.parse_options(
-        CONNECTORS, config.connector, config.connector_options, "--connector"
-    )
-    print(json.dumps(run(config)))
+    print(json.dumps(measure(arguments)))
 
 
 if __name__ == "__main__":

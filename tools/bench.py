@@ -45,7 +45,7 @@ from clip import CLIPVision, CLIPVisionConfig
 from common import cli
 from common.cli import option
 from common.errors import InputError
-from common.images import ImageSpec, Prepared
+from common.images import ImageSpec, prepare
 from common.layouts import SHAPES
 from common.pretrained import on_meta
 from common.run import WEIGHTS
@@ -173,20 +173,20 @@ def make_model(size):
     return MLLM([tower], llm, "mlp", tokenizer, "vicuna_v1", spec)
 
 
-def make_batch(spec, tokens_per_image, size):
-    """Make a data.Batch of random dialogues with one image each, or none if it has no tokens."""
-    generator = torch.Generator().manual_seed(0)
+def make_batch(spec, tokens_per_image, size, text_only=False):
+    """Make a data.Batch of random dialogues, each with one image of 640 x 480."""
+    generator = np.random.default_rng(0)
     rows, images = [], {}
     for i in range(size):
         length = TEXTS[i % len(TEXTS)]
-        tokens = torch.randint(3, 600, (length,), generator=generator).tolist()
-        tokens[1:1] = [IMAGE] * tokens_per_image
+        tokens = generator.integers(3, 600, length).tolist()
+        if not text_only:
+            pixels = generator.integers(256, size=(480, 640, 3), dtype=np.uint8)
+            images[i] = prepare(pixels, spec, tokens_per_image)
+            tokens[1:1] = [IMAGE] * len(images[i].rows)
         answer = int(SUPERVISED * length)
         labels = [IGNORE] * (len(tokens) - answer) + tokens[-answer:]
-        side = (1, 3, spec.size, spec.size)
-        image = torch.randint(0, 256, side, dtype=torch.uint8, generator=generator)
-        images[i] = Prepared(image, torch.arange(tokens_per_image), None)
-        rows.append((i, np.array([tokens, labels]), [i] if tokens_per_image else []))
+        rows.append((i, np.array([tokens, labels]), [] if text_only else [i]))
     return collate(rows, [], images, spec, tokens_per_image)
 
 
@@ -301,17 +301,17 @@ def gpu_dry(arguments):
         print(f"  {number / 1e9:9,.1f} GB  {place}")
     for place, number in found["waits"].items():
         print(f"  the host waits {number} times at {place}")
-    print(f"peak memory {found['peak'] / 1e9:.1f} GB, planned {found['plan'] / 1e9:.1f} GB")
+    for name, number in found["memory"].items():
+        print(f"peak memory, {name}: {number / 1e9:.1f} GB")
     flops = sum(found["flops"].values())
     useful = flops - found["flops"]["again"]
     for gpu, bandwidth in GPUS.items():
-        for form, share in {"eager": 1, "compiled": COMPILED}.items():
-            math = flops / MATMULS + share * moved / bandwidth
-            for link, rate in {"NVLink": 450e9, "InfiniBand": 50e9}.items():
-                sending, host = found["sent"] / rate, LAUNCH * share * kernels
-                times = max(math, sending, host), max(math + sending, host)
-                texts = [f"{time:.2f} s, MFU {useful / time / PEAK:.0%}" for time in times]
-                print(f"{gpu}, {form}, {link}: {texts[0]}; nothing overlapped: {texts[1]}")
+        math = flops / MATMULS + COMPILED * moved / bandwidth
+        for link, rate in {"NVLink": 450e9, "InfiniBand": 50e9}.items():
+            sending, host = found["sent"] / rate, LAUNCH * COMPILED * kernels
+            step = max(math, sending, host)
+            parts = f"math {math:.2f} s, sending {sending:.2f} s, host {host:.2f} s"
+            print(f"{gpu}, {link}: {step:.2f} s, MFU {useful / step / PEAK:.0%} ({parts})")
 
 
 # ---- turns ---------------------------------------------------------------------------------------

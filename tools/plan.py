@@ -20,6 +20,7 @@ blocks, V the vocabulary.
                  + 3bF [gate, SiLU, up]). If the LLM is trained, T·b(2C or 5C [inputs of the linear
                  layers, each cast separately by autocast] + F [input of the last]) more, and
                  without LoRA T·2eC [outputs of the norms]. In float32 4T(H + W [if trained]) more.
+                 Phi: 4C, no gate and up, 4C inputs, no outputs of norms.
     all blocks   L of these. With activation checkpointing: eC·T for each input, and one block.
     casts        2 a weight of a float32 LLM under autocast
     connector    b a value of the inputs of linear layers and GELUs, 4 + b of LayerNorms, 4 of
@@ -209,10 +210,14 @@ def block_memory(plan, e):
     c, b = plan.model.llm.config, plan.activation_bytes
     W, K = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     C, F = c.hidden_size, c.intermediate_size
-    channels = 8 * C + b * (2 * W + 2 * K + 3 * F)
+    norms, inner, inputs = 2, 3 * F, 2 if e == b else 5
+    # Phi has no gate, and one norm in a block.
+    if len(linear_weights(plan.model.llm.layers[0].mlp)) == 2:
+        norms, inner, inputs = 1, F, 4
+    channels = 4 * norms * C + b * (2 * W + 2 * K + inner)
     if plan.trains_llm:
-        channels += b * ((2 if e == b else 5) * C + F)
-    if plan.tunes_llm:
+        channels += b * (inputs * C + F)
+    if plan.tunes_llm and norms == 2:
         channels += 2 * e * C
     if not plan.bf16:
         channels += 4 * (c.num_attention_heads + W * plan.trains_llm)
@@ -250,10 +255,10 @@ def memory(plan):
     head = T * (4 + e * plan.tunes_llm) * C + load.supervised * e * C
     # The gradients on their way through a block.
     flow = T * (e * C + 2 * b * c.intermediate_size)
+    kept, casts_left, again = block, casts, 0
     if recompute:
-        stored, casts_left, again = connector + L * T * e * C + head, 0, working
-    else:
-        stored, casts_left, again = connector + L * block + head, casts, 0
+        kept, casts_left, again = T * e * C, 0, working
+    stored = connector + L * kept + head
     casts_at_end = casts if plan.tunes_llm else casts_left
     logits = min(load.supervised, max(1, MAX_LOGITS // V)) * V
     forward = max(
