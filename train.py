@@ -201,7 +201,9 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
         start=start * options.batch,
     )
 
-    model.llm.gradient_checkpointing = options.activation_checkpointing
+    # With a budget, compiled blocks choose what to recompute (common/speed.py).
+    has_budget = config.memory_budget and config.uses_compile(device)
+    model.llm.gradient_checkpointing = options.activation_checkpointing and not has_budget
     model.train()
     network = model
     if ranks.size > 1 and not ranks.is_sharded:
@@ -313,7 +315,8 @@ def main(arguments):
         gc.collect()
         model = build_stage(config, stage, run, ranks)
         is_compiled = config.uses_compile(ranks.device)
-        speed_up(model, "train", is_compiled, config.memory_budget)
+        budget = config.stage_options(stage).activation_checkpointing and config.memory_budget
+        speed_up(model, "train", is_compiled, budget or 1.0)
         is_finished = train_stage(config, stage, model, *data[stage], run, ranks)
         ranks.barrier()
         if not is_finished:

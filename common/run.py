@@ -100,13 +100,17 @@ class Config:
     wandb: bool = option(False, "log to Weights & Biases as well as to log.jsonl")
     evaluate: bool = option(True, "print the scores at the end, on the toy world")
     device: str = option("auto", "auto, cuda, mps or cpu")
-    bf16: bool | None = option(None, "autocast; default: on CUDA, and for a large 16-bit LLM")
+    bf16: bool | None = option(
+        None, "autocast; default: on CUDA from Ampere on, and for a large 16-bit LLM"
+    )
     compile: bool | None = option(
         None, "torch.compile the blocks; default: on CUDA, with a C compiler"
     )
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks")
     activation_checkpointing: bool = option(False, "recompute the LLM's blocks: less memory")
-    memory_budget: float = option(1.0, "share of its activations that a compiled block keeps")
+    memory_budget: float = option(
+        0.0, "with activation_checkpointing: the share that compiled blocks keep all the same"
+    )
     workers: int | None = option(None, "loader processes per rank; default: 4 on CUDA, else 0")
     image_mode1: str | None = option(
         None, "image_mode of stage 1 only", section="the same for one stage; default: as above"
@@ -141,6 +145,11 @@ class Config:
                 )
         if self.wandb and not find_spec("wandb"):
             raise InputError("--wandb: not installed; pip install wandb")
+        if self.memory_budget and self.lora_dropout:
+            raise InputError(
+                "--lora_dropout: needs --memory_budget=0, for a block that recomputes a part of "
+                "itself would draw other random numbers"
+            )
         if self.init and self.stage != 2:
             raise InputError(f"--init={self.init}: names the start of stage 2, so add --stage=2")
 

@@ -34,7 +34,8 @@ def speed_up(model, use, compile=False, memory_budget=1.0):
 
     use: "train" or "chat". compile: use torch.compile, which takes a minute at first.
     memory_budget: the share of its activations that a compiled block keeps for the backward pass.
-    The rest is computed again, the cheapest first: at 0.7 no matrix product of a LLaMA.
+    The rest is computed again, the cheapest first: at 0.7 no matrix product of a LLaMA. Dropout
+    computed again would draw other random numbers.
     """
     device = next(model.parameters()).device.type
     for module in model.modules():

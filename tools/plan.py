@@ -21,7 +21,8 @@ blocks, V the vocabulary.
                  layers, each cast separately by autocast] + F [input of the last]) more, and
                  without LoRA T·2eC [outputs of the norms]. In float32 4T(H + W [if trained]) more.
                  Phi: 4C, no gate and up, 4C inputs, no outputs of norms.
-    all blocks   L of these. With activation checkpointing: eC·T for each input, and one block.
+    all blocks   L of these. With activation checkpointing: eC·T for each input, the share
+                 --memory_budget of the rest, and one block.
     casts        2 a weight of a float32 LLM under autocast
     connector    b a value of the inputs of linear layers and GELUs, 4 + b of LayerNorms, 4 of
                  convolutions and BatchNorms. The queries, keys and values of mgm are not counted.
@@ -258,6 +259,7 @@ def memory(plan):
     kept, casts_left, again = block, casts, 0
     if recompute:
         kept, casts_left, again = T * e * C, 0, working
+        kept += plan.config.memory_budget * (block - kept)
     stored = connector + L * kept + head
     casts_at_end = casts if plan.tunes_llm else casts_left
     logits = min(load.supervised, max(1, MAX_LOGITS // V)) * V
