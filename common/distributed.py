@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 
 def connect(device):
-    """Meet the other ranks."""
+    """Join the other ranks: NCCL on GPUs, gloo on CPUs."""
     on_gpu = device.type == "cuda"
     # NCCL's ten minutes are too short while rank 0 writes a large model
     timeout = timedelta(minutes=30)

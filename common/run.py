@@ -101,7 +101,7 @@ class Config:
     evaluate: bool = option(True, "print the scores at the end, on the toy world")
     device: str = option("auto", "auto, cuda, mps or cpu")
     bf16: bool | None = option(
-        None, "autocast; default: on CUDA from Ampere on, and for a large 16-bit LLM"
+        None, "autocast; default: on CUDA from Ampere on, on a CPU for a large 16-bit LLM"
     )
     compile: bool | None = option(
         None, "torch.compile the blocks; default: on CUDA, with a C compiler"
@@ -109,7 +109,7 @@ class Config:
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks")
     activation_checkpointing: bool = option(False, "recompute the LLM's blocks: less memory")
     memory_budget: float = option(
-        0.0, "with activation_checkpointing: the share that compiled blocks keep all the same"
+        0.0, "with activation_checkpointing: share of activations that compiled blocks keep"
     )
     workers: int | None = option(None, "loader processes per rank; default: 4 on CUDA, else 0")
     image_mode1: str | None = option(
@@ -147,8 +147,8 @@ class Config:
             raise InputError("--wandb: not installed; pip install wandb")
         if self.memory_budget and self.lora_dropout:
             raise InputError(
-                "--lora_dropout: needs --memory_budget=0, for a block that recomputes a part of "
-                "itself would draw other random numbers"
+                "--lora_dropout: needs --memory_budget=0, since a recomputed block would draw "
+                "other random numbers"
             )
         if self.init and self.stage != 2:
             raise InputError(f"--init={self.init}: names the start of stage 2, so add --stage=2")
@@ -168,7 +168,7 @@ class Config:
         return towers, self.llm or str(WEIGHTS / "llama")
 
     def uses_bf16(self, device):
-        """Decide about autocast: on CUDA, and on a CPU for a large LLM whose files have 16 bits."""
+        """Decide about autocast: CUDA from Ampere on, a CPU for a large LLM in files of 16 bits."""
         if self.bf16 is not None:
             return self.bf16
         if device.type == "cpu" and self.llm:
@@ -198,7 +198,7 @@ class Config:
 class Ranks:
     """This process among all ranks: rank, size, device, and whether it was asked to stop.
 
-    torchrun starts a rank for each GPU. Without it there is one rank, which waits for nobody.
+    torchrun starts a rank for each GPU. Without it there is one rank, which never waits.
     """
 
     def __init__(self, device):
@@ -265,7 +265,7 @@ class Ranks:
         )
 
     def close(self):
-        """Leave the other ranks. From here on a signal ends the process: all is saved."""
+        """Leave the other ranks. From here on a signal ends the process at once: all is saved."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.barrier()
@@ -456,7 +456,7 @@ def start_wandb(config, run):
 
 
 def print_stage(config, stage, model, groups, num_samples, steps, ranks):
-    """Say what is trained on what.
+    """Print the trained parts, the data, the steps and the learning rates.
 
     groups: of the optimizer. num_samples: of all samples, and of those with images.
     """

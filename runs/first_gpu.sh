@@ -16,7 +16,7 @@ section() {  # TITLE SECONDS COMMAND...: its output as a block of Markdown
 {
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
     python -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
-    section "Tests" 210 python -m pytest -q -rs tests/test_speed.py tests/live_cuda.py
+    section "Tests" 210 python -m pytest -q -rs tests/test_speed.py tests/live_gpu.py
     section "A step of 1B, both stages" 120 python -m tools.bench train --size=1b --batch=16 --repeats=1 --profile=true
     section "A step of 7B, stage 1" 240 python -m tools.bench train --size=7b --batch=16 --stage=1 --repeats=1 --profile=true
     section "Decoding" 120 python -m tools.bench decode --repeats=1

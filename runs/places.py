@@ -1,13 +1,13 @@
-"""Ask why the Dense Connector gains nothing on the toy world: how loud are places in a tower?
+"""Measure how much of a tower's variance is the place of a patch, and what whitening changes.
 
     python runs/places.py weights/clip weights/dinov2        a table for each of these towers
     python runs/places.py weights/dinov2 --train=dense       train mlp or dense, and score it
     python runs/places.py weights/dinov2 --train=dense --whiten
 
-The table has for each hidden state the share of the variance that the patch's position explains,
-and linear probes of the channels that the connectors mlp and dense read.
-Whitening (decorrelating the channels and scaling each to variance one) makes everything equally
-loud. The dense connector's groups are whitened one by one, on 600 training scenes.
+The table has the share of the variance that is linear in the row and the column of the patch: for
+each hidden state, and for the channels that the connectors mlp and dense read, with linear probes.
+Whitening decorrelates the channels and scales each to variance one. The dense connector's groups
+are whitened one by one, on 600 training scenes.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from mllm import MLLM, TOWERS, load_part  # noqa: E402
 from toy import world  # noqa: E402
 from toy.pretrain import probe_scores  # noqa: E402
 from toy.scenes import task_questions  # noqa: E402
-from toy.views import pixels_of  # noqa: E402
+from toy.views import GRID, pixels_of  # noqa: E402
 
 SCENES, QUESTIONS = 600, 400
 BUDGET = ["--steps1=60", "--steps2=240", "--evaluate=false"]
@@ -37,7 +37,7 @@ def patches_of(tower):
     return [x[:, tower.num_prefix_tokens :] for x in tower(pixels)]
 
 
-class Read:
+class Inputs:
     """Stands in for a tower. Its two hidden states are what the connectors mlp and dense read."""
 
     def __init__(self, tower):
@@ -51,16 +51,21 @@ class Read:
 
 
 def share_of_places(x):
-    """Return the share of the variance of x (B, N, D) that is between the means of positions."""
+    """Return the share of the variance of x (B, N, D) that is linear in row and column."""
     x = x.double()
-    mean = x.mean((0, 1))
-    return ((x.mean(0) - mean).square().mean() / (x - mean).square().mean()).item()
+    x = x - x.mean((0, 1))
+    along = torch.arange(GRID).double() - (GRID - 1) / 2
+    places = torch.cartesian_prod(along, along)  # (N, 2)
+    # The two columns are orthogonal and of one length, so this is the least-squares fit.
+    fit = places @ (places.T @ x.mean(0)) / places[:, 0].square().sum()
+    return (fit.square().mean() / x.square().mean()).item()
 
 
 def whitening(x):
     """Return the mean (D,) and the matrix (D, D) that whiten x (B, N, D)."""
     x = x.flatten(0, 1).double()
-    x = x - (mean := x.mean(0))
+    mean = x.mean(0)
+    x = x - mean
     variance, directions = torch.linalg.eigh(x.T @ x / len(x))
     # Directions of hardly any variance are noise.
     scale = (variance + 1e-3 * variance.mean()).rsqrt()
@@ -89,22 +94,26 @@ def main():
     parser.add_argument("--whiten", action="store_true")
     parser.add_argument("--seed", default=0)
     options = parser.parse_args()
+    if options.train and len(options.towers) > 1:
+        parser.error("--train takes one tower")
     for folder in options.towers:
         with torch.no_grad():
             tower = load_part(TOWERS, folder)
             hidden = patches_of(tower)
-            probes = probe_scores(Read(tower)).values()
-        shares = [f"{100 * share_of_places(x):.0f}%" for x in hidden]
+            read = patches_of(Inputs(tower))
+            probes = probe_scores(Inputs(tower)).values()
+        shares = [f"{share_of_places(x):.1%}" for x in hidden]
         print(f"{folder}: {' '.join(shares)} of the variance of hidden[0], [1], ... are places")
-        for name, scores in zip(("mlp", "dense"), probes, strict=True):
-            print(f"linear probe of {name}'s channels: {scores}")
+        for name, x, scores in zip(("mlp", "dense"), read, probes, strict=True):
+            print(f"  channels of {name}: {share_of_places(x):.1%}, probe {scores}")
         if not options.train:
             continue
         if options.whiten:
             L = len(hidden) - 1
             layers = {"mlp": [L - 1], "dense": [L - 1, range(0, L // 2), range(L // 2, L)]}
             whiten_inputs(CONNECTORS[options.train], hidden, layers[options.train])
-        out = f"out/places/{options.train}{'-white' * options.whiten}-{options.seed}"
+        kind = "whitened" if options.whiten else "plain"
+        out = f"out/places/{Path(folder).name}-{options.train}-{kind}-{options.seed}"
         arm = [f"--connector={options.train}", f"--vision={folder}", f"--seed={options.seed}"]
         train.main([*BUDGET, *arm, f"--out={out}"])
         model = MLLM.from_pretrained(f"{out}/model")

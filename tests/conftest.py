@@ -179,16 +179,16 @@ def torchrun(ranks, command, options=(), **environment):
 
 
 # New processes are forked from one that has imported PyTorch, which takes seconds.
-FORK = multiprocessing.get_context("forkserver")
+FORK = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 FORK.set_forkserver_preload(
     ["conftest", "train", "torch.distributed.fsdp", "torch._dynamo", "torch.distributed.checkpoint"]
 )
-# returncode: the first that is not 0
+# returncode: that of the rank that failed first
 Ended = namedtuple("Ended", "returncode stdout stderr")
 
 
 def enter(main, arguments, environment):
-    """Be a new process: run a command as __main__ does."""
+    """Run a command in this new process, as its __main__ does."""
     from common import cli
 
     os.environ |= environment
@@ -213,10 +213,12 @@ def in_process(main, arguments, ranks=None, **environment):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}
         processes.append(FORK.Process(target=enter, args=(main, arguments, environment | own)))
         processes[-1].start()
+    status = 0
     while waiting := [process for process in processes if process.exitcode is None]:
         wait(process.sentinel for process in waiting)
-        # if one rank fails, the others are ended
-        for process in processes if any(p.exitcode for p in processes) else ():
-            process.kill()
-    status = next((p.exitcode for p in processes if p.exitcode), 0)
+        failed = [process.exitcode for process in waiting if process.exitcode]
+        if failed and not status:
+            status = failed[0]
+            for process in processes:
+                process.kill()
     return Ended(status, Path("stdout.txt").read_text(), Path("stderr.txt").read_text())

@@ -3,14 +3,17 @@
     python tests/fake_cuda.py config/dense_7b.toml --stage=2 --layers=2
 
 train.train_stage runs as it is, at the recipe's shapes, as one rank of --gpus. The model, the
-batches and NCCL are fake. The last line printed is JSON, all of the second step:
+batches and NCCL are fake. The last line printed is JSON; kernels, bytes and waits are those of the
+second step:
 
     kernels  number of operators that would launch at least one kernel
     bytes    {line of code: bytes that it reads and writes, matrix products excepted}
     waits    {line of code: how often the host waits for the GPU there}
-    memory   {"eager": bytes that PyTorch's allocator would hold at most, "planned": the same by
-             tools/plan.py, "compiled": that plan with blocks of --memory_budget}
-    flops    {part: FLOPs of the step}, and sent: bytes, both by tools/plan.py
+    memory   {"eager": bytes that PyTorch's allocator would hold at most, with whole blocks computed
+             again; "planned": the same by tools/plan.py; "compiled": planned for blocks that keep
+             the share --memory_budget}
+    flops    {part: FLOPs of the step}, by tools/plan.py
+    sent     bytes that the GPU sends, by tools/plan.py
 
 Nothing is compiled. With --memory_budget one block is traced as far as torch.compile's choice of
 what to keep. From that come "compiled" and the FLOPs of what a block computes again.
@@ -122,10 +125,10 @@ CUDA = {
     "Stream": Stream,
     "Event": Stream,
 }
-for (
-    name
-) in "_lazy_init set_device set_rng_state synchronize empty_cache reset_peak_memory_stats".split():
-    CUDA[name] = lambda *_: None
+CUDA |= dict.fromkeys(
+    "_lazy_init set_device set_rng_state synchronize empty_cache reset_peak_memory_stats".split(),
+    lambda *_: None,
+)
 for name in "stream current_stream default_stream".split():
     CUDA[name] = lambda *_: Stream()
 

@@ -60,9 +60,12 @@ from tools import plan
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PROMPT, ANSWER = 700, 64
-# gpu-dry: FLOP/s of large bf16 matrix products on an H100 or H200, of the peak; seconds of the host
-# for a kernel; the share of eager's bytes and kernels that is left in a block that is compiled.
-MATMULS, PEAK, LAUNCH, COMPILED = 790e12, 989e12, 6e-6, 0.18
+# gpu-dry: FLOP/s of large bf16 matrix products on an H100 or H200, and the peak
+MATMULS, PEAK = 790e12, 989e12
+# seconds of the host for each kernel
+LAUNCH = 6e-6
+# share of eager's bytes and kernels that is left in a compiled block
+COMPILED = 0.18
 # bytes/s of the memory
 GPUS = {"H100": 3.35e12, "H200": 4.8e12}
 # Text tokens of eight of LLaVA's dialogues, and the share of them that are answers.
@@ -79,7 +82,7 @@ SIZES = {
 
 @dataclass
 class Config:
-    what: str = option("train", "train or decode")
+    what: str = option("train", "train or decode; gpu-dry has other options")
     vs: list[str] = option([], "compare with: transformers, folders of other checkouts")
     repeats: int = option(5, "turns of every contender")
     batch: int = option(0, "dialogues of train (default 8), prompts of decode (default 1)")
@@ -307,7 +310,7 @@ def gpu_dry(arguments):
     useful = flops - found["flops"]["again"]
     for gpu, bandwidth in GPUS.items():
         math = flops / MATMULS + COMPILED * moved / bandwidth
-        for link, rate in {"NVLink": 450e9, "InfiniBand": 50e9}.items():
+        for link, rate in {"NVLink": 450e9, "InfiniBand": 8 * 50e9}.items():
             sending, host = found["sent"] / rate, LAUNCH * COMPILED * kernels
             step = max(math, sending, host)
             parts = f"math {math:.2f} s, sending {sending:.2f} s, host {host:.2f} s"

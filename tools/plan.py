@@ -284,7 +284,8 @@ def memory(plan):
 def flops(plan):
     """Return {part: FLOPs of a forward and its backward}.
 
-    "again": what the backward computes once more.
+    "again": what the backward computes once more. A --memory_budget saves a part of it, which is
+    not subtracted here.
     """
     model, load, c = plan.model, plan.load, plan.model.llm.config
     per_image, _ = vision_costs(model, plan.activation_bytes)
@@ -354,7 +355,8 @@ def plan_stage(config, stage):
 def print_table(plan, steps, load):
     """Print a line for every way to use the GPUs. load: a step's on one GPU."""
     config = plan.config
-    # Bytes/s in each direction: NVLink in a node of 8 GPUs; between nodes 400 Gbit/s for each GPU.
+    # Bytes/s in each direction: NVLink in a node of 8 GPUs. Between nodes all 8 network cards of a
+    # node, 50 GB/s each, carry what a ring over all GPUs sends.
     link = 450e9 if config.gpus <= 8 else 8 * 50e9
     print(
         "  GB a GPU     weights gradients optimizer activations    peak      sent  math s   hours"
