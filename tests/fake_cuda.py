@@ -125,10 +125,10 @@ CUDA = {
     "Stream": Stream,
     "Event": Stream,
 }
-CUDA |= dict.fromkeys(
-    "_lazy_init set_device set_rng_state synchronize empty_cache reset_peak_memory_stats".split(),
-    lambda *_: None,
-)
+NOTHING = "_lazy_init set_device set_rng_state synchronize empty_cache reset_peak_memory_stats"
+for name in NOTHING.split():
+    # each its own function: torch.compile tells functions apart by identity
+    CUDA[name] = lambda *_: None
 for name in "stream current_stream default_stream".split():
     CUDA[name] = lambda *_: Stream()
 

@@ -66,10 +66,13 @@ def test_a_recipe_trains_on_cuda_with_few_waits_and_in_the_memory_planned(flags,
 @pytest.fixture
 def fake_ranks():
     """Join a fake group as rank 0 of eight. Nothing is sent."""
+    import torch._functorch.config as functorch
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
-    yield
+    # speed_up sets it for good
+    with functorch.patch(activation_memory_budget=1.0):
+        yield
     dist.destroy_process_group()
 
 
@@ -77,7 +80,6 @@ def fake_ranks():
 def test_all_batches_share_a_few_compiled_graphs_without_a_break(budget, fake_ranks, monkeypatch):
     """FSDP in bfloat16 with recomputed activations. A kernel of zeros replaces FlashAttention."""
     import torch._dynamo as dynamo
-    import torch._functorch.config as functorch
     from torch.nn.attention import varlen  # noqa: F401, registers the kernel
 
     def forward(q, k, v, *_):
@@ -99,7 +101,6 @@ def test_all_batches_share_a_few_compiled_graphs_without_a_break(budget, fake_ra
     # Only this backend applies the memory budget. It is slower.
     backend = "aot_eager_decomp_partition" if budget else "aot_eager"
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.setattr(functorch, "activation_memory_budget", 1.0)
     dynamo.reset()
     dynamo.utils.counters.clear()
     model = MLLM.assemble([ROOT / "weights/clip"], ROOT / "weights/llama", "dense")

@@ -1,6 +1,6 @@
 """Repeat the main experiments of COMM and the Dense Connector on the toy world.
 
-    python -m toy.findings                    all arms, three seeds each: 90 minutes on two cores
+    python -m toy.findings                    all arms, three seeds each: three hours on two cores
     python -m toy.findings runs/quick.toml    one seed, fewer arms and steps: at most 20 minutes
     python -m toy.findings --table=towers     one table: layers, towers, merging, dense or video
     python -m toy.findings --connectors=mlp,dense,gated             compare these connectors
@@ -188,7 +188,7 @@ def run_arm(config, run):
     # A run that was stopped starts again.
     shutil.rmtree(folder, ignore_errors=True)
     steps = f"--steps1={config.steps1} --steps2={config.steps2}"
-    command = f"python train.py {ARMS[arm]} {steps} --bf16=true --evaluate=false --seed={seed}"
+    command = f"python train.py {ARMS[arm]} {steps} --evaluate=false --seed={seed}"
     arguments = [sys.executable, *command.split()[1:], f"--out={folder}"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
