@@ -3,11 +3,14 @@
     python runs/places.py weights/clip weights/dinov2        a table for each of these towers
     python runs/places.py weights/dinov2 --train=dense       train mlp or dense, and score it
     python runs/places.py weights/dinov2 --train=dense --whiten
+    python runs/places.py weights/clip --forget=450 --to=out/forget       continue without places
+    python runs/places.py out/forget --forget=300 --positions=2 --to=out/louder
 
 The table has the share of the variance that is linear in the row and the column of the patch: for
 each hidden state, and for the channels that the connectors mlp and dense read, with linear probes.
 Whitening decorrelates the channels and scales each to variance one. The dense connector's groups
-are whitened one by one, on 600 training scenes.
+are whitened one by one, on 600 training scenes. --forget trains a CLIP for some steps on captions
+that do not say where things are; --positions first multiplies its position embeddings.
 """
 
 import argparse
@@ -15,15 +18,16 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import eval as scoring  # noqa: E402
 import train  # noqa: E402
-from connector import CONNECTORS  # noqa: E402
+from clip import CLIP  # noqa: E402
+from connector import CONNECTORS, dense_layers  # noqa: E402
 from mllm import MLLM, TOWERS, load_part  # noqa: E402
-from toy import world  # noqa: E402
-from toy.pretrain import probe_scores  # noqa: E402
+from toy import language, pretrain, world  # noqa: E402
 from toy.scenes import task_questions  # noqa: E402
 from toy.views import GRID, pixels_of  # noqa: E402
 
@@ -37,6 +41,16 @@ def patches_of(tower):
     return [x[:, tower.num_prefix_tokens :] for x in tower(pixels)]
 
 
+def read(name, hidden):
+    """Return what the connector mlp or dense reads: layers, or means over several."""
+    L = len(hidden) - 1
+    groups = []
+    for layer in dense_layers(L) if name == "dense" else [L - 1]:
+        layers = [layer] if isinstance(layer, int) else layer
+        groups.append(sum(hidden[i] for i in layers) / len(layers))
+    return groups
+
+
 class Inputs:
     """Stands in for a tower. Its two hidden states are what the connectors mlp and dense read."""
 
@@ -44,10 +58,8 @@ class Inputs:
         self.tower, self.num_prefix_tokens = tower, tower.num_prefix_tokens
 
     def __call__(self, pixels):
-        hidden = torch.stack(self.tower(pixels))
-        L = len(hidden) - 1
-        means = [hidden[: L // 2].mean(0), hidden[L // 2 : L].mean(0)]
-        return hidden[L - 1], torch.cat([hidden[L - 1], *means], dim=-1)
+        hidden = self.tower(pixels)
+        return [torch.cat(read(name, hidden), dim=-1) for name in ("mlp", "dense")]
 
 
 def share_of_places(x):
@@ -72,12 +84,9 @@ def whitening(x):
     return mean.float(), (directions * scale).float()
 
 
-def whiten_inputs(cls, hidden, layers):
-    """Let a connector of one tower see whitened layers."""
-    fits = []
-    for layer in layers:
-        group = [layer] if isinstance(layer, int) else layer
-        fits.append(whitening(sum(hidden[i] for i in group) / len(group)))
+def whiten_inputs(name, hidden):
+    """Let the connector mlp or dense see whitened layers."""
+    cls, fits = CONNECTORS[name], [whitening(group) for group in read(name, hidden)]
     plain = cls.forward
 
     def forward(self, hidden):
@@ -87,31 +96,60 @@ def whiten_inputs(cls, hidden, layers):
     cls.forward = forward
 
 
+def forget_places(folder, to, steps, positions):
+    """Continue a CLIP on captions without places. The loss is that of toy.pretrain clip."""
+    torch.manual_seed(0)
+    clip = CLIP.from_pretrained(folder)
+    clip.vision.position_embedding.data.mul_(positions)
+    config = pretrain.Config(steps=steps, batch=128, seed=5)
+
+    def loss_of(step):
+        scenes, texts, wrong = pretrain.scenes_of(config, step, 0, 0), [], []
+        for index, objects in scenes:
+            rng = world.generator("train", index, 3)
+            chosen = rng.permutation(len(objects))[: rng.integers(1, 4)]
+            texts.append(" and ".join(f"a {objects[i].name}" for i in chosen))
+            wrong.append(language.wrong_caption(texts[-1], rng))
+        logits = clip.similarity(pixels_of(scenes), texts + wrong).float()  # (B, 2B)
+        target = torch.arange(config.batch)
+        to_text = F.cross_entropy(logits, target)
+        to_image = F.cross_entropy(logits[:, : config.batch].T, target)
+        return (to_text + to_image) / 2
+
+    pretrain.train(clip, loss_of, config, adamw=0.25)
+    pretrain.save(clip, Path(to))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("towers", nargs="+")
     parser.add_argument("--train", choices=["mlp", "dense"])
     parser.add_argument("--whiten", action="store_true")
     parser.add_argument("--seed", default=0)
+    parser.add_argument("--forget", type=int, metavar="STEPS")
+    parser.add_argument("--positions", type=float, default=1)
+    parser.add_argument("--to", metavar="FOLDER")
     options = parser.parse_args()
     if options.train and len(options.towers) > 1:
         parser.error("--train takes one tower")
+    if options.forget:
+        if not options.to:
+            parser.error("--forget needs --to")
+        return forget_places(options.towers[0], options.to, options.forget, options.positions)
     for folder in options.towers:
         with torch.no_grad():
             tower = load_part(TOWERS, folder)
             hidden = patches_of(tower)
-            read = patches_of(Inputs(tower))
-            probes = probe_scores(Inputs(tower)).values()
+            channels = patches_of(Inputs(tower))
+            probes = pretrain.probe_scores(Inputs(tower)).values()
         shares = [f"{share_of_places(x):.1%}" for x in hidden]
         print(f"{folder}: {' '.join(shares)} of the variance of hidden[0], [1], ... are places")
-        for name, x, scores in zip(("mlp", "dense"), read, probes, strict=True):
+        for name, x, scores in zip(("mlp", "dense"), channels, probes, strict=True):
             print(f"  channels of {name}: {share_of_places(x):.1%}, probe {scores}")
         if not options.train:
             continue
         if options.whiten:
-            L = len(hidden) - 1
-            layers = {"mlp": [L - 1], "dense": [L - 1, range(0, L // 2), range(L // 2, L)]}
-            whiten_inputs(CONNECTORS[options.train], hidden, layers[options.train])
+            whiten_inputs(options.train, hidden)
         kind = "whitened" if options.whiten else "plain"
         out = f"out/places/{Path(folder).name}-{options.train}-{kind}-{options.seed}"
         arm = [f"--connector={options.train}", f"--vision={folder}", f"--seed={options.seed}"]
