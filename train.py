@@ -315,7 +315,8 @@ def main(arguments):
         gc.collect()
         model = build_stage(config, stage, run, ranks)
         is_compiled = config.uses_compile(ranks.device)
-        budget = config.stage_options(stage).activation_checkpointing and config.memory_budget
+        is_recomputed = config.stage_options(stage).activation_checkpointing
+        budget = config.memory_budget if is_recomputed else 0
         speed_up(model, "train", is_compiled, budget or 1.0)
         is_finished = train_stage(config, stage, model, *data[stage], run, ranks)
         ranks.barrier()
