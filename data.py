@@ -219,7 +219,8 @@ class Loader(Batches):
         indices = self.all_indices()
         while True:
             step = list(islice(indices, self.global_batch))[self.rank :: self.world_size]
-            for i in range(self.forwards):
+            # the longest samples first, while there are no gradients in memory
+            for i in reversed(range(self.forwards)):
                 yield step[i * self.micro_batch : (i + 1) * self.micro_batch]
 
     def __iter__(self):

@@ -76,7 +76,8 @@ def build_stage(config, stage, run, ranks):
         lora.adapt(model.llm, config.lora_rank, config.lora_alpha, config.lora_dropout)
     if ranks.is_sharded:
         freeze(model, options.train)
-        fsdp.shard(model, device, config.llm_dtype(stage, device), config.uses_bf16(device))
+        dtype, bf16 = config.llm_dtype(stage, device), config.uses_bf16(device)
+        fsdp.shard(model, device, config.fsdp_replicas, dtype, bf16)
     if start and checkpoint.is_checkpoint(start):
         checkpoint.load_start(config, start, model)
     return model
@@ -208,7 +209,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
     network = model
     if ranks.size > 1 and not ranks.is_sharded:
         network = data_parallel(model, device)
-    log = Log(config, run, ranks, state)
+    log = Log(config, model, run, ranks, state)
     num_samples = len(dataset), num_with_images(dataset)
     print_stage(config, stage, model, groups, num_samples, steps, ranks)
 
@@ -303,6 +304,9 @@ def main(arguments):
     )
     stages = [config.stage] if config.stage else [1, 2]
     ranks, began = Ranks(config.device), time.time()
+    replicas = config.fsdp_replicas
+    if ranks.size % replicas:
+        raise InputError(f"--fsdp_replicas={replicas}: does not divide {ranks.size} ranks evenly")
     run = run_folder(config, ranks)
     ranks.print(f"{config.connector} connector, run folder {run}")
     data = {}

@@ -36,9 +36,11 @@ from common.pretrained import LARGE, stored
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PARTS = ("vision", "connector", "llm")  # the parts of a model that can be trained
+# dense bf16 TFLOP/s of GPUs, by NVIDIA's data sheets
+PEAKS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989}
 IMAGE_MODES = ("pad", "crop", "stretch", "anyres")
 # The least and the greatest value of an option. Other numbers are from 0 to 1e9.
-AT_LEAST_1 = "batch1 batch2 micro_batch log_every save_every max_length".split()
+AT_LEAST_1 = "batch1 batch2 micro_batch log_every save_every max_length fsdp_replicas".split()
 LIMITS = {"stage": (0, 2), "warmup": (0, 1), "memory_budget": (0, 1)}
 LIMITS |= {"adam_beta": (0, 0.999999), "lora_dropout": (0, 0.999999)}
 LIMITS |= dict.fromkeys(AT_LEAST_1, (1, 1e9))
@@ -107,6 +109,7 @@ class Config:
         None, "torch.compile the blocks; default: on CUDA, with a C compiler"
     )
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks")
+    fsdp_replicas: int = option(1, "copies of the sharded model (HSDP): one for each node")
     activation_checkpointing: bool = option(False, "recompute the LLM's blocks: less memory")
     memory_budget: float = option(
         0.0, "with activation_checkpointing: share of activations that compiled blocks keep"
@@ -322,8 +325,10 @@ class Log:
     trained again.
     """
 
-    def __init__(self, config, run, ranks, state):
+    def __init__(self, config, model, run, ranks, state):
         self.ranks = ranks
+        # FLOPs a token: 2 in the forward, 2 for an input's gradient, 2 for that of a trained weight
+        self.flops = sum(p.numel() * (4 + 2 * p.requires_grad) for p in model.llm.parameters())
         self.start, self.steps = state["step"], state["steps"]
         self.path = run / "log.jsonl"
         self.began = self.interval_began = time.perf_counter()
@@ -379,17 +384,22 @@ class Log:
             "seconds_per_step": step_seconds,
             "seconds": round(now - self.began, 1),
         }
-        memory = ""
+        gpu = ""
         if self.ranks.device.type == "cuda":
             record["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            memory = f"{record['peak_gb']:.1f} GB  "
+            record["tflops"] = self.flops * speed / self.ranks.size / 1e12
+            gpu = f"{record['tflops']:.0f} TFLOP/s  {record['peak_gb']:.1f} GB  "
+            name = torch.cuda.get_device_name()
+            if peak := next((PEAKS[known] for known in PEAKS if known in name), None):
+                record["mfu"] = record["tflops"] / peak
+                gpu = f"MFU {record['mfu']:.0%}  {gpu}"
         self.tokens, self.num_steps, self.interval_began = 0, 0, now
         self.interval.update(self.new_interval())
         left = (now - self.began) / (step + 1 - self.start) * (self.steps - step - 1)
         minutes, seconds = divmod(round(left), 60)
         self.ranks.print(
             f"stage {self.stage}  step {step:5d}/{self.steps}  loss {mean_loss:.4f}  "
-            f"lr {record['lr']:.2e}  {speed:,} tokens/s  {step_seconds:.2f} s/step  {memory}"
+            f"lr {record['lr']:.2e}  {speed:,} tokens/s  {step_seconds:.2f} s/step  {gpu}"
             f"{minutes}m{seconds:02d}s left"
         )
         self.append(record)
@@ -471,7 +481,8 @@ def print_stage(config, stage, model, groups, num_samples, steps, ranks):
         parts.append(f"of these lora {numbers:.2f}M trained")
     rates = ", ".join(f"{part} {group['peak']:g}" for part, group in trained.items())
     precision = "bfloat16" if config.uses_bf16(ranks.device) else "float32"
-    extras = ", FSDP" if ranks.is_sharded else ""
+    replicas = f" in {config.fsdp_replicas} replicas" if config.fsdp_replicas > 1 else ""
+    extras = f", FSDP{replicas}" if ranks.is_sharded else ""
     extras += ", compiled" if config.uses_compile(ranks.device) else ""
     unit = "a tile" if model.spec.mode == "anyres" else "an image"
     ranks.print(

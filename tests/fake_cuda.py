@@ -13,7 +13,7 @@ second step:
              again; "planned": the same by tools/plan.py; "compiled": planned for blocks that keep
              the share --memory_budget}
     flops    {part: FLOPs of the step}, by tools/plan.py
-    sent     bytes that the GPU sends, by tools/plan.py
+    sending  seconds, by tools/plan.py
 
 Nothing is compiled. With --memory_budget one block is traced as far as torch.compile's choice of
 what to keep. From that come "compiled" and the FLOPs of what a block computes again.
@@ -119,6 +119,7 @@ CUDA = {
     "is_bf16_supported": lambda *_, **__: True,
     "device_count": lambda: 8,
     "get_device_capability": lambda *_: (9, 0),
+    "get_device_name": lambda *_: "NVIDIA H100 80GB HBM3",
     "get_device_properties": lambda *_: PROPERTIES,
     "max_memory_allocated": lambda *_: 0,
     "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
@@ -467,7 +468,7 @@ def run(config):
         len(step),
         True,
         config.lora_rank if trains_llm else 0,
-        config.gpus if ranks.is_sharded else 1,
+        config.gpus // config.fsdp_replicas if ranks.is_sharded else 1,
     )
     flops, memory = plan.flops(planned), {"eager": watch.peak}
     planned.config.memory_budget = 0
@@ -484,7 +485,7 @@ def run(config):
     flops = {part: len(step) * number for part, number in flops.items()}
     found = {"kernels": watch.kernels, "bytes": dict(watch.bytes.most_common())}
     found |= {"waits": dict(watch.waits), "memory": memory, "flops": flops}
-    return found | {"sent": plan.sent(planned._replace(config=options))}
+    return found | {"sending": plan.sending(planned._replace(config=options))}
 
 
 def measure(arguments):

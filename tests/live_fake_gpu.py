@@ -44,6 +44,7 @@ WAYS = [
     "dense_7b --lora_rank=128 --fsdp2=false",
     "dense_7b --text_only --batch2=8",
     "comm_7b --gpus=64 --rank=63",
+    "dense_7b --gpus=16 --rank=9 --fsdp_replicas=2",
     "dense_siglip_8b --fsdp2=false --lora_rank=128 --gpus=1 --batch2=16",
 ]
 
@@ -106,7 +107,7 @@ def test_all_batches_share_a_few_compiled_graphs_without_a_break(budget, fake_ra
     model = MLLM.assemble([ROOT / "weights/clip"], ROOT / "weights/llama", "dense")
     del model.llm.layers[2:]
     train.freeze(model, ["connector", "llm"])
-    fsdp.shard(model, torch.device("cpu"), torch.float32, bf16=True)
+    fsdp.shard(model, torch.device("cpu"), 1, torch.float32, bf16=True)
     speed.speed_up(model.train(), "train", compile=True, memory_budget=budget or 1.0)
     model.llm.gradient_checkpointing = not budget
     M, graphs = model.tokens_per_image, []

@@ -168,8 +168,8 @@ def take(loader, steps):
 
 
 def names(steps):
-    """Return the names of the samples of every step."""
-    return [[name for batch in step for name in batch.ids] for step in steps]
+    """Return the names of the samples of every step. Its last micro-batch comes first."""
+    return [[name for batch in reversed(step) for name in batch.ids] for step in steps]
 
 
 def assert_same(steps, others):

@@ -151,13 +151,17 @@ def test_what_two_gpus_run_computes_what_one_process_computes(sharded, random_ll
 
 
 def test_a_run_resumes_after_a_killed_rank_and_on_any_number_of_ranks(sharded, one):
-    """DDP on two ranks, of which one is killed and torchrun restarts both; FSDP on three; one."""
+    """DDP on two ranks, one of which is killed and torchrun restarts both; six ranks; one.
+
+    The six are two replicas, each sharded over three ranks, which get unequal rows.
+    """
     arguments = [*sharded(save_every=100), "--resume"]
     command, options = [__file__, *arguments, "--fsdp=false"], ["--max-restarts=1"]
     done = torchrun(2, command, options, KILL="1 2 0", STOP="0 2 1")
     assert done.returncode == 0 and not Path("run/model").exists(), done.stderr
     held_out = ["--save_every=1", f"--eval_data2={write_dialogues(Path('held_out'), 3)}"]
-    done = in_process(stopped, [*arguments, *held_out], 3, STOP="0 2 3")
+    replicated = [*arguments, *held_out, "--fsdp_replicas=2"]
+    done = in_process(stopped, replicated, 6, STOP="0 2 3")
     assert done.returncode == 0 and not Path("run/model").exists(), done.stderr
     shutil.copytree("run", "damaged")
     next(Path("damaged/checkpoints").glob("stage2-*/shard-00002*")).unlink()

@@ -22,7 +22,7 @@ and bytes are those of the weights that are read.
 
 gpu-dry: the operators of a recipe's step on one of several GPUs, run on tensors without data by
 tests/fake_cuda.py, whose flags it takes. The time is a model: matrix products at MATMULS, all other
-bytes at the GPU's bandwidth, and everything sent at the link's. It has not been measured.
+bytes at the GPU's bandwidth, and everything sent as in tools/plan.py. It has not been measured.
 """
 
 import json
@@ -310,11 +310,10 @@ def gpu_dry(arguments):
     useful = flops - found["flops"]["again"]
     for gpu, bandwidth in GPUS.items():
         math = flops / MATMULS + COMPILED * moved / bandwidth
-        for link, rate in {"NVLink": 450e9, "InfiniBand": 8 * 50e9}.items():
-            sending, host = found["sent"] / rate, LAUNCH * COMPILED * kernels
-            step = max(math, sending, host)
-            parts = f"math {math:.2f} s, sending {sending:.2f} s, host {host:.2f} s"
-            print(f"{gpu}, {link}: {step:.2f} s, MFU {useful / step / PEAK:.0%} ({parts})")
+        host = LAUNCH * COMPILED * kernels
+        step = max(math, found["sending"], host)
+        parts = f"math {math:.2f} s, sending {found['sending']:.2f} s, host {host:.2f} s"
+        print(f"{gpu}: {step:.2f} s, MFU {useful / step / PEAK:.0%} ({parts})")
 
 
 # ---- turns ---------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ class Plan(NamedTuple):
     forwards: int  # in an optimizer step
     bf16: bool
     lora_rank: int = 0  # 0: without adapters
-    shards: int = 1  # FSDP: the number of GPUs
+    shards: int = 1  # FSDP: the number of GPUs that share a model
 
     @property
     def tunes_llm(self):
@@ -306,21 +306,37 @@ def flops(plan):
     }
 
 
-def sent(plan):
-    """Count the bytes that a GPU sends in a step.
+def ring(n):
+    """Return the part of a buffer that each of n GPUs sends to gather or to scatter it."""
+    return (n - 1) / n
 
-    A ring of n GPUs sends (n - 1) / n of a buffer to gather or to scatter it.
+
+def sent(plan):
+    """Count the bytes that a GPU sends in a step: within its replica, and to the other replicas.
+
+    With DDP every GPU has a replica, and the gradients are summed once a step. With FSDP there is
+    one replica for all GPUs. HSDP has both.
     """
-    ring = (plan.config.gpus - 1) / plan.config.gpus
     gradients = 4 * plan.num_trained()
+    summed = 2 * ring(plan.config.gpus // plan.shards) * gradients / plan.shards
     if plan.shards == 1:
-        # DDP reduces the gradients to all GPUs, once a step.
-        return ring * 2 * gradients
+        return 0, summed
     # FSDP gathers blocks in the forward and in the backward, and the rest once.
     llm = plan.model.llm
     twice = size(llm.layers) + plan.adapters() + size(plan.model.connector)
     gathered = plan.activation_bytes * (2 * twice + size(llm) - size(llm.layers))
-    return ring * plan.forwards * (gathered + gradients)
+    return plan.forwards * ring(plan.shards) * (gathered + gradients), plan.forwards * summed
+
+
+def sending(plan):
+    """Return the seconds that this takes: 450 GB/s within a node of 8 GPUs, each way.
+
+    A node has 8 network cards of 50 GB/s. Rings between replicas share them.
+    """
+    within, between = sent(plan)
+    cards = 8 * 50e9
+    seconds = within / (450e9 if plan.shards <= 8 else cards)
+    return seconds + between / (450e9 if plan.config.gpus <= 8 else cards / min(8, plan.shards))
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -332,6 +348,8 @@ def plan_stage(config, stage):
     if {*config.train} not in ({"connector"}, {"connector", "llm"}):
         raise InputError(f"--train{stage}: the plan knows connector, or connector,llm")
     samples, mean = read_data(config, model)
+    if config.gpus % config.fsdp_replicas:
+        raise InputError(f"--fsdp_replicas={config.fsdp_replicas}: must divide --gpus evenly")
     batch, steps = config.batch, config.steps
     if not steps and not samples:
         raise InputError(f"--data{stage}: not known; give the number of steps, --steps{stage}")
@@ -355,22 +373,20 @@ def plan_stage(config, stage):
 def print_table(plan, steps, load):
     """Print a line for every way to use the GPUs. load: a step's on one GPU."""
     config = plan.config
-    # Bytes/s in each direction: NVLink in a node of 8 GPUs. Between nodes all 8 network cards of a
-    # node, 50 GB/s each, carry what a ring over all GPUs sends.
-    link = 450e9 if config.gpus <= 8 else 8 * 50e9
     print(
         "  GB a GPU     weights gradients optimizer activations    peak      sent  math s   hours"
     )
     ranks = [0, config.lora_rank or 128] if plan.trains_llm else [0]
-    for rank, shards in product(ranks, sorted({1, config.gpus})):
+    sharded = config.gpus // config.fsdp_replicas
+    for rank, shards in product(ranks, sorted({1, sharded})):
         way = plan._replace(lora_rank=rank, shards=shards)
-        name = ("LoRA " if rank else "") + ("DDP" if shards == 1 else "FSDP")
-        found = memory(way) | {"sent": sent(way)}
-        sending = found["sent"] / link
+        kind = "DDP" if shards == 1 else "FSDP" if shards == config.gpus else "HSDP"
+        name = f"LoRA {kind}" if rank else kind
+        found = memory(way) | {"sent": sum(sent(way))}
         math_flops = sum(flops(way._replace(load=load)).values())
         math_time = math_flops / (config.gpu_flops * 1e12 * config.utilization)
         # At best, communication and math overlap completely.
-        hours = f"{steps * max(math_time, sending) / 3600:8.2f}"
+        hours = f"{steps * max(math_time, sending(way)) / 3600:8.2f}"
         if found["peak"] > ROOM * config.gpu_memory * 1e9:
             hours += "  does not fit"
         numbers = [f"{value / 1e9:9.4f}" for value in found.values()]
