@@ -219,9 +219,10 @@ class Loader(Batches):
         indices = self.all_indices()
         while True:
             step = list(islice(indices, self.global_batch))[self.rank :: self.world_size]
-            # the longest samples first, while there are no gradients in memory
-            for i in reversed(range(self.forwards)):
-                yield step[i * self.micro_batch : (i + 1) * self.micro_batch]
+            # The longest samples are last. They run first, while no gradients are in memory.
+            step.reverse()
+            for i in range(self.forwards):
+                yield step[i * self.micro_batch : (i + 1) * self.micro_batch][::-1]
 
     def __iter__(self):
         loading = DataLoader(

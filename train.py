@@ -306,7 +306,7 @@ def main(arguments):
     ranks, began = Ranks(config.device), time.time()
     replicas = config.fsdp_replicas
     if ranks.size % replicas:
-        raise InputError(f"--fsdp_replicas={replicas}: does not divide {ranks.size} ranks evenly")
+        raise InputError(f"--fsdp_replicas={replicas}: must divide the {ranks.size} ranks evenly")
     run = run_folder(config, ranks)
     ranks.print(f"{config.connector} connector, run folder {run}")
     data = {}

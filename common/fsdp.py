@@ -1,9 +1,7 @@
 """Training a model that is larger than one GPU: --fsdp shards it over all ranks.
 
 This is PyTorch's fully_shard (FSDP2, stage 3 of ZeRO, arXiv 1910.02054). Rank r of N keeps rows
-r·ceil(n/N) to (r+1)·ceil(n/N) of every tensor (n, ...), of its gradient, and of AdamW's moments.
-With --fsdp_replicas=2 (HSDP) each half of the ranks shards a copy of the model in this way. The
-copies add their gradients as DDP does, and only this crosses the slow link between two nodes:
+r·ceil(n/N) to (r+1)·ceil(n/N) of every tensor (n, ...), of its gradient, and of AdamW's moments:
 
     forward    a unit gathers its rows from all ranks, computes, and frees the rows of the others
     backward   it gathers them again, computes, and each rank gets its rows of the mean gradient
@@ -12,6 +10,9 @@ A unit is a block of the LLM, a trained tower or a trained connector. The rest o
 (embedding, final norm, lm_head) belongs to the whole model: it is gathered in the forward pass and
 kept until the backward pass is over. A frozen LLM is sharded too. Frozen towers and a frozen
 connector are small: every rank has all of them, as with DDP.
+
+With --fsdp_replicas=2 (HSDP) each half of the ranks is a replica: it shards a copy of the model as
+above, and its N is half as large. After every backward pass the replicas average their gradients.
 
 No rank ever holds the whole model. pretrained.py maps the LLM's files into memory without reading
 them, and each rank reads its rows. All ranks write a checkpoint, each its rows (checkpoint.py).
@@ -28,9 +29,7 @@ from common.lora import LoRALinear
 
 
 def shard(model, device, replicas, llm_dtype, bf16):
-    """Shard an MLLM over all ranks, or each replica over its ranks, in place.
-
-    requires_grad must be set before.
+    """Shard an MLLM over the ranks of its replica, in place. requires_grad must be set before.
 
     The LLM may be on the CPU in any dtype. Trained parameters become float32, a frozen LLM becomes
     llm_dtype. bf16: the LLM's blocks are gathered and computed in bfloat16, and their gradients are
@@ -43,10 +42,10 @@ def shard(model, device, replicas, llm_dtype, bf16):
 
     # a view would be a problem only if it were changed in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    shape = replicas, dist.get_world_size() // replicas
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "rows"))
-    rows_mesh = mesh["rows"]  # this rank's replica
-    mesh = mesh if replicas > 1 else rows_mesh
+    sizes = replicas, dist.get_world_size() // replicas
+    ranks = init_device_mesh(device.type, sizes, mesh_dim_names=("replicas", "rows"))
+    replica = ranks["rows"]  # that of this rank
+    mesh = ranks if replicas > 1 else replica
     # inputs keep their dtype: the tables of RoPE stay float32
     float32 = MixedPrecisionPolicy(cast_forward_inputs=False)
     bfloat16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -62,8 +61,8 @@ def shard(model, device, replicas, llm_dtype, bf16):
     shards = {}
     for name, p in model.named_parameters():
         if name in source:
-            rows_per_rank = -(-len(p) // rows_mesh.size())
-            start = rows_mesh.get_local_rank() * rows_per_rank
+            rows_per_rank = -(-len(p) // replica.size())
+            start = replica.get_local_rank() * rows_per_rank
             rows = source.pop(name)[start : start + rows_per_rank]
             rows = rows.to(device, p.dtype, copy=True)
             shards[name] = DTensor.from_local(

@@ -37,7 +37,7 @@ from common.pretrained import LARGE, stored
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PARTS = ("vision", "connector", "llm")  # the parts of a model that can be trained
 # dense bf16 TFLOP/s of GPUs, by NVIDIA's data sheets
-PEAKS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989}
+PEAKS = {"A100": 312, "NVL": 835, "H100 PCIe": 756, "H100": 989, "H200": 989}
 IMAGE_MODES = ("pad", "crop", "stretch", "anyres")
 # The least and the greatest value of an option. Other numbers are from 0 to 1e9.
 AT_LEAST_1 = "batch1 batch2 micro_batch log_every save_every max_length fsdp_replicas".split()
@@ -328,7 +328,8 @@ class Log:
     def __init__(self, config, model, run, ranks, state):
         self.ranks = ranks
         # FLOPs a token: 2 in the forward, 2 for an input's gradient, 2 for that of a trained weight
-        self.flops = sum(p.numel() * (4 + 2 * p.requires_grad) for p in model.llm.parameters())
+        parameters = model.llm.parameters()
+        self.token_flops = sum(p.numel() * (4 + 2 * p.requires_grad) for p in parameters)
         self.start, self.steps = state["step"], state["steps"]
         self.path = run / "log.jsonl"
         self.began = self.interval_began = time.perf_counter()
@@ -387,11 +388,12 @@ class Log:
         gpu = ""
         if self.ranks.device.type == "cuda":
             record["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            record["tflops"] = self.flops * speed / self.ranks.size / 1e12
+            record["tflops"] = self.token_flops * speed / self.ranks.size / 1e12
             gpu = f"{record['tflops']:.0f} TFLOP/s  {record['peak_gb']:.1f} GB  "
             name = torch.cuda.get_device_name()
-            if peak := next((PEAKS[known] for known in PEAKS if known in name), None):
-                record["mfu"] = record["tflops"] / peak
+            peaks = [PEAKS[known] for known in PEAKS if known in name]
+            if peaks:
+                record["mfu"] = record["tflops"] / peaks[0]
                 gpu = f"MFU {record['mfu']:.0%}  {gpu}"
         self.tokens, self.num_steps, self.interval_began = 0, 0, now
         self.interval.update(self.new_interval())

@@ -306,37 +306,38 @@ def flops(plan):
     }
 
 
-def ring(n):
-    """Return the part of a buffer that each of n GPUs sends to gather or to scatter it."""
+def share_sent(n):
+    """Return the fraction of a buffer that each of n GPUs sends in a ring's all-gather."""
     return (n - 1) / n
 
 
 def sent(plan):
     """Count the bytes that a GPU sends in a step: within its replica, and to the other replicas.
 
-    With DDP every GPU has a replica, and the gradients are summed once a step. With FSDP there is
-    one replica for all GPUs. HSDP has both.
+    With DDP every GPU is a replica, and gradients are averaged once a step. With FSDP all GPUs are
+    one. HSDP sends both, the gradients to the other replicas after every backward pass.
     """
     gradients = 4 * plan.num_trained()
-    summed = 2 * ring(plan.config.gpus // plan.shards) * gradients / plan.shards
+    summed = 2 * share_sent(plan.config.gpus // plan.shards) * gradients / plan.shards
     if plan.shards == 1:
         return 0, summed
     # FSDP gathers blocks in the forward and in the backward, and the rest once.
     llm = plan.model.llm
     twice = size(llm.layers) + plan.adapters() + size(plan.model.connector)
     gathered = plan.activation_bytes * (2 * twice + size(llm) - size(llm.layers))
-    return plan.forwards * ring(plan.shards) * (gathered + gradients), plan.forwards * summed
+    return plan.forwards * share_sent(plan.shards) * (gathered + gradients), plan.forwards * summed
 
 
 def sending(plan):
-    """Return the seconds that this takes: 450 GB/s within a node of 8 GPUs, each way.
+    """Return the seconds of a step's communication: 450 GB/s within a node of 8 GPUs, each way.
 
-    A node has 8 network cards of 50 GB/s. Rings between replicas share them.
+    A node has 8 network cards of 50 GB/s. With HSDP each of its GPUs is in another ring between the
+    replicas, and these rings share the cards.
     """
     within, between = sent(plan)
-    cards = 8 * 50e9
-    seconds = within / (450e9 if plan.shards <= 8 else cards)
-    return seconds + between / (450e9 if plan.config.gpus <= 8 else cards / min(8, plan.shards))
+    network = 8 * 50e9
+    seconds = within / (450e9 if plan.shards <= 8 else network)
+    return seconds + between / (450e9 if plan.config.gpus <= 8 else network / min(8, plan.shards))
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -377,11 +378,10 @@ def print_table(plan, steps, load):
         "  GB a GPU     weights gradients optimizer activations    peak      sent  math s   hours"
     )
     ranks = [0, config.lora_rank or 128] if plan.trains_llm else [0]
-    sharded = config.gpus // config.fsdp_replicas
-    for rank, shards in product(ranks, sorted({1, sharded})):
+    kinds = {config.gpus // config.fsdp_replicas: "HSDP", config.gpus: "FSDP", 1: "DDP"}
+    for rank, shards in product(ranks, sorted(kinds)):
         way = plan._replace(lora_rank=rank, shards=shards)
-        kind = "DDP" if shards == 1 else "FSDP" if shards == config.gpus else "HSDP"
-        name = f"LoRA {kind}" if rank else kind
+        name = f"LoRA {kinds[shards]}" if rank else kinds[shards]
         found = memory(way) | {"sent": sum(sent(way))}
         math_flops = sum(flops(way._replace(load=load)).values())
         math_time = math_flops / (config.gpu_flops * 1e12 * config.utilization)
