@@ -24,4 +24,6 @@ def data_parallel(model, device):
     ignored = [name for name, p in model.named_parameters() if not p.requires_grad]
     ignored += [name for name, _ in model.named_buffers()]
     DDP._set_params_and_buffers_to_ignore_for_model(model, ignored)
-    return DDP(model, device_ids=[device] if device.type == "cuda" else None)
+    devices = [device] if device.type == "cuda" else None
+    # gradients are views of the buffers that DDP sends, not copies
+    return DDP(model, device_ids=devices, gradient_as_bucket_view=True)

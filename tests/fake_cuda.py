@@ -460,7 +460,7 @@ def run(config):
     squared = sum(length**2 for length in batch.lengths)
     trains_llm = "llm" in options.train
     planned = plan.Plan(
-        # Without the buckets of DDP.
+        # FakeDDP keeps no gradients between the steps.
         options if ranks.is_sharded else SimpleNamespace(**(vars(options) | {"gpus": 1})),
         shapes_of(config),
         trains_llm,

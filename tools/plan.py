@@ -14,7 +14,7 @@ blocks, V the vocabulary.
 
     weights      4 a parameter, 2 in a frozen LLM. FSDP splits the LLM and all trained parameters.
                  It gathers the embedding, lm_head and two blocks at a time, b a parameter.
-    gradients    4 a trained parameter. DDP's buckets take 4 more.
+    gradients    4 a trained parameter; DDP keeps them between the steps
     optimizer    8 a trained parameter
     LLM block    T·(8C [both norms] + b(2W + 2K) [queries, output, keys, values]
                  + 3bF [gate, SiLU, up]). If the LLM is trained, T·b(2C or 5C [inputs of the linear
@@ -243,8 +243,6 @@ def memory(plan):
         weights += b * (rest + 2 * block_size)
         if plan.tunes_llm:
             copies = b * rest + (b + 4) * block_size
-    elif plan.config.gpus > 1:
-        copies = gradients
 
     e = b if sharded else plan.llm_bytes
     casts = 2 * (L * block_size + V * C) if e > b else 0
@@ -268,8 +266,8 @@ def memory(plan):
         stored + casts_left + 12 * logits,
         stored + casts_left + again + flow,
     )
-    if plan.forwards > 1:
-        # All forwards of a step but the first begin with gradients.
+    if plan.forwards > 1 or (plan.config.gpus > 1 and not sharded):
+        # All forwards of a step but the first begin with gradients. DDP's always exist.
         forward += gradients
     peak = max(forward, gradients + connector + working + flow)
     return {
