@@ -32,6 +32,7 @@ from common.run import (
     Ranks,
     check_progress,
     fingerprint,
+    name_out_of_memory,
     print_bad_step,
     print_stage,
     run_folder,
@@ -236,7 +237,8 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
         for i, batch in enumerate(micro_batches):
             # DDP sums gradients over the ranks once, after the last micro-batch.
             is_synced = network is model or i + 1 == len(micro_batches)
-            with nullcontext() if is_synced else network.no_sync():
+            syncing = nullcontext() if is_synced else network.no_sync()
+            with syncing, name_out_of_memory(step, batch):
                 with autocast:
                     loss = network(batch)
                 # DDP and FSDP average gradients over the ranks: multiply by their number.

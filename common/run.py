@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import pairwise
@@ -504,6 +504,18 @@ def print_bad_step(step, loss, norm, micro_batches, losses):
             names += batch.ids
     among = f" (among {', '.join(names)})" if names else ""
     print(f"step {step}: loss {loss}, gradient norm {norm}: step skipped{among}", file=sys.stderr)
+
+
+@contextmanager
+def name_out_of_memory(step, batch):
+    """Raise InputError if a GPU's memory is not enough for a batch: with step and tokens."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"step {step}: out of memory with {batch.tokens.numel():,} tokens: lower --micro_batch "
+            "or --max_length, or add --activation_checkpointing or --fsdp"
+        ) from None
 
 
 def check_progress(stage, step, bad_steps, empty_steps, steps):
