@@ -144,6 +144,8 @@ def main():
             probes = pretrain.probe_scores(Inputs(tower)).values()
         shares = [f"{share_of_places(x):.1%}" for x in hidden]
         print(f"{folder}: {' '.join(shares)} of the variance of hidden[0], [1], ... are places")
+        sizes = [f"{(x - x.mean((0, 1))).std():.1f}" for x in hidden]
+        print(f"  standard deviations: {' '.join(sizes)}")
         for name, x, scores in zip(("mlp", "dense"), channels, probes, strict=True):
             print(f"  channels of {name}: {share_of_places(x):.1%}, probe {scores}")
         if not options.train:
