@@ -219,7 +219,8 @@ class Loader(Batches):
         indices = self.all_indices()
         while True:
             step = list(islice(indices, self.global_batch))[self.rank :: self.world_size]
-            # The longest samples are last. They run first, while no gradients are in memory.
+            # The longest samples are last. They run first, while no gradients are in memory. Within
+            # a micro-batch the order stays.
             step.reverse()
             for i in range(self.forwards):
                 yield step[i * self.micro_batch : (i + 1) * self.micro_batch][::-1]

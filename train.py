@@ -308,7 +308,9 @@ def main(arguments):
     ranks, began = Ranks(config.device), time.time()
     replicas = config.fsdp_replicas
     if ranks.size % replicas:
-        raise InputError(f"--fsdp_replicas={replicas}: must divide the {ranks.size} ranks evenly")
+        raise InputError(
+            f"--fsdp_replicas={replicas}: must divide the number of ranks, {ranks.size}"
+        )
     run = run_folder(config, ranks)
     ranks.print(f"{config.connector} connector, run folder {run}")
     data = {}

@@ -36,7 +36,7 @@ from common.pretrained import LARGE, stored
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 PARTS = ("vision", "connector", "llm")  # the parts of a model that can be trained
-# dense bf16 TFLOP/s of GPUs, by NVIDIA's data sheets
+# dense bf16 TFLOP/s of GPUs, by NVIDIA's data sheets; the first key in a GPU's name counts
 PEAKS = {"A100": 312, "NVL": 835, "H100 PCIe": 756, "H100": 989, "H200": 989}
 IMAGE_MODES = ("pad", "crop", "stretch", "anyres")
 # The least and the greatest value of an option. Other numbers are from 0 to 1e9.
@@ -148,6 +148,8 @@ class Config:
                 )
         if self.wandb and not find_spec("wandb"):
             raise InputError("--wandb: not installed; pip install wandb")
+        if self.fsdp_replicas > 1 and not (self.fsdp or self.fsdp1 or self.fsdp2):
+            raise InputError(f"--fsdp_replicas={self.fsdp_replicas}: needs --fsdp")
         if self.memory_budget and self.lora_dropout:
             raise InputError(
                 "--lora_dropout: needs --memory_budget=0, since a recomputed block would draw "

@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,7 +26,7 @@ import train  # noqa: E402
 from clip import CLIP  # noqa: E402
 from connector import CONNECTORS, dense_layers  # noqa: E402
 from mllm import MLLM, TOWERS, load_part  # noqa: E402
-from toy import language, pretrain, world  # noqa: E402
+from toy import pretrain, world  # noqa: E402
 from toy.scenes import task_questions  # noqa: E402
 from toy.views import GRID, pixels_of  # noqa: E402
 
@@ -96,25 +95,21 @@ def whiten_inputs(name, hidden):
     cls.forward = forward
 
 
+def name_some(objects, rng):
+    """Write toy.language.clip_caption without the places."""
+    chosen = rng.permutation(len(objects))[: rng.integers(1, 4)]
+    return " and ".join(f"a {objects[i].name}" for i in chosen)
+
+
 def forget_places(folder, to, steps, positions):
-    """Continue a CLIP on captions without places. The loss is that of toy.pretrain clip."""
+    """Continue a CLIP on captions without places."""
     torch.manual_seed(0)
     clip = CLIP.from_pretrained(folder)
     clip.vision.position_embedding.data.mul_(positions)
     config = pretrain.Config(steps=steps, batch=128, seed=5)
 
     def loss_of(step):
-        scenes, texts, wrong = pretrain.scenes_of(config, step, 0, 0), [], []
-        for index, objects in scenes:
-            rng = world.generator("train", index, 3)
-            chosen = rng.permutation(len(objects))[: rng.integers(1, 4)]
-            texts.append(" and ".join(f"a {objects[i].name}" for i in chosen))
-            wrong.append(language.wrong_caption(texts[-1], rng))
-        logits = clip.similarity(pixels_of(scenes), texts + wrong).float()  # (B, 2B)
-        target = torch.arange(config.batch)
-        to_text = F.cross_entropy(logits, target)
-        to_image = F.cross_entropy(logits[:, : config.batch].T, target)
-        return (to_text + to_image) / 2
+        return pretrain.caption_loss(clip, pretrain.scenes_of(config, step, 0, 0), name_some)
 
     pretrain.train(clip, loss_of, config, adamw=0.25)
     pretrain.save(clip, Path(to))

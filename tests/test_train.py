@@ -233,7 +233,7 @@ def test_too_little_memory_is_one_line_with_the_step_and_the_tokens(dialogue_fla
 WRONG = "connector=dance connector.groups=0 connector.layer=3 vision=nowhere"
 WRONG += " device=meta llm=nowhere template=klingon image_size=65 image_mode=squash stage=3"
 WRONG += " image_mode2=squash eval_data2=nowhere.json lora_dropout=1 init=run"
-WRONG += " lora_dropout=0.1,memory_budget=0.3"
+WRONG += " lora_dropout=0.1,memory_budget=0.3 fsdp_replicas=2 fsdp=true,fsdp_replicas=2"
 WRONG += " stage=2,init=nowhere train1= train2=towers data1=nowhere.json data2=rec:data.json"
 WRONG += " batch1=0 steps1=-1 steps1=0,epochs1=0 workers=-1 lr1=nan warmup=5.0 adam_beta=1"
 # no answer fits into 8 tokens

@@ -348,7 +348,9 @@ def plan_stage(config, stage):
         raise InputError(f"--train{stage}: the plan knows connector, or connector,llm")
     samples, mean = read_data(config, model)
     if config.gpus % config.fsdp_replicas:
-        raise InputError(f"--fsdp_replicas={config.fsdp_replicas}: must divide --gpus evenly")
+        raise InputError(
+            f"--fsdp_replicas={config.fsdp_replicas}: must divide --gpus={config.gpus}"
+        )
     batch, steps = config.batch, config.steps
     if not steps and not samples:
         raise InputError(f"--data{stage}: not known; give the number of steps, --steps{stage}")
@@ -376,6 +378,7 @@ def print_table(plan, steps, load):
         "  GB a GPU     weights gradients optimizer activations    peak      sent  math s   hours"
     )
     ranks = [0, config.lora_rank or 128] if plan.trains_llm else [0]
+    # of equal keys the last one counts
     kinds = {config.gpus // config.fsdp_replicas: "HSDP", config.gpus: "FSDP", 1: "DDP"}
     for rank, shards in product(ranks, sorted(kinds)):
         way = plan._replace(lora_rank=rank, shards=shards)

@@ -163,19 +163,24 @@ def pretrain_clip(config):
     nn.init.normal_(clip.vision.position_embedding, std=POSITION_STD)
 
     def loss_of(step):
-        scenes, texts, wrong = scenes_of(config, step, 0.15, 0.4), [], []
-        for index, objects in scenes:
-            rng = world.generator("train", index, 3)
-            texts.append(language.clip_caption(objects, rng))
-            wrong.append(language.wrong_caption(texts[-1], rng))
-        logits = clip.similarity(pixels_of(scenes), texts + wrong).float()  # (B, 2B)
-        target = torch.arange(config.batch)
-        to_text = F.cross_entropy(logits, target)
-        to_image = F.cross_entropy(logits[:, : config.batch].T, target)
-        return (to_text + to_image) / 2
+        return caption_loss(clip, scenes_of(config, step, 0.15, 0.4), language.clip_caption)
 
     train(clip, loss_of, config, adamw=0.25)
     return clip
+
+
+def caption_loss(clip, scenes, caption):
+    """Compute the contrastive loss of B scenes. caption(objects, rng) writes the text of one."""
+    texts, wrong = [], []
+    for index, objects in scenes:
+        rng = world.generator("train", index, 3)
+        texts.append(caption(objects, rng))
+        wrong.append(language.wrong_caption(texts[-1], rng))
+    logits = clip.similarity(pixels_of(scenes), texts + wrong).float()  # (B, 2B)
+    target = torch.arange(len(scenes))
+    to_text = F.cross_entropy(logits, target)
+    to_image = F.cross_entropy(logits[:, : len(scenes)].T, target)
+    return (to_text + to_image) / 2
 
 
 def clip_scores(clip, count=256):
