@@ -1,10 +1,11 @@
 """Repeat the main experiments of COMM and the Dense Connector on the toy world.
 
-    python -m toy.findings                    all arms, three seeds each: three hours on two cores
+    python -m toy.findings runs/main.toml     nine arms as long as python train.py: a night
+    python -m toy.findings                    short runs of all others: about two hours
     python -m toy.findings runs/quick.toml    one seed, fewer arms and steps: at most 20 minutes
-    python -m toy.findings --table=towers     one table: layers, towers, merging, dense or video
+    python -m toy.findings --table=towers     one table: layers, towers, merging or video
     python -m toy.findings --connectors=mlp,dense,gated             compare these connectors
-    python -m toy.findings --out=runs/findings        tables and figures of docs/findings.md
+    python -m toy.findings runs/main.toml --out=runs/findings/main      go on with the runs in runs/
 
 An arm is a name and some flags of train.py. A run of an arm is train.py in its own process, with
 these flags, the budget that all arms share, and a seed. The model then answers questions about
@@ -73,13 +74,7 @@ clip-sti           --connector=sti
 clip-sci           --connector=sci
 clip-dci           --connector=dci
 clip-efficient     --connector=efficient
-clip-dci3          --connector=dci --connector.groups=3
 dinov2-mlp         --connector=mlp --vision=weights/dinov2
-dinov2-sti         --connector=sti --vision=weights/dinov2
-dinov2-sci         --connector=sci --vision=weights/dinov2
-dinov2-dci         --connector=dci --vision=weights/dinov2
-dinov2-efficient   --connector=efficient --vision=weights/dinov2
-dinov2-dci3        --connector=dci --connector.groups=3 --vision=weights/dinov2
 video-mlp          --connector=mlp
 video-dci          --connector=dci
 video-efficient    --connector=efficient
@@ -89,6 +84,16 @@ ARMS = dict(line.split(maxsplit=1) for line in ARMS.strip().splitlines())
 
 # A line per row: label, arm, the paper's numbers.
 TABLES = {
+    "main": """label | arm | paper: REC average, POPE
+CLIP, one layer | clip-mlp | –, 85.9
+DINOv2, one layer | dinov2-mlp | –, –
+Dense Connector | clip-dci | –, 86.6
+STI | clip-sti | –, 85.8
+SCI | clip-sci | –, 86.1
+Efficient, 16 tokens | clip-efficient | –, –
+CLIP, merged | clip-merged | 70.0, 83.4
+DINOv2, merged | dinov2-merged-mlp2 | 74.9, 84.4
+COMM | comm | 72.8, 83.6""",
     "layers": """label | arm
 CLIP hidden[0] | clip-layer0
 CLIP hidden[1] | clip-layer1
@@ -122,19 +127,6 @@ mean over all | comm-mean_all | –, –
 layer scale | comm-layerscale | –, –
 Conv + BatchNorm, layer scale | comm-conv | –, –
 LN + Linear, layer scale | comm | 72.8, 83.6""",
-    "dense": """label | arm | paper: GQA, POPE
-CLIP, one layer, MLP | clip-mlp | 62.0, 85.9
-CLIP, STI | clip-sti | 63.3, 85.8
-CLIP, SCI | clip-sci | 63.7, 86.1
-CLIP, DCI, 2 groups | clip-dci | 63.8, 86.6
-CLIP, DCI, 3 groups | clip-dci3 | –, –
-CLIP, Efficient | clip-efficient | 62.8, –
-DINOv2, one layer, MLP | dinov2-mlp | –, –
-DINOv2, STI | dinov2-sti | –, –
-DINOv2, SCI | dinov2-sci | –, –
-DINOv2, DCI, 2 groups | dinov2-dci | –, –
-DINOv2, DCI, 3 groups | dinov2-dci3 | –, –
-DINOv2, Efficient | dinov2-efficient | –, –""",
     "video": """label | arm
 MLP | video-mlp
 DCI | video-dci
@@ -155,7 +147,7 @@ def rows_of(table):
 
 @dataclass
 class Config:
-    table: list[str] = option([*TABLES], "tables to fill")
+    table: list[str] = option([*TABLES][1:], "tables to fill; default: all but main")
     connectors: list[str] = option([], "compare these connectors instead")
     arms: list[str] = option([], "arms to train; default: those of the tables")
     seeds: int = option(3, "runs per arm")
@@ -264,11 +256,16 @@ def runs_of(config, arm):
     return [run for run in runs if run]
 
 
+def mean_and_error(values):
+    """Return the mean and its standard error (0 for one value)."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
+    return statistics.mean(values), error
+
+
 def percent(runs, key):
-    """Write a score's mean, and its sample standard deviation over several seeds."""
-    values = [100 * run["scores"][key] for run in runs]
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(runs) > 1 else mean
+    """Write a score's mean and standard error over the seeds."""
+    mean, error = mean_and_error([100 * run["scores"][key] for run in runs])
+    return f"{mean:.1f} ± {error:.1f}" if len(runs) > 1 else f"{mean:.1f}"
 
 
 def markdown(config, name):
@@ -277,12 +274,12 @@ def markdown(config, name):
     columns, asked = TASKS, f"{config.count} questions a task"
     if name == "video":
         columns, asked = {key: key for key in VIDEO}, f"{config.count // 2} clips"
-    rows, weights = [["", *columns.values(), "tokens", *paper]], {}
+    rows, weights = [["", *columns.values(), "tokens", "seeds", *paper]], {}
     for label, arm, *paper in arms:
         runs = runs_of(config, arm)
         if runs:
             cells = [percent(runs, key) for key in columns]
-            rows.append([label, *cells, str(runs[0]["tokens"]), *paper])
+            rows.append([label, *cells, str(runs[0]["tokens"]), str(len(runs)), *paper])
             weights |= runs[0]["weights"]
     if not weights:
         return "no finished runs"
@@ -290,16 +287,16 @@ def markdown(config, name):
     lines.insert(1, "|" + "---|" * len(rows[0]))
     checkpoints = ", ".join(f"{name} {weights[name]}" for name in sorted(weights))
     shared = f"{config.steps1} + {config.steps2} steps, {asked}; checkpoints {checkpoints}."
-    spread = "Percent, mean ± sample standard deviation over the seeds"
-    return "\n".join([f"{spread}; {shared}", "", *lines])
+    return "\n".join([f"Percent, mean ± standard error over the seeds; {shared}", "", *lines])
 
 
 def chart(config, name):
-    """Draw a table's REC and presence as SVG: a bar, its spread, a ring for the paper's number.
+    """Draw a table's REC and presence as SVG: a bar, its error, a ring for the paper's number.
 
     A dashed line shows the score of the best constant answer.
     """
     (_, _, *headings), *arms = rows_of(name)
+    arms = [row for row in arms if runs_of(config, row[1])]
     bottom = 24 * len(arms) + 40
     shapes = ['<rect width="100%" height="100%" fill="white"/>']
     for row, (label, *_) in enumerate(arms):
@@ -317,12 +314,11 @@ def chart(config, name):
             shapes.append(f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{value}%</text>')
         for row, (_, arm, *papers) in enumerate(arms):
             y = 24 * row + 44
-            scores = [250 * run["scores"][task] for run in runs_of(config, arm)] or [0]
-            mean = statistics.mean(scores)
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0
+            scores = [250 * run["scores"][task] for run in runs_of(config, arm)]
+            mean, error = mean_and_error(scores)
             shapes += [
                 f'<rect x="{left}" y="{y - 9}" width="{mean:.1f}" height="18" fill="#90caf9"/>',
-                f'<path d="M{left + mean - spread:.1f} {y}h{2 * spread:.1f}" stroke="black"/>',
+                f'<path d="M{left + mean - error:.1f} {y}h{2 * error:.1f}" stroke="black"/>',
             ]
             for numbers in papers:
                 number = numbers.split(", ")[panel]

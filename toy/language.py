@@ -1,6 +1,6 @@
 """The world in words: what CLIP and LLaMA read in pretraining, and their tokenizer.
 
-clip_caption, wrong_caption    "a large red circle at the top left", and one with a wrong word
+clip_caption, wrong_caption    "a red circle and a blue star", and one with a wrong word
 drawing, text_scene            a scene in letters or as a list, in place of the image
 make_tokenizer                 a byte-level BPE, trained on all of this
 """
@@ -26,10 +26,11 @@ def place_words(o):
     return f"at the {' '.join(filter(None, words))}" if any(words) else "in the middle"
 
 
-def clip_caption(objects, rng):
-    """Name one to three of the objects with their places, in any order, as people do."""
+def clip_caption(objects, rng, places=False):
+    """Name one to three of the objects in any order. Like most captions, it says no places."""
     chosen = rng.permutation(len(objects))[: rng.integers(1, 4)]
-    return " and ".join(f"a {objects[i].name} {place_words(objects[i])}" for i in chosen)
+    names = [f"a {objects[i].name}" + f" {place_words(objects[i])}" * places for i in chosen]
+    return " and ".join(names)
 
 
 def wrong_caption(caption, rng):
@@ -100,7 +101,7 @@ def make_tokenizer():
     texts = []
     for index in range(6000):
         objects, rng = world.scene("train", index), world.generator("train", index, 3)
-        texts += [clip_caption(objects, rng), world.caption(objects), drawing(objects)]
+        texts += [clip_caption(objects, rng, True), world.caption(objects), drawing(objects)]
         turns = text_scene(objects, rng, False)[1] + world.dialogue(objects, rng)
         texts += [f"USER: {question} ASSISTANT: {answer}" for question, answer in turns]
     trainer = trainers.BpeTrainer(

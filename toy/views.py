@@ -66,21 +66,19 @@ def crops(scenes, generator, rng):
 
 
 def make_views(scenes, whole, rng, generator):
-    """Draw two views of every scene -> pixels (V, 3, 64, 64), parts (V, n), owners (V, n).
+    """Draw two views of every scene -> pixels (V, 3, 64, 64), parts (V, n).
 
     Views i and i + V/2 show the same objects elsewhere, on another background, in other colors.
-    parts: the patches to see, all if `whole`. owners: the object on each, or -1.
+    parts: the patches to see, all if `whole`.
     """
     views = []
     for offset in (0, 7_777_777):
         views += [(index + offset, move(objects, rng)) for index, objects in scenes]
     pixels = recolor(pixels_of(views), generator)
-    parts, owners = [], []
-    for _, objects in views:
-        part = np.arange(GRID**2) if whole else patches_around(objects[0], rng)
-        parts.append(part)
-        owners.append(object_of_patch(objects)[part])
-    return pixels, torch.from_numpy(np.stack(parts)), torch.from_numpy(np.stack(owners))
+    parts = [
+        np.arange(GRID**2) if whole else patches_around(objects[0], rng) for _, objects in views
+    ]
+    return pixels, torch.from_numpy(np.stack(parts))
 
 
 def move(objects, rng):
