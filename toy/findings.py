@@ -147,7 +147,7 @@ def rows_of(table):
 
 @dataclass
 class Config:
-    table: list[str] = option([*TABLES][1:], "tables to fill; default: all but main")
+    table: list[str] = option(["layers", "towers", "merging", "video"], "tables to fill; or main")
     connectors: list[str] = option([], "compare these connectors instead")
     arms: list[str] = option([], "arms to train; default: those of the tables")
     seeds: int = option(3, "runs per arm")

@@ -27,10 +27,13 @@ def place_words(o):
 
 
 def clip_caption(objects, rng, places=False):
-    """Name one to three of the objects in any order. Like most captions, it says no places."""
+    """Name one to three of the objects in any order. The tokenizer also learns their places."""
     chosen = rng.permutation(len(objects))[: rng.integers(1, 4)]
-    names = [f"a {objects[i].name}" + f" {place_words(objects[i])}" * places for i in chosen]
-    return " and ".join(names)
+    texts = []
+    for i in chosen:
+        place = f" {place_words(objects[i])}" if places else ""
+        texts.append(f"a {objects[i].name}{place}")
+    return " and ".join(texts)
 
 
 def wrong_caption(caption, rng):
@@ -101,7 +104,7 @@ def make_tokenizer():
     texts = []
     for index in range(6000):
         objects, rng = world.scene("train", index), world.generator("train", index, 3)
-        texts += [clip_caption(objects, rng, True), world.caption(objects), drawing(objects)]
+        texts += [clip_caption(objects, rng, places=True), world.caption(objects), drawing(objects)]
         turns = text_scene(objects, rng, False)[1] + world.dialogue(objects, rng)
         texts += [f"USER: {question} ASSISTANT: {answer}" for question, answer in turns]
     trainer = trainers.BpeTrainer(

@@ -143,8 +143,8 @@ def encode_patches(tower, pixels, parts, mask=None):
     return x[:, 0], x[:, 1:]
 
 
-def waves():
-    """Return position embeddings of the 64 patches to start from: sines and cosines, (64, D)."""
+def sincos_positions():
+    """Return sines and cosines of row and column, (64, D), to start position embeddings from."""
     frequency = 100 ** -(torch.arange(WIDTH // 4) * 4 / WIDTH)
     along = torch.arange(GRID)
     places = torch.cartesian_prod(along, along)[..., None] * frequency  # (64, 2, D / 4)
@@ -174,7 +174,7 @@ def pretrain_clip(config):
     clip = CLIP(CLIPVisionConfig(**TOWER, **MLP), text, WIDTH, MEAN, STD)
     clip.tokenizer = tokenizer
     nn.init.normal_(clip.vision.position_embedding, std=POSITION_STD)
-    clip.vision.position_embedding.data[1:] = waves()
+    clip.vision.position_embedding.data[1:] = sincos_positions()
 
     def loss_of(step):
         return caption_loss(clip, scenes_of(config, step, 0.15, 0.4), language.clip_caption)
@@ -229,7 +229,7 @@ def pretrain_dinov2(config):
     """Match views. First they are 4 x 4 patches around one object, later up to five objects."""
     tower = DINOv2(DINOv2Config(**TOWER), MEAN, STD)
     nn.init.normal_(tower.position_embeddings, std=POSITION_STD)
-    tower.position_embeddings.data[:, 1:] = waves()
+    tower.position_embeddings.data[:, 1:] = sincos_positions()
     student = nn.ModuleDict({"tower": tower, "cls": Head(), "patch": Head()})
     teacher = copy.deepcopy(student).requires_grad_(False)
     generator, rng = generators(config)
