@@ -35,7 +35,7 @@ blind      the same questions, each with the image of another question"""
 
 
 @dataclass
-class Config(cli.ModelConfig):  # --model, --device and --bf16
+class Config(cli.ModelConfig):  # --model, --device, --bf16, --fast
     count: int = option(200, "questions per task")
     batch: int = option(50, "questions answered at once")
     blind: bool = option(True, "score with exchanged images too (doubles the time)")
@@ -144,7 +144,7 @@ def main(arguments):
     from interop.load import load_to_answer
 
     config = cli.parse(Config, arguments, __doc__)
-    name, model = load_to_answer(config.model, config.device, config.bf16)
+    name, model = load_to_answer(config.model, config.device, config.bf16, config.fast)
     results = evaluate(model, config.count, config.batch, config.blind, config.seed)
     print(f"{name}: {config.count} questions per task on held-out scenes\n")
     print(table(results))

@@ -26,7 +26,7 @@ from dialogue import MARK
 
 
 @dataclass
-class Config(cli.ModelConfig):  # --model, --device and --bf16
+class Config(cli.ModelConfig):  # --model, --device, --bf16, --fast
     image: list[str] = option([], "files or URLs; empty: a scene of the toy world; none: no image")
     frames: int = option(0, "show this many frames of each file, a video or a folder of frames")
     pool: str = option("", "fewer tokens an image: grid (a quarter) or pairs (half, for video)")
@@ -39,7 +39,6 @@ class Config(cli.ModelConfig):  # --model, --device and --bf16
     top_k: int | None = option(None, "sample from the k most likely tokens only")
     top_p: float | None = option(None, "sample from the most likely tokens with this probability")
     seed: int = option(0, "of the sampling; the first test scene")
-    fast: bool = option(False, "on CUDA: compile the decoding step first")
 
 
 # What --chat proposes for an image that it does not know.
@@ -121,9 +120,7 @@ def main(arguments):
     config.out = config.out or ("out/chat.png" if config.chat else "out/sample.png")
     check_name(config.out)
     images = open_images(config.image, config.frames)
-    _, model = load_to_answer(
-        config.model, config.device, config.bf16, pool=config.pool, compile=config.fast
-    )
+    _, model = load_to_answer(config.model, config.device, config.bf16, config.fast, config.pool)
     options = ("max_new_tokens", "temperature", "top_k", "top_p")
     sampling = {key: getattr(config, key) for key in options}
     sampling["generator"] = torch.Generator().manual_seed(config.seed)

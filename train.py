@@ -35,6 +35,7 @@ from common.run import (
     name_out_of_memory,
     print_bad_step,
     print_stage,
+    profiled,
     run_folder,
     save_model,
 )
@@ -215,7 +216,8 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
     print_stage(config, stage, model, groups, num_samples, steps, ranks)
 
     bad_steps = empty_steps = 0
-    for step, micro_batches in zip(range(start, steps), loader, strict=False):
+    batches = zip(range(start, steps), loader, strict=False)
+    for step, micro_batches in profiled(batches, config, run, ranks):
         # learning rate
         factor = learning_rate(step, steps, config.warmup)
         for group in optimizer.param_groups:

@@ -52,6 +52,7 @@ class Config:
     pool: str = option("", "fewer tokens an image: grid (a quarter) or pairs (half, for video)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     bf16: bool | None = option(None, "bfloat16; default: on CUDA or if the checkpoint is 16-bit")
+    fast: bool = option(False, "on CUDA: compile the decoding step first, which takes a minute")
 
 
 def benchmark(config, rank, size):
@@ -88,7 +89,7 @@ def answer_all(config, name, folder, items, rank):
     A question with an image that cannot be read is named and skipped.
     """
     # With --pool eight frames of 576 tokens fit into the context of most LLMs.
-    _, model = load_to_answer(name, config.device, config.bf16, config.pool)
+    _, model = load_to_answer(name, config.device, config.bf16, config.fast, config.pool)
     start = time.time()
     # A new file, since that of a killed run may end in half a line.
     path = folder / f"answers.rank{rank}-{start:.0f}.jsonl"

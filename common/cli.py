@@ -47,6 +47,7 @@ class ModelConfig:
     model: str = option("", "folder or hub id of a model; empty: the newest under out/")
     device: str = option("auto", "auto (CUDA or CPU), cpu, cuda, cuda:1 or mps")
     bf16: bool | None = option(None, "bfloat16; default: on CUDA and for 16-bit checkpoints")
+    fast: bool = option(False, "on CUDA: compile the decoding step first, which takes a minute")
 
 
 def parse(cls, arguments, about=""):

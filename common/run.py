@@ -6,6 +6,7 @@ out/dense/loss.png       the mean losses
 out/dense/checkpoints/   see checkpoint.py
 out/dense/model/         the finished model
 out/dense/adapter/       with LoRA, the adapters alone
+out/dense/profile.json   with --profile=STEP, what the CPU and the GPU did in that step
 """
 
 import json
@@ -99,6 +100,7 @@ class Config:
     resume: bool = option(False, "continue from the newest checkpoint; without one, start")
     save_every: int = option(500, "steps between checkpoints; Ctrl-C saves too")
     log_every: int = option(50, "steps between log lines")
+    profile: int | None = option(None, "step to record in OUT/profile.json, for ui.perfetto.dev")
     wandb: bool = option(False, "log to Weights & Biases as well as to log.jsonl")
     evaluate: bool = option(True, "print the scores at the end, on the toy world")
     device: str = option("auto", "auto, cuda, mps or cpu")
@@ -338,12 +340,11 @@ class Log:
         self.stage = state["stage"]
         self.tokens = self.num_steps = self.num_printed = 0
         self.interval = state["interval"]
-        self.wandb = None
+        self.wandb = start_wandb(config, run) if config.wandb and ranks.is_main else None
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if ranks.is_main:
             self.drop_lines()
-            self.wandb = start_wandb(config, run) if config.wandb else None
 
     def drop_lines(self):
         """Drop the lines of steps that will be trained again, and a line that a kill has cut."""
@@ -467,6 +468,17 @@ def start_wandb(config, run):
     for stage in ("stage1", "stage2"):
         board.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
     return board
+
+
+def profiled(steps, config, run, ranks):
+    """Yield the items of `steps`, (step, micro-batches), and record the step --profile."""
+    for item in steps:
+        if item[0] != config.profile or not ranks.is_main:
+            yield item
+            continue
+        with torch.profiler.profile() as profiler:
+            yield item
+        profiler.export_chrome_trace(str(run / "profile.json"))
 
 
 def print_stage(config, stage, model, groups, num_samples, steps, ranks):

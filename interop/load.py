@@ -56,17 +56,17 @@ def load_model(folder_or_id, dtype=torch.float32, device="cpu"):
     return MLLM.from_pretrained(folder, dtype, device)
 
 
-def load_to_answer(name, device="auto", bf16=None, pool="", compile=False):
+def load_to_answer(name, device="auto", bf16=None, fast=False, pool=""):
     """Load a model that only answers -> its name, the model. Raises InputError.
 
     name: empty for the newest under out/; device: see common.cli.pick_device; bf16: see
-    dtype_to_answer; pool: see common.pool; compile: see common.speed.
+    dtype_to_answer; fast: compile the decoding step on CUDA (common.speed); pool: see common.pool.
     """
     device = pick_device(device)
     name = str(name or newest_model())
     print(f"model: {name}", file=sys.stderr)
     model = load_model(name, dtype_to_answer(name, device, bf16), device)
-    speed_up(model, "chat", compile)
+    speed_up(model, "chat", compile=fast)
     if pool:
         pool_tokens(model, pool)
     return name, model

@@ -10,13 +10,14 @@ second step:
     bytes    {line of code: bytes that it reads and writes, matrix products excepted}
     waits    {line of code: how often the host waits for the GPU there}
     memory   {"eager": bytes that PyTorch's allocator would hold at most, with whole blocks computed
-             again; "planned": the same by tools/plan.py; "compiled": planned for blocks that keep
-             the share --memory_budget}
-    flops    {part: FLOPs of the step}, by tools/plan.py
+             again; "eager planned": by tools/plan.py; "compiled planned": with torch.compile}
+    block    {"kept": bytes that a compiled block of the LLM keeps for its backward, "again": FLOPs
+             of linear layers that it computes twice, and both as planned}; not with
+             --memory_budget=0 and activation checkpointing, which keeps the input alone
+    flops    {part: FLOPs of the step}, compiled, by tools/plan.py
     sending  seconds, by tools/plan.py
 
-Nothing is compiled. With --memory_budget one block is traced as far as torch.compile's choice of
-what to keep. From that come "compiled" and the FLOPs of what a block computes again.
+Nothing is compiled. One block is traced as far as torch.compile's choice of what to keep.
 
 PyTorch for CPUs lacks a device guard for CUDA, so autograd would abort. `build` compiles one, which
 must be loaded before torch. So this script starts itself again with it.
@@ -366,7 +367,7 @@ class FakeConfig(plan.PlanConfig):
     layers: int = option(0, "blocks of the LLM; 0: all")
     rank: int = option(0, "which of the --gpus")
     text_only: bool = option(False, "dialogues without images")
-    trace: bool = option(True, "trace a compiled block, if there is a --memory_budget")
+    trace: bool = option(True, "trace a compiled block")
 
 
 def make_fake(model, is_sharded, llm_dtype, device):
@@ -470,22 +471,27 @@ def run(config):
         config.lora_rank if trains_llm else 0,
         config.gpus // config.fsdp_replicas if ranks.is_sharded else 1,
     )
-    flops, memory = plan.flops(planned), {"eager": watch.peak}
-    planned.config.memory_budget = 0
-    memory["planned"] = plan.memory(planned)["peak"]
-    if config.trace and options.activation_checkpointing and config.memory_budget:
-        with fake_cuda(config.rank, config.gpus), FakeTensorMode(allow_non_fake_inputs=True):
-            _, least = trace_block(config, batch, dtype, 1.0)
-            kept, all_flops = trace_block(config, batch, dtype, config.memory_budget)
-        planned.config.activation_checkpointing = False
-        flops["again"] = plan.flops(planned)["again"]
-        flops["again"] += planned.model.llm.config.num_hidden_layers * (all_flops - least)
-        with patch.object(plan, "block_memory", lambda *_: kept):
-            memory["compiled"] = plan.memory(planned)["peak"]
-    flops = {part: len(step) * number for part, number in flops.items()}
+    memory = {"eager": watch.peak, "eager planned": plan.memory(planned)["peak"]}
+    planned.config.compile = None
+    memory["compiled planned"] = plan.memory(planned)["peak"]
+    flops = {part: len(step) * number for part, number in plan.flops(planned).items()}
     found = {"kernels": watch.kernels, "bytes": dict(watch.bytes.most_common())}
     found |= {"waits": dict(watch.waits), "memory": memory, "flops": flops}
-    return found | {"sending": plan.sending(planned._replace(config=options))}
+    found["sending"] = plan.sending(planned._replace(config=options))
+    recompute = options.activation_checkpointing
+    if config.trace and (config.memory_budget or not recompute):
+        budget = config.memory_budget if recompute else 1.0
+        with fake_cuda(0, config.gpus), FakeTensorMode(allow_non_fake_inputs=True):
+            _, least = trace_block(config, batch, dtype, 1.0)
+            kept, all_flops = trace_block(config, batch, dtype, budget)
+        blocks = planned.model.llm.config.num_hidden_layers
+        found["block"] = {
+            "kept": kept,
+            "kept planned": plan.kept_by_block(planned, dtype.itemsize),
+            "again": all_flops - least,
+            "again planned": plan.linear_again(planned) / blocks if recompute else 0,
+        }
+    return found
 
 
 def measure(arguments):

@@ -53,15 +53,22 @@ WAYS = [
 def test_a_recipe_trains_on_cuda_with_few_waits_and_in_the_memory_planned(flags, gpu):
     """Real widths, three blocks of the LLM. An error would be a wrong device or dtype."""
     recipe, *flags = flags.split()
-    sizes = ["--layers=3", "--batch1=32", "--batch2=64", "--trace=false"]
-    found = gpu.submit(fake_cuda.measure, [f"config/{recipe}.toml", *sizes, *flags]).result()
+    flags += ["--layers=3", "--batch1=32", "--batch2=64"]
+    # Tracing takes seconds. The other recipes have a LLaMA, too.
+    flags.append(f"--trace={recipe in ('dense_7b', 'dense_phi2', 'small')}")
+    found = gpu.submit(fake_cuda.measure, [f"config/{recipe}.toml", *flags]).result()
     waits = Counter()
     for place, count in found["waits"].items():
         waits[place.partition(":")[0]] += count
     # Loss and gradient norm; the counts of the global batch, to NCCL and back.
     expected = {"train.py": 2, "common/run.py": 2}
     assert waits == ({"train.py": 2} if "--gpus=1" in flags else expected)
-    assert found["memory"]["planned"] == pytest.approx(found["memory"]["eager"], rel=0.15)
+    memory, block = found["memory"], found.get("block")
+    assert memory["eager planned"] == pytest.approx(memory["eager"], rel=0.15)
+    if block:
+        # A budget is filled with a few large tensors, so it is met roughly.
+        assert block["kept planned"] == pytest.approx(block["kept"], rel=0.25)
+        assert block["again planned"] == pytest.approx(block["again"], rel=0.25)
 
 
 @pytest.fixture

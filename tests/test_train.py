@@ -79,12 +79,14 @@ def test_loss_is_the_mean_over_supervised_tokens_also_of_held_out_data(dialogue_
     assert held_out == pytest.approx(dict.fromkeys((1, 2), loss))
 
 
-def test_micro_batches_workers_recomputed_and_compiled_blocks_change_nothing(
+def test_workers_profiler_micro_batches_recomputed_and_compiled_blocks_change_nothing(
     dialogue_flags, monkeypatch
 ):
     train.main(dialogue_flags())
-    train.main(dialogue_flags(out="same", workers=2, activation_checkpointing=True))
+    train.main(dialogue_flags(out="same", workers=2, activation_checkpointing=True, profile=2))
     assert losses("same") == losses()
+    events = json.loads(Path("same/profile.json").read_text())["traceEvents"]
+    assert {"aten::mm", "aten::_fused_adamw_"} <= {event.get("name") for event in events}
     # no code is generated, which takes 20 seconds
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     train.main(dialogue_flags(out="near", micro_batch=1, compile=True))

@@ -67,7 +67,7 @@ ATTENTION_NOTE = (
 
 
 @dataclass
-class Config(cli.ModelConfig):  # --model, --device and --bf16
+class Config(cli.ModelConfig):  # --model, --device, --bf16, --fast
     image: str = option("", "file or URL; default: a test scene of the toy world")
     scene: int = option(0, "which scene")
     prompt: str = option("", "default: where the scene's objects are, or a description")
@@ -385,7 +385,7 @@ def main(arguments):
         tower = load_part(TOWERS, folder, dtype, device)
         sections += tower_sections(tower, to_pixels(image, ImageSpec(tower.config.image_size)), {})
     if not sections:
-        name, model = load_to_answer(config.model, config.device, config.bf16)
+        name, model = load_to_answer(config.model, config.device, config.bf16, config.fast)
         sections = model_sections(model, image, questions)
     title = f"{name}: {title}"
     save_image([make_sheet(title, sections)], config.out)

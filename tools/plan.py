@@ -21,8 +21,9 @@ blocks, V the vocabulary.
                  layers, each cast separately by autocast] + F [input of the last]) more, and
                  without LoRA T·2eC [outputs of the norms]. In float32 4T(H + W [if trained]) more.
                  Phi: 4C, no gate and up, 4C inputs, no outputs of norms.
-    all blocks   L of these. With activation checkpointing: eC·T for each input, the share
-                 --memory_budget of the rest, and one block.
+                 A block that is compiled, as by default on a GPU, keeps 3/4 of this.
+    all blocks   L of these. With activation checkpointing: the share --memory_budget of each, at
+                 least its input (eC·T), and one block.
     casts        2 a weight of a float32 LLM under autocast
     connector    b a value of the inputs of linear layers and GELUs, 4 + b of LayerNorms, 4 of
                  convolutions and BatchNorms. The queries, keys and values of mgm are not counted.
@@ -33,12 +34,14 @@ blocks, V the vocabulary.
 
 FLOPs are those of matrix products and convolutions. PyTorch counts those of the towers and of the
 connector. In the LLM a weight takes 2 a token in the forward, 2 for the gradient of its input and 2
-for its own. Attention takes 2W·T² in the forward (causal), twice that backward.
+for its own. Attention takes 2W·T² in the forward (causal), twice that backward. With activation
+checkpointing the backward computes the products of the forward again; with a --memory_budget only
+attention and a part of the linear layers, with 0.7 none of these.
 
-The plan does not know the CUDA context, fragmentation, the communication library and torch.compile,
-so a run fits if it takes at most ROOM of the memory. The loader groups dialogues by length, so some
-micro-batches are far longer than the mean. tests/test_tools.py compares the plan with PyTorch's
-allocator and FLOP counter on a CPU.
+The plan does not know the CUDA context, fragmentation and the communication library, so a run fits
+if it takes at most ROOM of the memory. The loader groups dialogues by length, so some micro-batches
+are far longer than the mean. tests/test_tools.py compares the plan with PyTorch's allocator and
+FLOP counter on a CPU, tests/live_fake_gpu.py with what torch.compile keeps and computes again.
 """
 
 import math
@@ -66,6 +69,10 @@ from mllm import LLMS, MLLM, TOWERS
 
 # The share of a GPU's memory that may be planned for.
 ROOM = 0.9
+# The share of its activations that a compiled block keeps.
+COMPILED = 0.75
+# The --memory_budget with which no linear layer is computed again.
+ALL_PRODUCTS = 0.7
 # The papers' files and mixtures: their number of samples (0: unknown), and the assumed text tokens
 # and supervised tokens of a dialogue.
 DATA = read_json(Path(__file__).with_name("data.json"))
@@ -107,6 +114,15 @@ class Plan(NamedTuple):
     def tunes_llm(self):
         """Whether the LLM's own weights are trained."""
         return self.trains_llm and not self.lora_rank
+
+    @property
+    def is_compiled(self):
+        return self.config.compile is not False
+
+    @property
+    def budget(self):
+        """The share of activations kept by compiled blocks; 0: whole blocks are computed again."""
+        return self.config.memory_budget if self.is_compiled else 0
 
     @property
     def activation_bytes(self):
@@ -207,7 +223,7 @@ def vision_costs(model, b):
 
 
 def block_memory(plan, e):
-    """Count the bytes that a block of the LLM keeps for its backward."""
+    """Count the activations that the backward of a block of the LLM needs, in bytes."""
     c, b = plan.model.llm.config, plan.activation_bytes
     W, K = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     C, F = c.hidden_size, c.intermediate_size
@@ -224,7 +240,15 @@ def block_memory(plan, e):
         channels += 4 * (c.num_attention_heads + W * plan.trains_llm)
     # The inputs of LoRA's second factors.
     channels += 7 * b * plan.lora_rank
-    return plan.load.tokens * channels
+    return plan.load.tokens * channels * (COMPILED if plan.is_compiled else 1)
+
+
+def kept_by_block(plan, e):
+    """Count the bytes that a block keeps until the backward reaches it."""
+    whole = block_memory(plan, e)
+    if not plan.config.activation_checkpointing:
+        return whole
+    return max(plan.load.tokens * e * plan.model.llm.config.hidden_size, plan.budget * whole)
 
 
 def memory(plan):
@@ -254,11 +278,8 @@ def memory(plan):
     head = T * (4 + e * plan.tunes_llm) * C + load.supervised * e * C
     # The gradients on their way through a block.
     flow = T * (e * C + 2 * b * c.intermediate_size)
-    kept, casts_left, again = block, casts, 0
-    if recompute:
-        kept, casts_left, again = T * e * C, 0, working
-        kept += plan.config.memory_budget * (block - kept)
-    stored = connector + L * kept + head
+    casts_left, again = (0, working) if recompute else (casts, 0)
+    stored = connector + L * kept_by_block(plan, e) + head
     casts_at_end = casts if plan.tunes_llm else casts_left
     logits = min(load.supervised, max(1, MAX_LOGITS // V)) * V
     forward = max(
@@ -279,21 +300,26 @@ def memory(plan):
     }
 
 
-def flops(plan):
-    """Return {part: FLOPs of a forward and its backward}.
+def linear_again(plan):
+    """Count the FLOPs of the blocks' linear layers that activation checkpointing does again."""
+    layers = plan.model.llm.layers
+    weights = numel(linear_weights(layers))
+    # A compiled block is computed again as a whole. Otherwise its last layer is not.
+    if plan.budget or not plan.is_compiled:
+        weights -= numel(linear_weights(block.mlp)[-1] for block in layers)
+    return max(0, 1 - plan.budget / ALL_PRODUCTS) * 2 * plan.load.tokens * weights
 
-    "again": what the backward computes once more. A --memory_budget saves a part of it, which is
-    not subtracted here.
-    """
+
+def flops(plan):
+    """Return {part: FLOPs of a forward and its backward}; "again": what is computed twice."""
     model, load, c = plan.model, plan.load, plan.model.llm.config
     per_image, _ = vision_costs(model, plan.activation_bytes)
     blocks = numel(linear_weights(model.llm.layers))
-    last = numel(linear_weights(block.mlp)[-1] for block in model.llm.layers)
     attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * load.squared
     logits = 2 * load.supervised * c.vocab_size * c.hidden_size
     again = logits if load.supervised > MAX_LOGITS // c.vocab_size else 0
     if plan.config.activation_checkpointing:
-        again += 2 * load.tokens * (blocks - last) + attention
+        again += linear_again(plan) + attention
     passes = 2 + plan.tunes_llm
     return {
         "vision": load.images * per_image,

@@ -1,6 +1,6 @@
 """Repeat the main experiments of COMM and the Dense Connector on the toy world.
 
-    python -m toy.findings runs/main.toml     nine arms as long as python train.py: a night
+    python -m toy.findings runs/main.toml     nine arms as long as python train.py: three hours
     python -m toy.findings                    short runs of all others: about two hours
     python -m toy.findings runs/quick.toml    one seed, fewer arms and steps: at most 20 minutes
     python -m toy.findings --table=towers     one table: layers, towers, merging or video
@@ -274,18 +274,15 @@ def markdown(config, name):
     columns, asked = TASKS, f"{config.count} questions a task"
     if name == "video":
         columns, asked = {key: key for key in VIDEO}, f"{config.count // 2} clips"
-    rows, weights = [["", *columns.values(), "tokens", "seeds", *paper]], {}
+    rows = [["", *columns.values(), "tokens", "seeds", *paper]]
     for label, arm, *paper in arms:
         runs = runs_of(config, arm)
         if runs:
             cells = [percent(runs, key) for key in columns]
             rows.append([label, *cells, str(runs[0]["tokens"]), str(len(runs)), *paper])
-            weights |= runs[0]["weights"]
-    if not weights:
-        return "no finished runs"
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
-    checkpoints = ", ".join(f"{name} {weights[name]}" for name in sorted(weights))
+    checkpoints = ", ".join(f"{name} {checksum}" for name, checksum in checksums().items())
     shared = f"{config.steps1} + {config.steps2} steps, {asked}; checkpoints {checkpoints}."
     return "\n".join([f"Percent, mean ± standard error over the seeds; {shared}", "", *lines])
 
@@ -295,8 +292,7 @@ def chart(config, name):
 
     A dashed line shows the score of the best constant answer.
     """
-    (_, _, *headings), *arms = rows_of(name)
-    arms = [row for row in arms if runs_of(config, row[1])]
+    arms = [row for row in rows_of(name)[1:] if runs_of(config, row[1])]
     bottom = 24 * len(arms) + 40
     shapes = ['<rect width="100%" height="100%" fill="white"/>']
     for row, (label, *_) in enumerate(arms):
@@ -304,10 +300,7 @@ def chart(config, name):
     for panel, (task, guess) in enumerate(GUESS.items()):
         # 100% are 250 pixels.
         left = 220 + 300 * panel
-        title = TASKS[task]
-        for heading in headings:
-            title += f" (ring: {heading.split(', ')[panel]})"
-        shapes.append(f'<text x="{left}" y="20">{title}</text>')
+        shapes.append(f'<text x="{left}" y="20">{TASKS[task]}</text>')
         for value in range(0, 101, 25):
             x = left + 2.5 * value
             shapes.append(f'<path d="M{x} 30V{bottom}" stroke="lightgray"/>')

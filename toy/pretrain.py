@@ -177,18 +177,18 @@ def pretrain_clip(config):
     clip.vision.position_embedding.data[1:] = sincos_positions()
 
     def loss_of(step):
-        return caption_loss(clip, scenes_of(config, step, 0.15, 0.4), language.clip_caption)
+        return caption_loss(clip, scenes_of(config, step, 0.15, 0.4))
 
     train(clip, loss_of, config, adamw=0.25)
     return clip
 
 
-def caption_loss(clip, scenes, caption):
-    """Compute the contrastive loss of B scenes. caption(objects, rng) writes the text of one."""
+def caption_loss(clip, scenes):
+    """Compute the contrastive loss of B scenes, with a right and a wrong caption for each."""
     texts, wrong = [], []
     for index, objects in scenes:
         rng = world.generator("train", index, 3)
-        texts.append(caption(objects, rng))
+        texts.append(language.clip_caption(objects, rng))
         wrong.append(language.wrong_caption(texts[-1], rng))
     logits = clip.similarity(pixels_of(scenes), texts + wrong).float()  # (B, 2B)
     target = torch.arange(len(scenes))
@@ -247,25 +247,22 @@ def pretrain_dinov2(config):
             _, known = encode_patches(teacher["tower"], pixels, parts)
         # The class token must find that of the other view of its scene.
         V, cls = len(pixels), student["cls"](cls)
-        other = torch.arange(V).roll(V // 2)
-        loss_cls = contrast(cls, cls, other, torch.eye(V, dtype=torch.bool))
+        loss_cls = contrast(cls, cls, torch.arange(V).roll(V // 2))
         # A masked patch must find what the teacher sees there, among all masked patches.
         some = torch.randperm(int(mask.sum()), generator=generator)[:512]
         hidden, target = student["patch"](patches[mask]), teacher["patch"](known[mask])
-        right, none = torch.arange(len(some)), torch.tensor(False)
-        loss_patch = contrast(hidden[some], target[some], right, none)
+        loss_patch = contrast(hidden[some], target[some], torch.arange(len(some)))
         return loss_cls + (1 if whole else 0.5) * loss_patch
 
     train(student, loss_of, config, lr=3e-3)
     return teacher["tower"]
 
 
-def contrast(queries, keys, target, excluded):
-    """Compute InfoNCE (arXiv 1807.03748): query m must find key target[m].
-
-    queries (M, C) and keys (K, C) are unit vectors, excluded bool (M, K) the keys to leave out.
-    """
-    logits = (queries @ keys.T / 0.1).masked_fill(excluded, -torch.inf)
+def contrast(queries, keys, target):
+    """Compute InfoNCE (arXiv 1807.03748): query m must find key target[m], all unit vectors."""
+    logits = queries @ keys.T / 0.1
+    if keys is queries:
+        logits.fill_diagonal_(-torch.inf)
     return F.cross_entropy(logits, target)
 
 
