@@ -140,11 +140,6 @@ WAYS = ("best guess", "one frame", "eight frames", "one image")
 VIDEO = [f"{task}, {way}" for task in ("presence", "count") for way in WAYS]
 
 
-def rows_of(table):
-    """Return the rows of a table, its header first: [[label, arm, the paper's numbers], ...]."""
-    return [line.split(" | ") for line in TABLES[table].splitlines()]
-
-
 @dataclass
 class Config:
     table: list[str] = option(["layers", "towers", "merging", "video"], "tables to fill; or main")
@@ -160,6 +155,17 @@ class Config:
     @property
     def budget(self):
         return {"steps1": self.steps1, "steps2": self.steps2, "count": self.count}
+
+    def rows(self, table):
+        """Return the lines of a table, its header first: [[label, arm, numbers], ...]."""
+        if table == "connectors":
+            return [["label", "arm"], *([name, name] for name in self.connectors)]
+        return [line.split(" | ") for line in TABLES[table].splitlines()]
+
+
+def flags_of(arm):
+    """Return the flags of an arm, which may be the name of a connector."""
+    return ARMS.get(arm, f"--connector={arm}")
 
 
 # --- one run ------------------------------------------------------------------------------
@@ -180,14 +186,14 @@ def run_arm(config, run):
     # A run that was stopped starts again.
     shutil.rmtree(folder, ignore_errors=True)
     steps = f"--steps1={config.steps1} --steps2={config.steps2}"
-    command = f"python train.py {ARMS[arm]} {steps} --evaluate=false --seed={seed}"
+    command = f"python train.py {flags_of(arm)} {steps} --evaluate=false --seed={seed}"
     arguments = [sys.executable, *command.split()[1:], f"--out={folder}"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"{command}: failed with status {done.returncode}: {done.stderr[-300:]}")
     result = {
         "command": command,
-        "flags": ARMS[arm],
+        "flags": flags_of(arm),
         "budget": config.budget,
         "weights": checksums(),
         **evaluate(folder / "model", config.count, arm),
@@ -226,7 +232,7 @@ def read_run(config, arm, seed):
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
     same_weights = result["weights"].items() <= checksums().items()
-    if (result["flags"], result["budget"]) != (ARMS[arm], config.budget) or not same_weights:
+    if (result["flags"], result["budget"]) != (flags_of(arm), config.budget) or not same_weights:
         raise InputError(f"{path}: other flags, budget or checkpoints; choose another --out")
     return result
 
@@ -234,7 +240,7 @@ def read_run(config, arm, seed):
 def run_all(config):
     """Run the arms that are not finished, seed by seed."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    arms = config.arms or [row[1] for name in config.table for row in rows_of(name)[1:]]
+    arms = config.arms or [row[1] for name in config.table for row in config.rows(name)[1:]]
     runs = [(arm, seed) for seed in range(config.seeds) for arm in dict.fromkeys(arms)]
     missing = [run for run in runs if not read_run(config, *run)]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} finished before", flush=True)
@@ -270,7 +276,7 @@ def percent(runs, key):
 
 def markdown(config, name):
     """Write a table: what its runs share, then a row per arm that has runs."""
-    (_, _, *paper), *arms = rows_of(name)
+    (_, _, *paper), *arms = config.rows(name)
     columns, asked = TASKS, f"{config.count} questions a task"
     if name == "video":
         columns, asked = {key: key for key in VIDEO}, f"{config.count // 2} clips"
@@ -292,7 +298,7 @@ def chart(config, name):
 
     A dashed line shows the score of the best constant answer.
     """
-    arms = [row for row in rows_of(name)[1:] if runs_of(config, row[1])]
+    arms = [row for row in config.rows(name)[1:] if runs_of(config, row[1])]
     bottom = 24 * len(arms) + 40
     shapes = ['<rect width="100%" height="100%" fill="white"/>']
     for row, (label, *_) in enumerate(arms):
@@ -327,19 +333,16 @@ def chart(config, name):
 
 def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
-    if config.connectors:
-        from connector import CONNECTORS
-
-        config.table, lines = ["connectors"], ["label | arm"]
-        for name in config.connectors:
-            cli.find_class(CONNECTORS, name, "--connectors")
-            ARMS[name] = f"--connector={name}"
-            lines.append(f"{name} | {name}")
-        TABLES["connectors"] = "\n".join(lines)
     for name in config.table:
         cli.find_class(TABLES, name, "--table")
     for arm in config.arms:
         cli.find_class(ARMS, arm, "--arms")
+    if config.connectors:
+        from connector import CONNECTORS
+
+        config.table = ["connectors"]
+        for name in config.connectors:
+            cli.find_class(CONNECTORS, name, "--connectors")
     run_all(config)
     for name in config.table:
         print(f"\n{name}\n\n{markdown(config, name)}")
