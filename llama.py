@@ -341,7 +341,7 @@ class Llama(PretrainedLLM):
     def stream(
         self, tokens=None, embeds=None, lengths=None, max_new_tokens=64, eos=None, **sampling
     ):
-        """Yield the next token of every row, (B,), until all have ended (on a GPU, up to 7 more).
+        """Yield the next token of every row, (B,), until all have ended (a GPU: or 7 tokens later).
 
         tokens (B, T) or embeds (B, T, C): prompts. lengths: (B,), if they are padded on the right.
         eos: id or ids that end a row; None: the config's; []: none. An ended row repeats eos.

@@ -217,7 +217,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
 
     bad_steps = empty_steps = 0
     batches = zip(range(start, steps), loader, strict=False)
-    for step, micro_batches in profiled(batches, config, run, ranks):
+    for step, micro_batches in profiled(batches, config, stage, run, ranks):
         # learning rate
         factor = learning_rate(step, steps, config.warmup)
         for group in optimizer.param_groups:

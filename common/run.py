@@ -6,7 +6,7 @@ out/dense/loss.png       the mean losses
 out/dense/checkpoints/   see checkpoint.py
 out/dense/model/         the finished model
 out/dense/adapter/       with LoRA, the adapters alone
-out/dense/profile.json   with --profile=STEP, what the CPU and the GPU did in that step
+out/dense/profile2.json  with --profile=STEP, what CPU and GPU did in that step of stage 2
 """
 
 import json
@@ -100,7 +100,7 @@ class Config:
     resume: bool = option(False, "continue from the newest checkpoint; without one, start")
     save_every: int = option(500, "steps between checkpoints; Ctrl-C saves too")
     log_every: int = option(50, "steps between log lines")
-    profile: int | None = option(None, "step to record in OUT/profile.json, for ui.perfetto.dev")
+    profile: int | None = option(None, "step to record in OUT/profile1.json and profile2.json")
     wandb: bool = option(False, "log to Weights & Biases as well as to log.jsonl")
     evaluate: bool = option(True, "print the scores at the end, on the toy world")
     device: str = option("auto", "auto, cuda, mps or cpu")
@@ -470,15 +470,18 @@ def start_wandb(config, run):
     return board
 
 
-def profiled(steps, config, run, ranks):
-    """Yield the items of `steps`, (step, micro-batches), and record the step --profile."""
+def profiled(steps, config, stage, run, ranks):
+    """Yield the items of `steps`, (step, micro-batches), and record the step --profile.
+
+    The time in which the loader makes the batches is not part of it.
+    """
     for item in steps:
         if item[0] != config.profile or not ranks.is_main:
             yield item
             continue
         with torch.profiler.profile() as profiler:
             yield item
-        profiler.export_chrome_trace(str(run / "profile.json"))
+        profiler.export_chrome_trace(str(run / f"profile{stage}.json"))
 
 
 def print_stage(config, stage, model, groups, num_samples, steps, ranks):

@@ -1,11 +1,11 @@
 """Show what each tower gives to a COMM model: replace one side of its merge by a constant.
 
     python train.py --connector=comm --evaluate=false
-    python runs/sides.py out/comm/model             add the number of questions of each task: 200
+    python runs/sides.py out/comm/model 1000        the number of questions of each task
 
-The constant is the mean of the side's vectors over patches and images. So what the model still
-answers right, it reads from the other tower. Prints percents, a row for the whole model and one for
-each tower alone.
+The constant is the mean of the side's vectors over the patches of 50 images. So what the model
+still answers right, it reads from the other tower. Prints percents, a row for the whole model and
+one for each tower alone.
 """
 
 import sys
@@ -24,12 +24,12 @@ def to_constant(module, inputs, output):
     return output.mean((0, 1)).expand_as(output)
 
 
-folder, count = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 200
+folder, count = sys.argv[1], int(sys.argv[2])
 model = load_model(folder)
-# The last module of each side, whose constant leaves the other tower alone.
-sides = {"both": None, "CLIP": model.connector.dino_mlp, "DINOv2": model.connector.clip_merge}
+# What the model reads, and the module whose output becomes constant.
+replaced = {"both": None, "CLIP": model.connector.dino_mlp, "DINOv2": model.connector.clip_merge}
 print("reads ", *(f"{heading:>9}" for heading in TASKS.values()))
-for name, module in sides.items():
+for name, module in replaced.items():
     hook = module and module.register_forward_hook(to_constant)
     scores = []
     for task in TASKS:

@@ -85,7 +85,7 @@ def test_workers_profiler_micro_batches_recomputed_and_compiled_blocks_change_no
     train.main(dialogue_flags())
     train.main(dialogue_flags(out="same", workers=2, activation_checkpointing=True, profile=2))
     assert losses("same") == losses()
-    events = json.loads(Path("same/profile.json").read_text())["traceEvents"]
+    events = json.loads(Path("same/profile2.json").read_text())["traceEvents"]
     assert {"aten::mm", "aten::_fused_adamw_"} <= {event.get("name") for event in events}
     # no code is generated, which takes 20 seconds
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

@@ -65,7 +65,7 @@ MATMULS, PEAK = 790e12, 989e12
 # seconds of the host for each kernel
 LAUNCH = 6e-6
 # share of eager's bytes and kernels that is left in a compiled block
-COMPILED = 0.18
+FUSED = 0.18
 # bytes/s of the memory
 GPUS = {"H100": 3.35e12, "H200": 4.8e12}
 # Text tokens of eight of LLaVA's dialogues, and the share of them that are answers.
@@ -309,8 +309,8 @@ def gpu_dry(arguments):
     flops = sum(found["flops"].values())
     useful = flops - found["flops"]["again"]
     for gpu, bandwidth in GPUS.items():
-        math = flops / MATMULS + COMPILED * moved / bandwidth
-        host = LAUNCH * COMPILED * kernels
+        math = flops / MATMULS + FUSED * moved / bandwidth
+        host = LAUNCH * FUSED * kernels
         step = max(math, found["sending"], host)
         parts = f"math {math:.2f} s, sending {found['sending']:.2f} s, host {host:.2f} s"
         print(f"{gpu}: {step:.2f} s, MFU {useful / step / PEAK:.0%} ({parts})")

@@ -8,9 +8,9 @@ train.py: packed dialogues without padding, float32 trained weights, AdamW's two
 bf16 autocast, a frozen LLM in bf16, and logits at supervised positions only.
 
 Memory of one GPU in bytes. A forward has T tokens, n of them supervised, and I images. b is 2 under
-autocast, otherwise 4. e is the residual stream's: 2 for a bf16 LLM, otherwise 4. C is the LLM's
-width, F its MLP's, W that of all query heads, K that of all key heads, H the number of heads, L of
-blocks, V the vocabulary.
+autocast, otherwise 4. e is the residual stream's: 2 for a bf16 LLM and with FSDP under autocast,
+otherwise 4. C is the LLM's width, F its MLP's, W that of all query heads, K that of all key heads,
+H the number of heads, L of blocks, V the vocabulary.
 
     weights      4 a parameter, 2 in a frozen LLM. FSDP splits the LLM and all trained parameters.
                  It gathers the embedding, lm_head and two blocks at a time, b a parameter.
@@ -35,8 +35,8 @@ blocks, V the vocabulary.
 FLOPs are those of matrix products and convolutions. PyTorch counts those of the towers and of the
 connector. In the LLM a weight takes 2 a token in the forward, 2 for the gradient of its input and 2
 for its own. Attention takes 2W·T² in the forward (causal), twice that backward. With activation
-checkpointing the backward computes the products of the forward again; with a --memory_budget only
-attention and a part of the linear layers, with 0.7 none of these.
+checkpointing the backward computes the products of the forward again. With a --memory_budget it is
+attention and a part of the linear layers, from 0.7 on attention alone, and at 1 nothing.
 
 The plan does not know the CUDA context, fragmentation and the communication library, so a run fits
 if it takes at most ROOM of the memory. The loader groups dialogues by length, so some micro-batches
@@ -69,7 +69,7 @@ from mllm import LLMS, MLLM, TOWERS
 
 # The share of a GPU's memory that may be planned for.
 ROOM = 0.9
-# The share of its activations that a compiled block keeps.
+# The share of its activations that a compiled block keeps (tests/fake_cuda.py traces one).
 COMPILED = 0.75
 # The --memory_budget with which no linear layer is computed again.
 ALL_PRODUCTS = 0.7
@@ -278,14 +278,15 @@ def memory(plan):
     head = T * (4 + e * plan.tunes_llm) * C + load.supervised * e * C
     # The gradients on their way through a block.
     flow = T * (e * C + 2 * b * c.intermediate_size)
-    casts_left, again = (0, working) if recompute else (casts, 0)
+    # With activation checkpointing the backward casts and computes one block at a time.
+    casts_left, recomputed = (0, working) if recompute else (casts, 0)
     stored = connector + L * kept_by_block(plan, e) + head
     casts_at_end = casts if plan.tunes_llm else casts_left
     logits = min(load.supervised, max(1, MAX_LOGITS // V)) * V
     forward = max(
         stored + casts_at_end + (6 + b) * logits,
         stored + casts_left + 12 * logits,
-        stored + casts_left + again + flow,
+        stored + casts_left + recomputed + flow,
     )
     if plan.forwards > 1 or (plan.config.gpus > 1 and not sharded):
         # All forwards of a step but the first begin with gradients. DDP's always exist.
@@ -295,7 +296,7 @@ def memory(plan):
         "weights": weights,
         "gradients": gradients + copies,
         "optimizer": 2 * gradients,
-        "activations": stored + max(casts_at_end, again),
+        "activations": stored + max(casts_at_end, recomputed),
         "peak": weights + 2 * gradients + copies + peak,
     }
 
@@ -304,7 +305,8 @@ def linear_again(plan):
     """Count the FLOPs of the blocks' linear layers that activation checkpointing does again."""
     layers = plan.model.llm.layers
     weights = numel(linear_weights(layers))
-    # A compiled block is computed again as a whole. Otherwise its last layer is not.
+    # A backward needs no output of a block's last layer. Only a compiled block without a budget is
+    # computed again as a whole.
     if plan.budget or not plan.is_compiled:
         weights -= numel(linear_weights(block.mlp)[-1] for block in layers)
     return max(0, 1 - plan.budget / ALL_PRODUCTS) * 2 * plan.load.tokens * weights
@@ -319,7 +321,7 @@ def flops(plan):
     logits = 2 * load.supervised * c.vocab_size * c.hidden_size
     again = logits if load.supervised > MAX_LOGITS // c.vocab_size else 0
     if plan.config.activation_checkpointing:
-        again += linear_again(plan) + attention
+        again += linear_again(plan) + attention * (plan.budget < 1)
     passes = 2 + plan.tunes_llm
     return {
         "vision": load.images * per_image,

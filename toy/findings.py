@@ -1,7 +1,7 @@
 """Repeat the main experiments of COMM and the Dense Connector on the toy world.
 
     python -m toy.findings runs/main.toml     nine arms as long as python train.py: three hours
-    python -m toy.findings                    short runs of all others: about two hours
+    python -m toy.findings                    short runs for the other tables: about two hours
     python -m toy.findings runs/quick.toml    one seed, fewer arms and steps: at most 20 minutes
     python -m toy.findings --table=towers     one table: layers, towers, merging or video
     python -m toy.findings --connectors=mlp,dense,gated             compare these connectors
@@ -33,6 +33,12 @@ from pathlib import Path
 from common import cli
 from common.cli import option
 from common.errors import InputError
+from common.save import write_json
+from connector import CONNECTORS
+from eval import answer, score
+from mllm import MLLM
+from toy import video
+from toy.scenes import task_questions
 
 ROOT = Path(__file__).resolve().parents[1]
 # Tasks of eval.py, with the headings of their columns.
@@ -199,7 +205,7 @@ def run_arm(config, run):
         **evaluate(folder / "model", config.count, arm),
     }
     unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(unfinished, result)
     os.replace(unfinished, path)
     shutil.rmtree(folder)
     return result
@@ -207,12 +213,6 @@ def run_arm(config, run):
 
 def evaluate(folder, count, arm):
     """Return the tokens of an image and the main score of every task."""
-    # Imported here: --help and finished runs do not need torch.
-    import eval as world_eval
-    from mllm import MLLM
-    from toy import video
-    from toy.scenes import task_questions
-
     model = MLLM.from_pretrained(folder, device=cli.pick_device("auto"))
     tokens, scores = model.tokens_per_image, {}
     if arm.startswith("video-"):
@@ -220,8 +220,8 @@ def evaluate(folder, count, arm):
     else:
         for task in TASKS:
             images, texts, targets = task_questions(task, count)
-            answers = world_eval.answer(model, images, texts, 50)
-            scores[task], *_ = world_eval.score(task, answers, targets).values()
+            answers = answer(model, images, texts, 50)
+            scores[task], *_ = score(task, answers, targets).values()
     return {"tokens": tokens, "scores": scores}
 
 
@@ -338,8 +338,6 @@ def main(arguments):
     for arm in config.arms:
         cli.find_class(ARMS, arm, "--arms")
     if config.connectors:
-        from connector import CONNECTORS
-
         config.table = ["connectors"]
         for name in config.connectors:
             cli.find_class(CONNECTORS, name, "--connectors")
