@@ -307,13 +307,16 @@ def gpu_dry(arguments):
     for name, number in found["memory"].items():
         print(f"peak memory, {name}: {number / 1e9:.1f} GB")
     flops = sum(found["flops"].values())
-    useful = flops - found["flops"]["again"]
+    # seconds at the peak for the products of forward and backward, each once
+    ideal = (flops - found["flops"]["again"]) / PEAK
+    sending = found["sending"]
     for gpu, bandwidth in GPUS.items():
         math = flops / MATMULS + FUSED * moved / bandwidth
         host = LAUNCH * FUSED * kernels
-        step = max(math, found["sending"], host)
-        parts = f"math {math:.2f} s, sending {found['sending']:.2f} s, host {host:.2f} s"
-        print(f"{gpu}: {step:.2f} s, MFU {useful / step / PEAK:.0%} ({parts})")
+        step = max(math, sending, host)
+        print(f"{gpu}: {step:.2f} s, MFU {ideal / step:.0%}")
+        print(f"  math {math:.2f} s, sending {sending:.2f} s, host {host:.2f} s")
+        print(f"  if nothing overlaps: MFU {ideal / (math + sending):.0%}")
 
 
 # ---- turns ---------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ held-out scenes. out/findings/ARM-SEED.json gets what it scored:
     {command, flags, budget, weights, tokens, scores: {task: value}}
 
 A finished run is not repeated, so the same command resumes after a stop. A file of a run with other
-flags, another budget or other checkpoints is an error: tables compare only equal trainings. Several
-runs share the CPU cores, since models this small do not need two.
+flags, another budget or other checkpoints is an error: tables compare only equal trainings. Every
+core has a run of its own.
 """
 
 import json
@@ -244,8 +244,8 @@ def run_all(config):
     runs = [(arm, seed) for seed in range(config.seeds) for arm in dict.fromkeys(arms)]
     missing = [run for run in runs if not read_run(config, *run)]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} finished before", flush=True)
-    # For each train.py.
-    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // config.jobs))
+    # For each train.py: models this small gain little by a second thread.
+    os.environ["OMP_NUM_THREADS"] = "1"
     with ThreadPoolExecutor(config.jobs) as pool:
         # An error or Ctrl-C cancels the runs that have not started.
         for result in pool.map(partial(run_arm, config), missing):
