@@ -114,12 +114,18 @@ def test_a_pretraining_writes_a_checkpoint_like_that_in_weights(name, tmp_path):
         assert spec.size == 64 and spec.mean == pytest.approx(pretrain.MEAN)
 
 
-def test_the_table_of_the_page_is_that_of_the_finished_runs():
-    out = ROOT / "runs" / "findings" / "main"
-    config = cli.parse(findings.Config, [str(ROOT / "runs" / "main.toml"), f"--out={out}"])
-    table = [line for line in findings.markdown(config, "main").splitlines() if line]
-    page = (ROOT / "docs" / "findings.md").read_text()
-    assert len(table) > 5 and set(table) <= set(page.splitlines())
+def test_the_tables_of_the_pages_are_those_of_the_finished_runs():
+    folder = ROOT / "runs" / "findings"
+    pages = {
+        "findings.md": [str(ROOT / "runs" / "main.toml"), f"--out={folder / 'main'}"],
+        "ablations.md": [f"--out={folder / 'short'}"],
+    }
+    for page, flags in pages.items():
+        config = cli.parse(findings.Config, flags)
+        lines = (ROOT / "docs" / page).read_text().splitlines()
+        for name in config.table:
+            table = [line for line in findings.markdown(config, name).splitlines() if line]
+            assert len(table) > 5 and set(table) <= set(lines)
 
 
 def test_every_arm_is_in_a_table_and_its_flags_are_those_of_train():
