@@ -341,7 +341,9 @@ class Llama(PretrainedLLM):
     def stream(
         self, tokens=None, embeds=None, lengths=None, max_new_tokens=64, eos=None, **sampling
     ):
-        """Yield the next token of every row, (B,), until all have ended (a GPU: or 7 tokens later).
+        """Yield the next token of every row, (B,), until all have ended.
+
+        A GPU may yield up to 7 tokens more, since it is asked every eighth time only.
 
         tokens (B, T) or embeds (B, T, C): prompts. lengths: (B,), if they are padded on the right.
         eos: id or ids that end a row; None: the config's; []: none. An ended row repeats eos.
@@ -366,7 +368,7 @@ class Llama(PretrainedLLM):
             token = torch.where(ended, eos[0], token)
             ended |= torch.isin(token, eos)
             yield token
-            # To read `ended` the host waits for the GPU, so it does every eighth time.
+            # The host waits for a GPU to read `ended`.
             is_read = device.type == "cpu" or i % 8 == 7
             if i + 1 == max_new_tokens or (is_read and ended.all()):
                 return

@@ -35,8 +35,8 @@ H the number of heads, L of blocks, V the vocabulary.
 FLOPs are those of matrix products and convolutions. PyTorch counts those of the towers and of the
 connector. In the LLM a weight takes 2 a token in the forward, 2 for the gradient of its input and 2
 for its own. Attention takes 2W·T² in the forward (causal), twice that backward. With activation
-checkpointing the backward computes the products of the forward again. With a --memory_budget it is
-attention and a part of the linear layers, from 0.7 on attention alone, and at 1 nothing.
+checkpointing the backward computes the products of the forward again. With a --memory_budget it
+computes attention and a part of the linear layers again, from 0.7 on attention alone, at 1 nothing.
 
 The plan does not know the CUDA context, fragmentation and the communication library, so a run fits
 if it takes at most ROOM of the memory. The loader groups dialogues by length, so some micro-batches

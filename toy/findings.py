@@ -14,8 +14,8 @@ held-out scenes. out/findings/ARM-SEED.json gets what it scored:
     {command, flags, budget, weights, tokens, scores: {task: value}}
 
 A finished run is not repeated, so the same command resumes after a stop. A file of a run with other
-flags, another budget or other checkpoints is an error: tables compare only equal trainings. Every
-core has a run of its own.
+flags, another budget or other checkpoints is an error: tables compare only equal trainings. Each
+run uses one core.
 """
 
 import json
