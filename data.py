@@ -37,8 +37,9 @@ class Batch(Movable):
     """B samples packed one behind the other into one row of T tokens, without padding.
 
     An image is IMAGE for each of its visual tokens, so shapes are known before the model runs.
-    If no sample is left, the row is one unsupervised token, for a forward pass that adds nothing.
-    Without an image there is a blank one: DDP waits for a gradient of every trained parameter.
+    If no sample is left, the row is two unsupervised tokens, for a forward pass that adds nothing.
+    Blank images make two images at least. Without any, DDP would wait for the connector's gradient.
+    One image or token would make torch.compile compile again.
     Indices that depend on the values of tokens are made here: on a GPU the host would have to wait.
     """
 
@@ -125,16 +126,15 @@ def collate(examples, skipped, images, spec, num_tokens):
     marks = [key for its_keys in keys for key in its_keys]
     # an image whose sample was skipped is left out
     pixels, image_index = join(images, marks, spec, num_tokens)
-    if len(pixels) == 0:
-        pixels = pixels.new_zeros(1, *pixels.shape[1:])
-    rows = rows or [np.array([[0], [IGNORE]])]
+    blank = pixels.new_zeros(max(0, 2 - len(pixels)), *pixels.shape[1:])
+    rows = rows or [np.array([[0, 0], [IGNORE, IGNORE]])]
     for row in rows:
         # nothing predicts the first token: the one before it belongs to another sample
         row[1, 0] = IGNORE
     tokens, labels = torch.from_numpy(np.concatenate(rows, axis=1))[:, None]  # (1, T) each
     lengths = [row.shape[1] for row in rows]
     return Batch(
-        pixels=pixels,
+        pixels=torch.cat([pixels, blank]),
         tokens=tokens,
         labels=labels,
         lengths=lengths,

@@ -205,7 +205,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
     )
 
     # With a budget, compiled blocks choose what to recompute (common/speed.py).
-    has_budget = config.memory_budget and config.uses_compile(device)
+    has_budget = config.memory_budget and config.compile
     model.llm.gradient_checkpointing = options.activation_checkpointing and not has_budget
     model.train()
     network = model
@@ -246,11 +246,14 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
                 # DDP and FSDP average gradients over the ranks: multiply by their number.
                 (loss * (ranks.size / max(1, num_supervised))).backward()
             losses.append(loss.detach())
-        loss = ranks.sum(torch.stack(losses).sum()).item() / max(1, num_supervised)
+        loss = ranks.sum(torch.stack(losses).sum())
 
         # clip
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
-        norm = (fsdp.full(norm) if ranks.is_sharded else norm).item()
+        norm = fsdp.full(norm) if ranks.is_sharded else norm
+        # The host waits for the GPU here.
+        loss, norm = torch.stack([loss, norm]).tolist()
+        loss /= max(1, num_supervised)
 
         # step, unless something is not finite; loss and norm are equal on all ranks
         if math.isfinite(loss) and math.isfinite(norm):
@@ -293,8 +296,7 @@ def print_scores(config, model, run, ranks):
 
         lora.merge(model.llm)
         # Prompts of all lengths would compile the blocks again and again.
-        is_compiled = config.uses_compile(ranks.device)
-        with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+        with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
             print(f"\n{table(evaluate(model, count=200))}")
     print(f"\nnext: python sample.py --model={run}/model")
     print(f"      python eval.py --model={run}/model")
@@ -308,6 +310,7 @@ def main(arguments):
     )
     stages = [config.stage] if config.stage else [1, 2]
     ranks, began = Ranks(config.device), time.time()
+    config.compile = config.uses_compile(ranks.device)
     replicas = config.fsdp_replicas
     if ranks.size % replicas:
         raise InputError(
@@ -324,10 +327,9 @@ def main(arguments):
         model = None
         gc.collect()
         model = build_stage(config, stage, run, ranks)
-        is_compiled = config.uses_compile(ranks.device)
         is_recomputed = config.stage_options(stage).activation_checkpointing
         budget = config.memory_budget if is_recomputed else 0
-        speed_up(model, "train", is_compiled, budget or 1.0)
+        speed_up(model, "train", config.compile, budget or 1.0)
         is_finished = train_stage(config, stage, model, *data[stage], run, ranks)
         ranks.barrier()
         if not is_finished:

@@ -186,9 +186,12 @@ class Config:
 
     def uses_compile(self, device):
         """Decide about torch.compile: by default on CUDA, where a C compiler is installed."""
-        if self.compile is not None:
-            return self.compile
-        return device.type == "cuda" and bool(which(os.environ.get("CC", "cc")))
+        if self.compile is not None or device.type != "cuda":
+            return bool(self.compile)
+        compiler = which(os.environ.get("CC", "cc"))
+        if not compiler:
+            print("no C compiler: torch.compile is off", file=sys.stderr)
+        return bool(compiler)
 
     def num_workers(self, device):
         """Return the number of loader processes per rank: on CUDA the GPU should not wait."""
@@ -502,7 +505,7 @@ def print_stage(config, stage, model, groups, num_samples, steps, ranks):
     precision = "bfloat16" if config.uses_bf16(ranks.device) else "float32"
     replicas = f" in {config.fsdp_replicas} replicas" if config.fsdp_replicas > 1 else ""
     extras = f", FSDP{replicas}" if ranks.is_sharded else ""
-    extras += ", compiled" if config.uses_compile(ranks.device) else ""
+    extras += ", compiled" if config.compile else ""
     unit = "a tile" if model.spec.mode == "anyres" else "an image"
     ranks.print(
         f"\nstage {stage}: {', '.join(parts)}\n"

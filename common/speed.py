@@ -132,10 +132,8 @@ def attend_in_one_kernel(plain, sdpa, q, k, v, starts, longest, window):
     v = v[0].transpose(0, 1)  # (T, G, D)
     # How many tokens before itself a token sees; -1: all.
     before = -1 if window is None else window - 1
-    # PyTorch 2.11 takes grouped heads without the option.
-    grouped = q.shape[1] != k.shape[1] and torch.__version__ >= "2.12"
-    options = {"enable_gqa": True} if grouped else {}
-    x = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(before, 0), **options)
+    lengths = starts, starts, longest, longest
+    x = varlen_attn(q, k, v, *lengths, window_size=(before, 0), enable_gqa=True)
     return x.transpose(0, 1)[None]  # (1, H, T, D)
 
 

@@ -3,21 +3,21 @@
     python tests/fake_cuda.py config/dense_7b.toml --stage=2 --layers=2
 
 train.train_stage runs as it is, at the recipe's shapes, as one rank of --gpus. The model, the
-batches and NCCL are fake. The last line printed is JSON; kernels, bytes and waits are those of the
-second step:
+batches and NCCL are fake. The last line printed is JSON about the second step with
+torch.compile; kernels, bytes and waits are those without it:
 
-    kernels  number of operators that would launch at least one kernel
-    bytes    {line of code: bytes that it reads and writes, matrix products excepted}
-    waits    {line of code: how often the host waits for the GPU there}
-    memory   {"eager": bytes that PyTorch's allocator would hold at most, with whole blocks computed
-             again; "eager planned": by tools/plan.py; "compiled planned": with torch.compile}
-    block    {"kept": bytes that a compiled block of the LLM keeps for its backward, "again": FLOPs
-             of linear layers that it computes twice, and both as planned}; not with
-             --memory_budget=0 and activation checkpointing, which keeps the input alone
-    flops    {part: FLOPs of the step}, compiled, by tools/plan.py
-    sending  seconds, by tools/plan.py
+    kernels   number of operators that would launch at least one kernel
+    bytes     {line of code: bytes that it reads and writes, matrix products excepted}
+    waits     {line of code: how often the host waits for the GPU there}
+    graphs    number of graphs that torch.compile would make
+    memory    {"compiled" or "eager": bytes that PyTorch's allocator would hold at most, and those
+              by tools/plan.py}
+    products  the same for the FLOPs of all products but the LLM's attention
+    flops     {part: FLOPs of the step} by tools/plan.py
+    sending   seconds, by tools/plan.py
 
-Nothing is compiled. One block is traced as far as torch.compile's choice of what to keep.
+A compiled block is traced and split into a forward and a backward pass as torch.compile does. Their
+operators then run one by one. Fused kernels would need less memory while a block runs.
 
 PyTorch for CPUs lacks a device guard for CUDA, so autograd would abort. `build` compiles one, which
 must be loaded before torch. So this script starts itself again with it.
@@ -31,22 +31,29 @@ import tempfile
 import weakref
 from collections import Counter
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch._functorch import partitioners
+from torch._functorch.aot_autograd import aot_function
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.graph import _BoxedCodeGen
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from common import cli, distributed, lora  # noqa: E402
+from common import cli, distributed  # noqa: E402
 from common.cli import option  # noqa: E402
 from common.run import Ranks  # noqa: E402
 from common.speed import speed_up  # noqa: E402
@@ -216,7 +223,7 @@ class Watch(TorchDispatchMode):
     def start(self):
         """Set all counts to zero."""
         self.kernels, self.bytes, self.waits = 0, Counter(), Counter()
-        self.peak = self.live
+        self.flops, self.peak = 0, self.live
 
     def place(self):
         """Find the line of this project that called an operator."""
@@ -252,6 +259,8 @@ class Watch(TorchDispatchMode):
         on_cuda = [x for x in inputs + outputs if x.is_cuda]
         if on_cuda and name not in VIEWS:
             self.kernels += 1
+            if func.overloadpacket in flop_registry and "varlen" not in name:
+                self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
             if name not in PRODUCTS:
                 self.bytes[self.place()] += sum(x.numel() * x.element_size() for x in on_cuda)
         return result
@@ -300,63 +309,62 @@ def tensors(tree):
     return found
 
 
-# ---- a compiled block ----------------------------------------------------------------------------
+# ---- compiled blocks -----------------------------------------------------------------------------
 
 
-def trace_block(config, batch, dtype, budget):
-    """Choose what a compiled block of the LLM keeps -> bytes kept, FLOPs of its linear layers."""
-    from torch._functorch import aot_autograd, partitioners
-    from torch._functorch import config as functorch
-    from torch._inductor.decomposition import select_decomp_table
+class Compiler:
+    """Stands in for torch.compile: traces a block, and chooses what to keep for the backward pass.
 
-    model = make_fake(shapes_of(config), False, dtype, torch.device("cuda"))
-    parts = config.stage_options(config.stage).train
-    if config.lora_rank and "llm" in parts:
-        lora.adapt(model.llm, config.lora_rank, config.lora_alpha)
-    train.freeze(model, parts)
-    speed_up(model, "train")
-    block, tokens = model.llm.layers[0], batch.tokens.numel()
-    names, parameters = zip(*block.named_parameters(), strict=True)
-    _, starts, longest = batch.packed
-    width = model.llm.config.hidden_size
-    x = torch.empty(1, tokens, width, dtype=dtype, device="cuda", requires_grad=True)
-    angles = torch.empty(1, tokens, 1, len(model.llm.rope_frequencies), device="cuda")
-    kept = flops = 0
+    `traced` has a function for each kind of block and shape. torch.compile makes graphs for any
+    shape, but others for a size of 0 or 1: `graphs`.
+    """
 
-    def forward(x, cos, sin, starts, *parameters):
-        attention = (cos, sin), (starts, longest), None, None
-        with torch.autocast("cuda", torch.bfloat16):
-            weights = dict(zip(names, parameters, strict=True))
-            return torch.func.functional_call(block, weights, (x, *attention))
+    def __init__(self):
+        self.traced, self.graphs = {}, set()
 
-    def count_flops(graph, _):
-        nonlocal flops
-        for node in graph.graph.nodes:
-            if node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-                flops += 2 * node.meta["val"].numel() * node.args[-2].meta["val"].shape[-1]
-        return graph
+    def compile(self, module):
+        """Exchange a module's forward, in place."""
+        plain = module.forward
 
-    def count_kept(graph, inputs):
-        nonlocal kept
-        (*_, outputs) = graph.graph.nodes
-        for node in outputs.args[0][1:]:
-            kind = node.meta.get("val")
-            # Neither weights nor the tables of RoPE, which all blocks share.
-            is_shared = node.op == "placeholder" and node.name != "primals_1"
-            if isinstance(kind, torch.Tensor) and tokens in kind.shape and not is_shared:
-                kept += kind.numel() * kind.element_size()
-        return count_flops(graph, inputs)
+        def forward(*arguments):
+            names, parameters = zip(*module.named_parameters(), strict=True)
+            leaves, tree = tree_flatten(arguments)
+            inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
-    compiled = aot_autograd.aot_function(
-        forward,
-        count_kept,
-        count_flops,
-        partitioners.min_cut_rematerialization_partition,
-        select_decomp_table(),
-    )
-    with functorch.patch(activation_memory_budget=budget):
-        compiled(x, angles, angles, starts.to("cuda"), *parameters).sum().backward()
-    return kept, flops
+            def call(inputs, parameters):
+                left = iter(inputs)
+                restored = [next(left) if isinstance(x, torch.Tensor) else x for x in leaves]
+                with _reparametrize_module(module, dict(zip(names, parameters, strict=True))):
+                    return plain(*tree_unflatten(restored, tree))
+
+            tensors = (*inputs, *parameters)
+            kind = type(module), torch.is_grad_enabled()
+            kind += tuple((x.dtype, x.requires_grad) for x in tensors)
+            self.graphs.add((kind, tuple(min(size, 2) for x in tensors for size in x.shape)))
+            key = kind, tuple(x.shape for x in tensors)
+            if key not in self.traced:
+                self.traced[key] = aot_function(
+                    call,
+                    boxed,
+                    boxed,
+                    partitioners.min_cut_rematerialization_partition,
+                    select_decomp_table(),
+                )
+            return self.traced[key](inputs, parameters)
+
+        module.forward = forward
+
+
+def boxed(graph, _):
+    """Return a graph as a function that frees its inputs while it runs."""
+    graph.graph.set_codegen(_BoxedCodeGen())
+    graph.recompile()
+
+    def call(inputs):
+        return graph(inputs)
+
+    call._boxed_call = True
+    return call
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -367,7 +375,7 @@ class FakeConfig(plan.PlanConfig):
     layers: int = option(0, "blocks of the LLM; 0: all")
     rank: int = option(0, "which of the --gpus")
     text_only: bool = option(False, "dialogues without images")
-    trace: bool = option(True, "trace a compiled block")
+    eager: bool = option(True, "run without torch.compile, too")
 
 
 def make_fake(model, is_sharded, llm_dtype, device):
@@ -426,7 +434,7 @@ def close():
 
 
 def run(config):
-    """Train two steps -> what was measured in the second one, and the plan of it."""
+    """Train two steps -> what was measured in the second one, and what was planned."""
     stage, device = config.stage, f"cuda:{config.rank % 8}"
     os.environ |= {"RANK": str(config.rank), "WORLD_SIZE": str(config.gpus)}
     os.environ["LOCAL_RANK"] = str(config.rank % 8)
@@ -447,14 +455,18 @@ def run(config):
         dtype = torch.bfloat16 if ranks.is_sharded else config.llm_dtype(stage, ranks.device)
         make_fake(model, ranks.is_sharded, dtype, ranks.device)
         for owner, name, value in (
+            (torch.nn.Module, "compile", lambda module, dynamic: compiler.compile(module)),
             (train, "build_model", lambda *_: model),
             (train, "data_parallel", FakeDDP),
             (train, "Loader", lambda *_, **__: Steps(step, watch)),
             (train, "fingerprint", lambda dataset: 0),
         ):
             stack.enter_context(patch.object(owner, name, value))
+        compiler = Compiler()
         train.build_stage(config, stage, None, ranks)
-        speed_up(model, "train")
+        options = config.stage_options(stage)
+        budget = config.memory_budget if options.activation_checkpointing else 0
+        speed_up(model, "train", config.compile, budget or 1.0)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         train.train_stage(config, stage, model, range(10**6), [], folder, ranks)
     batch, options = step[0], config.stage_options(stage)
@@ -471,27 +483,18 @@ def run(config):
         config.lora_rank if trains_llm else 0,
         config.gpus // config.fsdp_replicas if ranks.is_sharded else 1,
     )
-    memory = {"eager": watch.peak, "eager planned": plan.memory(planned)["peak"]}
-    planned.config.compile = None
-    memory["compiled planned"] = plan.memory(planned)["peak"]
-    flops = {part: len(step) * number for part, number in plan.flops(planned).items()}
-    found = {"kernels": watch.kernels, "bytes": dict(watch.bytes.most_common())}
-    found |= {"waits": dict(watch.waits), "memory": memory, "flops": flops}
-    found["sending"] = plan.sending(planned._replace(config=options))
-    recompute = options.activation_checkpointing
-    if config.trace and (config.memory_budget or not recompute):
-        budget = config.memory_budget if recompute else 1.0
-        with fake_cuda(0, config.gpus), FakeTensorMode(allow_non_fake_inputs=True):
-            _, least = trace_block(config, batch, dtype, 1.0)
-            kept, all_flops = trace_block(config, batch, dtype, budget)
-        blocks = planned.model.llm.config.num_hidden_layers
-        found["block"] = {
-            "kept": kept,
-            "kept planned": plan.kept_by_block(planned, dtype.itemsize),
-            "again": all_flops - least,
-            "again planned": plan.linear_again(planned) / blocks if recompute else 0,
-        }
-    return found
+    # Watch does not count the LLM's attention.
+    without = planned._replace(load=planned.load._replace(squared=0))
+    return {
+        "kernels": watch.kernels,
+        "bytes": dict(watch.bytes.most_common()),
+        "waits": dict(watch.waits),
+        "graphs": len(compiler.graphs),
+        "memory": (watch.peak, plan.memory(planned)["peak"]),
+        "products": (watch.flops, len(step) * sum(plan.flops(without).values())),
+        "flops": {part: len(step) * number for part, number in plan.flops(planned).items()},
+        "sending": plan.sending(planned._replace(config=options)),
+    }
 
 
 def measure(arguments):
@@ -500,11 +503,15 @@ def measure(arguments):
     config.stage = config.stage or 2
     config.init = "new" if config.stage == 2 else ""
     config.steps1 = config.steps2 = 10
-    config.compile = False
     config.connector_options = cli.parse_options(
         CONNECTORS, config.connector, config.connector_options, "--connector"
     )
-    return run(config)
+    found = run(replace(config, compile=True))
+    plain = run(replace(config, compile=False)) if config.eager else found
+    for key in ("memory", "products"):
+        found[key] = {"compiled": found[key], "eager": plain[key]}
+    # tools/bench.py models the time from plain operators.
+    return found | {key: plain[key] for key in ("kernels", "bytes", "waits")}
 
 
 def main(arguments):

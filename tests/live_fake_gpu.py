@@ -54,21 +54,20 @@ def test_a_recipe_trains_on_cuda_with_few_waits_and_in_the_memory_planned(flags,
     """Real widths, three blocks of the LLM. An error would be a wrong device or dtype."""
     recipe, *flags = flags.split()
     flags += ["--layers=3", "--batch1=32", "--batch2=64"]
-    # Tracing takes seconds. The other recipes have a LLaMA, too.
-    flags.append(f"--trace={recipe in ('dense_7b', 'dense_phi2', 'small')}")
+    # The other recipes have a LLaMA, too.
+    flags.append(f"--eager={recipe in ('dense_7b', 'dense_phi2', 'small')}")
     found = gpu.submit(fake_cuda.measure, [f"config/{recipe}.toml", *flags]).result()
     waits = Counter()
     for place, count in found["waits"].items():
         waits[place.partition(":")[0]] += count
     # Loss and gradient norm; the counts of the global batch, to NCCL and back.
-    expected = {"train.py": 2, "common/run.py": 2}
-    assert waits == ({"train.py": 2} if "--gpus=1" in flags else expected)
-    memory, block = found["memory"], found.get("block")
-    assert memory["eager planned"] == pytest.approx(memory["eager"], rel=0.15)
-    if block:
-        # A budget is filled with a few large tensors, so it is met roughly.
-        assert block["kept planned"] == pytest.approx(block["kept"], rel=0.25)
-        assert block["again planned"] == pytest.approx(block["again"], rel=0.25)
+    expected = {"train.py": 1, "common/run.py": 2}
+    assert waits == ({"train.py": 1} if "--gpus=1" in flags else expected)
+    for key, error in (("memory", 0.15), ("products", 0.02)):
+        for way, (measured, planned) in found[key].items():
+            assert planned == pytest.approx(measured, rel=error), (key, way)
+    # One for the blocks of each tower and of the LLM.
+    assert found["graphs"] == (3 if recipe == "comm_7b" else 2)
 
 
 @pytest.fixture
@@ -129,5 +128,4 @@ def test_all_batches_share_a_few_compiled_graphs_without_a_break(budget, fake_ra
         model.zero_grad()
         graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
     assert not dynamo.utils.counters["graph_break"]
-    # One image or one token make new graphs. PyTorch allows eight for a function.
-    assert graphs[0] == graphs[1] and graphs[2] == graphs[3] and graphs[4] <= 10, graphs
+    assert len(set(graphs)) == 1, graphs

@@ -93,7 +93,7 @@ def test_a_format_of_the_mix_gives_image_question_answer_and_boxes(mix, loader, 
         dataset = DATASETS[kind](mix[kind])
         assert list(map(tuple, dataset[0].turns)) == [(f"<image>\n{question}", answer)]
         ((batch,),) = take(loader(dataset, 1, 1, max_length=500), 1)
-        assert batch.ids == [f"{NAME}#0"] and len(batch.pixels) == 1
+        assert batch.ids == [f"{NAME}#0"] and len(batch.image_index) == 4
     # Shikra's captions are lines
     dataset = DATASETS["caption"](write(tmp_path / "c.jsonl", [CAPTION] * 2, lines=True))
     assert dataset[1].turns == DATASETS["caption"](mix["caption"])[0].turns
@@ -243,8 +243,8 @@ def test_ranks_share_each_step_and_workers_change_nothing(loader):
             assert names(steps) == [ids[rank::size] for ids in whole]
             assert {len(step) for step in steps} == {math.ceil(global_batch / size / 3)}
     (batch,) = steps[0]
-    assert batch.tokens.shape == (1, 1) and batch.labels.tolist() == [[IGNORE]]
-    assert batch.lengths == [1] and batch.pixels.shape == (1, 3, 8, 8)
+    assert batch.tokens.shape == (1, 2) and batch.labels.tolist() == [[IGNORE, IGNORE]]
+    assert batch.lengths == [2] and batch.pixels.shape == (2, 3, 8, 8)
     options = dict(rank=1, world_size=2, start=5)
     dataset = listed(60, bad=[3, 11], empty=[4])
     alone, helped = loader(dataset, **options), loader(dataset, workers=2, **options)

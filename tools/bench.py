@@ -299,13 +299,14 @@ def gpu_dry(arguments):
         return
     found = json.loads(child.splitlines()[-1])
     moved, kernels = sum(found["bytes"].values()), found["kernels"]
-    print(f"{kernels:,} kernels; bytes, matrix products excepted: {moved / 1e9:,.0f} GB")
+    print(f"{kernels:,} kernels, {found['graphs']} compiled graphs")
+    print(f"bytes, matrix products excepted: {moved / 1e9:,.0f} GB")
     for place, number in list(found["bytes"].items())[:12]:
         print(f"  {number / 1e9:9,.1f} GB  {place}")
     for place, number in found["waits"].items():
         print(f"  the host waits {number} times at {place}")
-    for name, number in found["memory"].items():
-        print(f"peak memory, {name}: {number / 1e9:.1f} GB")
+    for way, (peak, planned) in found["memory"].items():
+        print(f"peak memory, {way}: {peak / 1e9:.1f} GB, planned {planned / 1e9:.1f} GB")
     flops = sum(found["flops"].values())
     # seconds at the peak for the products of forward and backward, each once
     ideal = (flops - found["flops"]["again"]) / PEAK
@@ -403,9 +404,6 @@ def main(arguments):
     config.batch, config.size = config.batch or batch, config.size or size
     cli.find_class(SIZES, config.size, "--size")
     cli.find_class(DTYPES, config.dtype, "--dtype")
-    for peer in config.vs:
-        if peer != "transformers" and not Path(peer).is_dir():
-            raise InputError(f"--vs={peer}: not transformers, and no such folder")
     if min(config.repeats, config.batch) < 1:
         raise InputError("--repeats and --batch must be 1 or more")
     config.device = str(cli.pick_device(config.device))

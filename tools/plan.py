@@ -232,7 +232,11 @@ def block_memory(plan, e):
     if len(linear_weights(plan.model.llm.layers[0].mlp)) == 2:
         norms, inner, inputs = 1, F, 4
     channels = 4 * norms * C + b * (2 * W + 2 * K + inner)
-    if plan.trains_llm:
+    if plan.trains_llm and plan.config.lora_dropout:
+        # Each adapter keeps its own input and a mask.
+        weights = linear_weights(plan.model.llm.layers[0])
+        channels += (b + 1) * sum(weight.shape[1] for weight in weights)
+    elif plan.trains_llm:
         channels += b * (inputs * C + F)
     if plan.tunes_llm and norms == 2:
         channels += 2 * e * C
@@ -305,9 +309,9 @@ def linear_again(plan):
     """Count the FLOPs of the blocks' linear layers that activation checkpointing does again."""
     layers = plan.model.llm.layers
     weights = numel(linear_weights(layers))
-    # A backward needs no output of a block's last layer. Only a compiled block without a budget is
-    # computed again as a whole.
-    if plan.budget or not plan.is_compiled:
+    # A backward needs no output of a block's last layer. It is computed again in a compiled block
+    # without a budget, and before its adapter.
+    if plan.budget or not (plan.is_compiled or plan.lora_rank):
         weights -= numel(linear_weights(block.mlp)[-1] for block in layers)
     return max(0, 1 - plan.budget / ALL_PRODUCTS) * 2 * plan.load.tokens * weights
 
@@ -332,26 +336,23 @@ def flops(plan):
     }
 
 
-def share_sent(n):
-    """Return the fraction of a buffer that each of n GPUs sends in a ring's all-gather."""
-    return (n - 1) / n
-
-
 def sent(plan):
     """Count the bytes that a GPU sends in a step: within its replica, and to the other replicas.
 
+    In a ring's all-gather each of n GPUs sends the fraction 1 - 1 / n of a buffer.
     With DDP every GPU is a replica, and gradients are averaged once a step. With FSDP all GPUs are
     one. HSDP sends both, the gradients to the other replicas after every backward pass.
     """
     gradients = 4 * plan.num_trained()
-    summed = 2 * share_sent(plan.config.gpus // plan.shards) * gradients / plan.shards
+    summed = 2 * (1 - plan.shards / plan.config.gpus) * gradients / plan.shards
     if plan.shards == 1:
         return 0, summed
     # FSDP gathers blocks in the forward and in the backward, and the rest once.
     llm = plan.model.llm
     twice = size(llm.layers) + plan.adapters() + size(plan.model.connector)
     gathered = plan.activation_bytes * (2 * twice + size(llm) - size(llm.layers))
-    return plan.forwards * share_sent(plan.shards) * (gathered + gradients), plan.forwards * summed
+    within = (1 - 1 / plan.shards) * (gathered + gradients)
+    return plan.forwards * within, plan.forwards * summed
 
 
 def sending(plan):
