@@ -2,14 +2,14 @@
 
     python tests/fake_cuda.py config/dense_7b.toml --stage=2 --layers=2
 
-train.train_stage runs as it is, at the recipe's shapes, as one rank of --gpus. The model, the
-batches and NCCL are fake. The last line printed is JSON about the second step with
-torch.compile; kernels, bytes and waits are those without it:
+train.train_stage runs as it is, at the recipe's shapes, as one rank of --gpus, with torch.compile
+and without. The model, the batches and NCCL are fake. The last line printed is JSON about the
+second step. Kernels, bytes and waits are those without torch.compile:
 
     kernels   number of operators that would launch at least one kernel
     bytes     {line of code: bytes that it reads and writes, matrix products excepted}
     waits     {line of code: how often the host waits for the GPU there}
-    graphs    number of graphs that torch.compile would make
+    graphs    number of graphs that torch.compile would make of the blocks
     memory    {"compiled" or "eager": bytes that PyTorch's allocator would hold at most, and those
               by tools/plan.py}
     products  the same for the FLOPs of all products but the LLM's attention
@@ -42,7 +42,7 @@ from torch._functorch import partitioners
 from torch._functorch.aot_autograd import aot_function
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.graph import _BoxedCodeGen
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -170,7 +170,7 @@ def fake_cuda(rank, size):
     from torch.distributed.fsdp._fully_shard import _fsdp_init
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    make_mesh = device_mesh.init_device_mesh
+    make_mesh, tolist = device_mesh.init_device_mesh, FakeTensor.tolist
 
     def connect(device):
         dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
@@ -191,6 +191,8 @@ def fake_cuda(rank, size):
         (distributed, "connect", connect),
         (torch.nn.functional, "scaled_dot_product_attention", flash_attention),
         (torch.Tensor, "is_pinned", lambda *_: True),
+        # A fake tensor would read one number after another.
+        (FakeTensor, "tolist", lambda tensor: tolist(tensor.cpu())),
         (torch.nn.Module, "to", to_device),
     ):
         stack.enter_context(patch.object(owner, name, value))

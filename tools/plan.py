@@ -20,7 +20,8 @@ H the number of heads, L of blocks, V the vocabulary.
                  + 3bF [gate, SiLU, up]). If the LLM is trained, T·b(2C or 5C [inputs of the linear
                  layers, each cast separately by autocast] + F [input of the last]) more, and
                  without LoRA T·2eC [outputs of the norms]. In float32 4T(H + W [if trained]) more.
-                 Phi: 4C, no gate and up, 4C inputs, no outputs of norms.
+                 With LoRA's dropout each linear layer keeps its own input and a mask, T(b + 1) a
+                 channel. Phi: 4C, no gate and up, 4C inputs, no outputs of norms.
                  A block that is compiled, as by default on a GPU, keeps 3/4 of this.
     all blocks   L of these. With activation checkpointing: the share --memory_budget of each, at
                  least its input (eC·T), and one block.
@@ -41,7 +42,7 @@ computes attention and a part of the linear layers again, from 0.7 on attention 
 The plan does not know the CUDA context, fragmentation and the communication library, so a run fits
 if it takes at most ROOM of the memory. The loader groups dialogues by length, so some micro-batches
 are far longer than the mean. tests/test_tools.py compares the plan with PyTorch's allocator and
-FLOP counter on a CPU, tests/live_fake_gpu.py with what torch.compile keeps and computes again.
+FLOP counter on a CPU, tests/live_fake_gpu.py with the memory and products of compiled steps.
 """
 
 import math
@@ -233,7 +234,6 @@ def block_memory(plan, e):
         norms, inner, inputs = 1, F, 4
     channels = 4 * norms * C + b * (2 * W + 2 * K + inner)
     if plan.trains_llm and plan.config.lora_dropout:
-        # Each adapter keeps its own input and a mask.
         weights = linear_weights(plan.model.llm.layers[0])
         channels += (b + 1) * sum(weight.shape[1] for weight in weights)
     elif plan.trains_llm:
@@ -309,8 +309,8 @@ def linear_again(plan):
     """Count the FLOPs of the blocks' linear layers that activation checkpointing does again."""
     layers = plan.model.llm.layers
     weights = numel(linear_weights(layers))
-    # A backward needs no output of a block's last layer. It is computed again in a compiled block
-    # without a budget, and before its adapter.
+    # A backward needs no output of a block's last layer. It is computed again only in a compiled
+    # block without a budget, and where an adapter comes behind it.
     if plan.budget or not (plan.is_compiled or plan.lora_rank):
         weights -= numel(linear_weights(block.mlp)[-1] for block in layers)
     return max(0, 1 - plan.budget / ALL_PRODUCTS) * 2 * plan.load.tokens * weights
