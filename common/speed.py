@@ -132,8 +132,9 @@ def attend_in_one_kernel(plain, sdpa, q, k, v, starts, longest, window):
     v = v[0].transpose(0, 1)  # (T, G, D)
     # How many tokens before itself a token sees; -1: all.
     before = -1 if window is None else window - 1
-    lengths = starts, starts, longest, longest
-    x = varlen_attn(q, k, v, *lengths, window_size=(before, 0), enable_gqa=True)
+    x = varlen_attn(
+        q, k, v, starts, starts, longest, longest, window_size=(before, 0), enable_gqa=True
+    )
     return x.transpose(0, 1)[None]  # (1, H, T, D)
 
 

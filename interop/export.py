@@ -29,7 +29,7 @@ from common import checkpoint, cli, lora
 from common.cli import option
 from common.errors import InputError
 from common.layouts import SHAPES
-from common.pretrained import locate, read_json
+from common.pretrained import DTYPES, locate, read_json
 from common.run import Ranks
 from common.save import (
     dtype_name,
@@ -47,7 +47,6 @@ from interop.load import load_model, newest_model
 
 # Connectors that transformers' LLaVA has.
 LLAVA_HF = ("linear", "mlp", "sci")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass

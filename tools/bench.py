@@ -47,7 +47,7 @@ from common.cli import option
 from common.errors import InputError
 from common.images import ImageSpec, prepare
 from common.layouts import SHAPES
-from common.pretrained import on_meta
+from common.pretrained import DTYPES, on_meta
 from common.run import WEIGHTS
 from common.speed import speed_up
 from data import collate
@@ -58,7 +58,6 @@ from mllm import MLLM
 from tools import plan
 
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PROMPT, ANSWER = 700, 64
 # gpu-dry: FLOP/s of large bf16 matrix products on an H100 or H200, and the peak
 MATMULS, PEAK = 790e12, 989e12
@@ -284,8 +283,8 @@ def compare_training(config, folder):
         # Recomputed logits are not necessary work.
         work = {"seconds": (sum(parts.values()) - parts["again"], "FLOP/s")}
         print(f"stage {stage}: {config.batch} dialogues, {step.load.tokens:,} tokens", flush=True)
-        ours = ["ours", "ours_compiled"]
-        compare(config, ours, ["transformers"], work, folder=f"{folder}/llava", stage=stage)
+        options = {"folder": f"{folder}/llava", "stage": stage}
+        compare(config, ["ours", "ours_compiled"], ["transformers"], work, **options)
 
 
 # ---- gpu-dry -------------------------------------------------------------------------------------
@@ -342,10 +341,9 @@ def compare(config, ours, theirs, work, **options):
     for peer in config.vs:
         for name in theirs if peer == "transformers" else ours:
             turns[peer, name] = []
-    options |= {"batch": config.batch, "device": config.device, "dtype": config.dtype}
+    for key in ("batch", "device", "dtype", "profile"):
+        options[key] = getattr(config, key)
     flags = [f"--{key}={value}" for key, value in options.items()]
-    if config.profile:
-        flags.append("--profile")
     for _ in range(config.repeats):
         for (peer, name), found in turns.items():
             tree = ROOT if peer in ("", "transformers") else peer

@@ -386,6 +386,8 @@ def plan_stage(config, stage):
     steps = steps or math.ceil(config.epochs * samples / batch)
     share = math.ceil(batch / config.gpus)
     rows, forwards = min(share, config.micro_batch), math.ceil(share / config.micro_batch)
+    # A forward has two images at least (data.collate).
+    mean = mean._replace(images=max(mean.images, 2 / rows))
     trains_llm, bf16 = "llm" in config.train, config.bf16 is not False
     plan = Plan(config, model, trains_llm, mean.times(rows), forwards, bf16)
 
