@@ -38,8 +38,8 @@ class Batch(Movable):
 
     An image is IMAGE for each of its visual tokens, so shapes are known before the model runs.
     If no sample is left, the row is two unsupervised tokens, for a forward pass that adds nothing.
-    Blank images make two images at least. Without any, DDP would wait for the connector's gradient.
-    One image or token would make torch.compile compile again.
+    Black images fill up a batch with fewer than two. With none, DDP would wait for the connector's
+    gradient. With one, torch.compile would compile again, as it does for a size of 0 or 1.
     Indices that depend on the values of tokens are made here: on a GPU the host would have to wait.
     """
 

@@ -7,7 +7,7 @@ Each task has the scores of the benchmark that it stands for: caption COCO's (F1
 presence POPE's (arXiv 2305.10355), count VQAv2's, rec RefCOCO's, reg RefCOCOg's, attribute and
 relation GQA's.
 
-An answer that cannot be read (neither yes nor no, no box) is wrong, and counted. Every score is
+An answer that cannot be read (neither yes nor no, no box) is wrong ("unparsable"). Every score is
 also given **blind**: the same model and questions, each with the image of another question. What
 is left of a score does not come from the image. For the public benchmarks: python -m benchmarks.
 """
@@ -28,7 +28,7 @@ from toy.world import TASKS
 MAX_NEW_TOKENS = 48  # the longest caption needs fewer
 LEGEND = """
 caption    object F1: are the right objects named?
-presence   is it there? yes-ratio: how often the answer is yes; 50% is right
+presence   is it there? yes-ratio: how often the answer is yes; about half is right
 rec        find the box for a phrase: right if its IoU with the target is at least 0.5
 reg        find the phrase for a box
 blind      the same questions, each with the image of another question"""
@@ -83,7 +83,7 @@ def rec_scores(pairs):
 
 
 def score(task, answers, targets):
-    """Score the answers of a task -> {metric: value}, the main one first."""
+    """Score the answers of a task -> {metric: value}, the share of right answers first."""
     pairs = list(zip(answers, targets, strict=True))
     if task == "presence":
         return presence_scores(answers, targets)

@@ -222,7 +222,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
         factor = learning_rate(step, steps, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        # the random numbers of LoRA's dropout: a function of the step, so that a run can resume
+        # the random numbers of LoRA's dropout: a function of seed, step and rank, for --resume
         torch.manual_seed(config.seed + step * ranks.size + ranks.rank)
 
         # The loss is a mean over the supervised tokens of the global batch: count them first.
@@ -274,7 +274,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
             record |= {"gradient_norm": norm, "tokens": num_tokens, "supervised": num_supervised}
             log.write(record)
 
-        # save, but not after a skipped step: the weights may be why it was skipped
+        # save at the end, and when due, but not after a skipped step: the weights may be why
         is_due = stop or (step + 1) % config.save_every == 0
         if is_finished or (is_due and not bad_steps):
             log.write_held_out(step, model, held_out, loader, autocast)

@@ -41,9 +41,16 @@ PARTS = ("vision", "connector", "llm")  # the parts of a model that can be train
 PEAKS = {"A100": 312, "NVL": 835, "H100 PCIe": 756, "H100": 989, "H200": 989}
 IMAGE_MODES = ("pad", "crop", "stretch", "anyres")
 # The least and the greatest value of an option. Other numbers are from 0 to 1e9.
-AT_LEAST_1 = "batch1 batch2 micro_batch log_every save_every max_length fsdp_replicas".split()
-LIMITS = {"stage": (0, 2), "warmup": (0, 1), "memory_budget": (0, 1)}
-LIMITS |= {"adam_beta": (0, 0.999999), "lora_dropout": (0, 0.999999)}
+AT_LEAST_1 = (
+    "batch1 batch2 micro_batch log_every save_every max_length fsdp_replicas gpus gpu_flops".split()
+)
+LIMITS = {
+    "stage": (0, 2),
+    "warmup": (0, 1),
+    "memory_budget": (0, 1),
+    "adam_beta": (0, 0.999999),
+    "lora_dropout": (0, 0.999999),
+}
 LIMITS |= dict.fromkeys(AT_LEAST_1, (1, 1e9))
 
 
@@ -154,8 +161,8 @@ class Config:
             raise InputError(f"--fsdp_replicas={self.fsdp_replicas}: needs --fsdp")
         if self.memory_budget and self.lora_dropout:
             raise InputError(
-                "--lora_dropout: needs --memory_budget=0, since a recomputed block would draw "
-                "other random numbers"
+                "--lora_dropout: needs --memory_budget=0. With a budget, compiled blocks would "
+                "repeat dropout with other random numbers"
             )
         if self.init and self.stage != 2:
             raise InputError(f"--init={self.init}: names the start of stage 2, so add --stage=2")

@@ -4,14 +4,13 @@
 
 train.train_stage runs as it is, at the recipe's shapes, as one rank of --gpus, with torch.compile
 and without. The model, the batches and NCCL are fake. The last line printed is JSON about the
-second step. Kernels, bytes and waits are those without torch.compile:
+second step. Kernels, bytes and waits are those without torch.compile, unless --eager=false:
 
     kernels   number of operators that would launch at least one kernel
     bytes     {line of code: bytes that it reads and writes, matrix products excepted}
     waits     {line of code: how often the host waits for the GPU there}
     graphs    number of graphs that torch.compile would make of the blocks
-    memory    {"compiled" or "eager": bytes that PyTorch's allocator would hold at most, and those
-              by tools/plan.py}
+    memory    {"compiled" or "eager": [bytes that PyTorch's allocator would hold at most, planned]}
     products  the same for the FLOPs of all products but the LLM's attention
     flops     {part: FLOPs of the step} by tools/plan.py
     sending   seconds, by tools/plan.py
@@ -32,6 +31,7 @@ import weakref
 from collections import Counter
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -314,11 +314,14 @@ def tensors(tree):
 # ---- compiled blocks -----------------------------------------------------------------------------
 
 
+INPUT = "a tensor"
+
+
 class Compiler:
     """Stands in for torch.compile: traces a block, and chooses what to keep for the backward pass.
 
-    `traced` has a function for each kind of block and shape. torch.compile makes graphs for any
-    shape, but others for a size of 0 or 1: `graphs`.
+    `traced` has a function for each kind of block and shape of its inputs. torch.compile makes one
+    graph for all sizes from 2 on, and another where a size is 0 or 1. `graphs` counts those.
     """
 
     def __init__(self):
@@ -332,29 +335,36 @@ class Compiler:
             names, parameters = zip(*module.named_parameters(), strict=True)
             leaves, tree = tree_flatten(arguments)
             inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            others = [INPUT if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
-            def call(inputs, parameters):
+            def call(parameters, inputs):
                 left = iter(inputs)
-                restored = [next(left) if isinstance(x, torch.Tensor) else x for x in leaves]
+                restored = [next(left) if other is INPUT else other for other in others]
                 with _reparametrize_module(module, dict(zip(names, parameters, strict=True))):
                     return plain(*tree_unflatten(restored, tree))
 
-            tensors = (*inputs, *parameters)
-            kind = type(module), torch.is_grad_enabled()
+            tensors = (*parameters, *inputs)
+            kind = type(module), torch.is_grad_enabled(), tuple(p.shape for p in parameters)
             kind += tuple((x.dtype, x.requires_grad) for x in tensors)
-            self.graphs.add((kind, tuple(min(size, 2) for x in tensors for size in x.shape)))
-            key = kind, tuple(x.shape for x in tensors)
+            self.graphs.add((kind, tuple(min(size, 2) for x in inputs for size in x.shape)))
+            key = str((kind, [x.shape for x in inputs], others))
             if key not in self.traced:
-                self.traced[key] = aot_function(
-                    call,
-                    boxed,
-                    boxed,
-                    partitioners.min_cut_rematerialization_partition,
-                    select_decomp_table(),
-                )
-            return self.traced[key](inputs, parameters)
+                split = partial(partition, len(parameters))
+                table = select_decomp_table()
+                self.traced[key] = aot_function(call, boxed, boxed, split, table)
+            return self.traced[key](parameters, inputs)
 
         module.forward = forward
+
+
+def partition(num_parameters, graph, inputs, num_fwd_outputs, **_):
+    """Split a graph into forward and backward. Parameters are in memory anyway."""
+    return partitioners.min_cut_rematerialization_partition(
+        graph,
+        inputs,
+        num_fwd_outputs=num_fwd_outputs,
+        static_lifetime_input_indices=range(num_parameters),
+    )
 
 
 def boxed(graph, _):
@@ -508,12 +518,13 @@ def measure(arguments):
     config.connector_options = cli.parse_options(
         CONNECTORS, config.connector, config.connector_options, "--connector"
     )
-    found = run(replace(config, compile=True))
-    plain = run(replace(config, compile=False)) if config.eager else found
-    for key in ("memory", "products"):
-        found[key] = {"compiled": found[key], "eager": plain[key]}
+    runs = {"compiled": run(replace(config, compile=True))}
+    if config.eager:
+        runs["eager"] = run(replace(config, compile=False))
+    found = {key: {way: one[key] for way, one in runs.items()} for key in ("memory", "products")}
     # tools/bench.py models the time from plain operators.
-    return found | {key: plain[key] for key in ("kernels", "bytes", "waits")}
+    plain = runs.get("eager", runs["compiled"])
+    return runs["compiled"] | found | {key: plain[key] for key in ("kernels", "bytes", "waits")}
 
 
 def main(arguments):

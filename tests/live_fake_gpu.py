@@ -54,7 +54,7 @@ def test_a_recipe_trains_on_cuda_with_few_waits_and_in_the_memory_planned(flags,
     """Real widths, three blocks of the LLM. An error would be a wrong device or dtype."""
     recipe, *flags = flags.split()
     flags += ["--layers=3", "--batch1=32", "--batch2=64"]
-    # The other recipes have a LLaMA, too.
+    # Without torch.compile the other recipes would repeat dense_7b.
     flags.append(f"--eager={recipe in ('dense_7b', 'dense_phi2', 'small')}")
     found = gpu.submit(fake_cuda.measure, [f"config/{recipe}.toml", *flags]).result()
     waits = Counter()
@@ -84,7 +84,7 @@ def fake_ranks():
 
 
 @pytest.mark.parametrize("budget", (0, 0.3))
-def test_all_batches_share_a_few_compiled_graphs_without_a_break(budget, fake_ranks, monkeypatch):
+def test_all_batches_share_the_compiled_graphs_without_a_break(budget, fake_ranks, monkeypatch):
     """FSDP in bfloat16 with recomputed activations. A kernel of zeros replaces FlashAttention."""
     import torch._dynamo as dynamo
     from torch.nn.attention import varlen  # noqa: F401, registers the kernel

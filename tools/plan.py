@@ -20,8 +20,9 @@ H the number of heads, L of blocks, V the vocabulary.
                  + 3bF [gate, SiLU, up]). If the LLM is trained, T·b(2C or 5C [inputs of the linear
                  layers, each cast separately by autocast] + F [input of the last]) more, and
                  without LoRA T·2eC [outputs of the norms]. In float32 4T(H + W [if trained]) more.
-                 With LoRA's dropout each linear layer keeps its own input and a mask, T(b + 1) a
-                 channel. Phi: 4C, no gate and up, 4C inputs, no outputs of norms.
+                 With LoRA's dropout the inputs are instead T(b + 1) a channel of every linear
+                 layer's own input [and a mask]. Phi: 4C, no gate and up, 4C inputs, no outputs of
+                 norms.
                  A block that is compiled, as by default on a GPU, keeps 3/4 of this.
     all blocks   L of these. With activation checkpointing: the share --memory_budget of each, at
                  least its input (eC·T), and one block.
@@ -70,7 +71,7 @@ from mllm import LLMS, MLLM, TOWERS
 
 # The share of a GPU's memory that may be planned for.
 ROOM = 0.9
-# The share of its activations that a compiled block keeps (tests/fake_cuda.py traces one).
+# The share of its activations that a compiled block keeps. tests/fake_cuda.py compares whole steps.
 COMPILED = 0.75
 # The --memory_budget with which no linear layer is computed again.
 ALL_PRODUCTS = 0.7
@@ -104,7 +105,7 @@ class Plan(NamedTuple):
 
     config: PlanConfig
     model: MLLM  # on the meta device
-    trains_llm: bool  # the connector always is, the towers never are
+    trains_llm: bool  # the connector is always trained, the towers never
     load: Load  # of one forward
     forwards: int  # in an optimizer step
     bf16: bool
@@ -233,7 +234,7 @@ def block_memory(plan, e):
     if len(linear_weights(plan.model.llm.layers[0].mlp)) == 2:
         norms, inner, inputs = 1, F, 4
     channels = 4 * norms * C + b * (2 * W + 2 * K + inner)
-    if plan.trains_llm and plan.config.lora_dropout:
+    if plan.lora_rank and plan.config.lora_dropout:
         weights = linear_weights(plan.model.llm.layers[0])
         channels += (b + 1) * sum(weight.shape[1] for weight in weights)
     elif plan.trains_llm:
@@ -308,9 +309,9 @@ def memory(plan):
 def linear_again(plan):
     """Count the FLOPs of the blocks' linear layers that activation checkpointing does again."""
     layers = plan.model.llm.layers
-    weights = numel(linear_weights(layers))
+    weights = numel(linear_weights(layers)) + plan.adapters()
     # A backward needs no output of a block's last layer. It is computed again only in a compiled
-    # block without a budget, and where an adapter comes behind it.
+    # block without a budget, and with LoRA, which multiplies by W before its adapter.
     if plan.budget or not (plan.is_compiled or plan.lora_rank):
         weights -= numel(linear_weights(block.mlp)[-1] for block in layers)
     return max(0, 1 - plan.budget / ALL_PRODUCTS) * 2 * plan.load.tokens * weights
@@ -380,10 +381,10 @@ def plan_stage(config, stage):
         raise InputError(
             f"--fsdp_replicas={config.fsdp_replicas}: must divide --gpus={config.gpus}"
         )
-    batch, steps = config.batch, config.steps
-    if not steps and not samples:
+    batch = config.batch
+    steps = config.steps or math.ceil(config.epochs * samples / batch)
+    if not steps:
         raise InputError(f"--data{stage}: not known; give the number of steps, --steps{stage}")
-    steps = steps or math.ceil(config.epochs * samples / batch)
     share = math.ceil(batch / config.gpus)
     rows, forwards = min(share, config.micro_batch), math.ceil(share / config.micro_batch)
     # A forward has two images at least (data.collate).
