@@ -53,7 +53,7 @@ WAYS = [
 def test_a_recipe_trains_on_cuda_with_few_waits_and_in_the_memory_planned(flags, gpu):
     """Real widths, three blocks of the LLM. An error would be a wrong device or dtype."""
     recipe, *flags = flags.split()
-    flags += ["--layers=3", "--batch1=32", "--batch2=64"]
+    flags = ["--layers=3", "--batch1=32", "--batch2=64", *flags]
     # Without torch.compile the other recipes would repeat dense_7b.
     flags.append(f"--eager={recipe in ('dense_7b', 'dense_phi2', 'small')}")
     found = gpu.submit(fake_cuda.measure, [f"config/{recipe}.toml", *flags]).result()
