@@ -1,6 +1,6 @@
 """Repeat the main experiments of COMM and the Dense Connector on the toy world.
 
-    python -m toy.findings runs/main.toml     nine arms as long as python train.py: three hours
+    python -m toy.findings runs/main.toml     nine arms as long as python train.py: four hours
     python -m toy.findings                    short runs for the other tables: about two hours
     python -m toy.findings runs/quick.toml    one seed, fewer arms and steps: at most 20 minutes
     python -m toy.findings --table=towers     one table: layers, towers, merging or video
