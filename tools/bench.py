@@ -227,8 +227,9 @@ def train_transformers(config):
     # No text token has the id 0.
     mask = (tokens != 0).long()
     tokens = tokens.masked_fill(tokens == IMAGE, model.config.image_token_index)
-    mean, std = torch.tensor(ImageSpec.mean), torch.tensor(ImageSpec.std)
-    pixels = ((batch.pixels / 255 - mean[:, None, None]) / std[:, None, None]).to(device)
+    mean, std = torch.tensor([ImageSpec.mean, ImageSpec.std])[..., None, None]
+    # without the black image of data.collate
+    pixels = ((batch.pixels[: config.batch] / 255 - mean) / std).to(device)
     inputs = {"input_ids": tokens, "attention_mask": mask, "labels": labels, "use_cache": False}
     return model, lambda: model(**inputs, pixel_values=pixels).loss
 
