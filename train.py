@@ -274,7 +274,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
             record |= {"gradient_norm": norm, "tokens": num_tokens, "supervised": num_supervised}
             log.write(record)
 
-        # save at the end, and when due, but not after a skipped step: the weights may be why
+        # save at the end; before it not after a skipped step, since the weights may be why
         is_due = stop or (step + 1) % config.save_every == 0
         if is_finished or (is_due and not bad_steps):
             log.write_held_out(step, model, held_out, loader, autocast)

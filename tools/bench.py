@@ -85,7 +85,7 @@ class Config:
     vs: list[str] = option([], "compare with: transformers, folders of other checkouts")
     repeats: int = option(5, "turns of every contender")
     batch: int = option(0, "dialogues of train (default 8), prompts of decode (default 1)")
-    dtype: str = option("bfloat16", "or float32; in training: autocast")
+    dtype: str = option("bfloat16", "or float16, float32; in training: autocast")
     size: str = option("", "160m (default of train; CLIP-B/16), 1b (of decode) or 7b (CLIP-L/14)")
     stage: int = option(0, "train: 1, 2, or 0 for both")
     device: str = option("auto", "auto, cpu, cuda, mps")
@@ -246,7 +246,7 @@ def measure_training(config):
 
     def step():
         start = wait(config.device)
-        with torch.autocast(device_type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        with torch.autocast(device_type, DTYPES[config.dtype], enabled=config.dtype != "float32"):
             loss = loss_of()
         loss.backward()
         optimizer.step()
@@ -338,8 +338,9 @@ def compare(config, ours, theirs, work, **options):
     ours and theirs: the names of contenders, theirs for transformers. work: {what is timed: (its
     FLOPs or bytes, the unit of the rate)}.
     """
-    turns = {("", name): [] for name in ours}
-    for peer in config.vs:
+    # Peers first: a missing folder is an error at once.
+    turns = {}
+    for peer in [*config.vs, ""]:
         for name in theirs if peer == "transformers" else ours:
             turns[peer, name] = []
     for key in ("batch", "device", "dtype", "profile"):

@@ -20,9 +20,8 @@ H the number of heads, L of blocks, V the vocabulary.
                  + 3bF [gate, SiLU, up]). If the LLM is trained, T·b(2C or 5C [inputs of the linear
                  layers, each cast separately by autocast] + F [input of the last]) more, and
                  without LoRA T·2eC [outputs of the norms]. In float32 4T(H + W [if trained]) more.
-                 With LoRA's dropout the inputs are instead T(b + 1) a channel of every linear
-                 layer's own input [and a mask]. Phi: 4C, no gate and up, 4C inputs, no outputs of
-                 norms.
+                 With LoRA's dropout every linear layer keeps its own input and a mask instead,
+                 T(b + 1) a channel. Phi: 4C, no gate and up, 4C inputs, no outputs of norms.
                  A block that is compiled, as by default on a GPU, keeps 3/4 of this.
     all blocks   L of these. With activation checkpointing: the share --memory_budget of each, at
                  least its input (eC·T), and one block.
@@ -340,9 +339,9 @@ def flops(plan):
 def sent(plan):
     """Count the bytes that a GPU sends in a step: within its replica, and to the other replicas.
 
-    In a ring's all-gather each of n GPUs sends the fraction 1 - 1 / n of a buffer.
     With DDP every GPU is a replica, and gradients are averaged once a step. With FSDP all GPUs are
-    one. HSDP sends both, the gradients to the other replicas after every backward pass.
+    one. HSDP sends both, the gradients to the other replicas after every backward pass. In a ring's
+    all-gather each of n GPUs sends the fraction 1 - 1 / n of a buffer.
     """
     gradients = 4 * plan.num_trained()
     summed = 2 * (1 - plan.shards / plan.config.gpus) * gradients / plan.shards
