@@ -23,7 +23,8 @@ from common.errors import InputError
 
 # Errors of PyTorch that a user can do something about: words in their text, and what to do.
 REMEDIES = {
-    "out of memory": "use a smaller batch (--micro_batch or --batch, where there is one)",
+    "out of memory": "use a smaller batch (--micro_batch or --batch, where there is one). In "
+    "training, --activation_checkpointing, --fsdp and a lower --max_length help too",
     "DataLoader worker (pid": "a loader process was killed, mostly for memory: lower --workers",
     "address already in use": "give torchrun another --master_port",
     "socket has timed out": "no answer from --master_addr: is it the first node's address?",
@@ -113,27 +114,21 @@ def set_options(cls, values, flags, where=""):
             values[key] = convert(text if equals else "true", hints[key], f"{where}--{key}")
 
 
-def convert(value, hint, where):
+def convert(text, hint, where):
     """Convert text to bool, int, float, str, list[str], or one of them or None."""
-    text = as_text(value)
     if isinstance(hint, types.UnionType):
         if text in ("", "none", "None"):
             return None
         hint = hint.__args__[0]
     if typing.get_origin(hint) is list:
-        return [at_home(item) for item in text.split(",") if item]
+        return [os.path.expanduser(item) for item in text.split(",") if item]
     if hint is str:
-        return at_home(text)
+        # A shell leaves ~/ alone behind --key=.
+        return os.path.expanduser(text)
     try:
         return BOOLS[text.lower()] if hint is bool else hint(text)
     except (KeyError, ValueError):
         raise InputError(f"{where}={text}: should be {hint.__name__}") from None
-
-
-def at_home(text):
-    """Expand ~/, which a shell leaves alone behind --key=; also behind a prefix, as in rec:~/a."""
-    prefix, colon, path = text.rpartition(":")
-    return prefix + colon + os.path.expanduser(path) if path.startswith("~/") else text
 
 
 def describe(config):
@@ -173,12 +168,11 @@ def parse_options(classes, name, raw, flag):
     An option without an annotation has the type of its default. Raises InputError.
     """
     known = options_of(find_class(classes, name, flag))
-    unknown = [option for option in raw if option not in known]
-    if unknown:
-        names = ", ".join(known) or "none"
-        raise InputError(f"{flag}.{unknown[0]}: {name} has no such option (it has: {names})")
     options = {option: p.default for option, p in known.items()}
     for option, value in raw.items():
+        if option not in known:
+            names = ", ".join(known) or "none"
+            raise InputError(f"{flag}.{option}: {name} has no such option (it has: {names})")
         p = known[option]
         hint = type(p.default) if p.annotation is p.empty else p.annotation
         options[option] = convert(value, hint, f"{flag}.{option}")
@@ -223,7 +217,7 @@ def leave(status):
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(status)
-    atexit._run_exitfuncs()  # wandb sends its last lines, temporary folders are deleted
+    atexit._run_exitfuncs()  # temporary folders are deleted
     with suppress(OSError):  # the reader of our output may be gone
         sys.stdout.flush()
         sys.stderr.flush()

@@ -35,9 +35,8 @@ def test_flags_set_fields_of_every_type(monkeypatch, tmp_path):
     options = {"groups": "3", "dino_depth": "1", "wide": "true"}
     assert parse(Recipe, flags).connector_options == options
     monkeypatch.setenv("HOME", str(tmp_path))
-    recipe = parse(Recipe, ["--image=~/a.png", "--names=~/b,rec:~/c,d~/e"])
-    assert recipe.image == f"{tmp_path}/a.png"
-    assert recipe.names == [f"{tmp_path}/b", f"rec:{tmp_path}/c", "d~/e"]
+    recipe = parse(Recipe, ["--image=~/a.png", "--names=~/b,d~/e"])
+    assert (recipe.image, recipe.names) == (f"{tmp_path}/a.png", [f"{tmp_path}/b", "d~/e"])
 
 
 def test_flags_override_a_recipe_in_any_order(tmp_path, capsys):
