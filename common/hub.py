@@ -38,10 +38,10 @@ def download(name, revision):
     if revision or any(folder.glob("*.safetensors")) or constants.HF_HUB_OFFLINE:
         return folder
     # openai/clip-vit-large-patch14-336, for one, has safetensors only in the hub's own pull request
-    for pull in hub.get_repo_discussions(name, author="SFconvertbot"):
-        if pull.author == "SFconvertbot" and pull.is_pull_request:
-            print(f"{name}: using its safetensors, @{pull.git_reference}", file=sys.stderr)
-            return Path(hub.snapshot_download(name, revision=pull.git_reference, **files))
+    pulls = {"author": "SFconvertbot", "discussion_type": "pull_request"}
+    for pull in hub.get_repo_discussions(name, **pulls):
+        print(f"{name}: using its safetensors, @{pull.git_reference}", file=sys.stderr)
+        return Path(hub.snapshot_download(name, revision=pull.git_reference, **files))
     return folder
 
 

@@ -184,9 +184,9 @@ def small_hub(tmp_path, monkeypatch):
                 (folder / file).write_text("")
         return str(folder)
 
-    pull = SimpleNamespace(author="SFconvertbot", is_pull_request=True, git_reference="refs/pr/7")
+    pull = SimpleNamespace(git_reference="refs/pr/7")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(huggingface_hub, "get_repo_discussions", lambda name, author: [pull])
+    monkeypatch.setattr(huggingface_hub, "get_repo_discussions", lambda name, **_: [pull])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     return broken
 
