@@ -14,5 +14,4 @@ class BadImage(InputError):
 
 def printable(text, length=80):
     """Return at most `length` characters of a text from a file, control characters escaped."""
-    escaped = [c if c.isprintable() else repr(c)[1:-1] for c in str(text)[:length]]
-    return "".join(escaped)[:length]
+    return repr(str(text))[1:-1][:length]
