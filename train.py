@@ -32,7 +32,6 @@ from common.run import (
     Ranks,
     check_progress,
     fingerprint,
-    name_out_of_memory,
     print_bad_step,
     print_stage,
     profiled,
@@ -211,7 +210,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
     network = model
     if ranks.size > 1 and not ranks.is_sharded:
         network = data_parallel(model, device)
-    log = Log(config, model, run, ranks, state)
+    log = Log(model, run, ranks, state)
     num_samples = len(dataset), num_with_images(dataset)
     print_stage(config, stage, model, groups, num_samples, steps, ranks)
 
@@ -231,8 +230,8 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
         num_skipped = sum(len(batch.skipped) for batch in micro_batches)
         # ranks.stop is summed too: all ranks stop at the same step.
         counts = [num_supervised, num_tokens, num_skipped, ranks.stop]
-        counts = ranks.sum(torch.tensor(counts)).tolist()
-        num_supervised, num_tokens, num_skipped, stop = counts
+        counts = ranks.sum(torch.tensor(counts))
+        num_supervised, num_tokens, num_skipped, stop = counts.tolist()
 
         # forward and backward
         losses = []
@@ -240,7 +239,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
             # DDP sums gradients over the ranks once, after the last micro-batch.
             is_synced = network is model or i + 1 == len(micro_batches)
             syncing = nullcontext() if is_synced else network.no_sync()
-            with syncing, name_out_of_memory(step, batch):
+            with syncing:
                 with autocast:
                     loss = network(batch)
                 # DDP and FSDP average gradients over the ranks: multiply by their number.
@@ -288,10 +287,8 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
 
 def print_scores(config, model, run, ranks):
     """Print the scores on the toy world, and what to do next."""
-    if "world" not in config.stage_options(config.stage or 2).data:
-        print(f"\nnext: python sample.py --model={run}/model --image=photo.jpg --prompt='...'")
-        return
-    if config.evaluate and not ranks.is_sharded:
+    is_world = "world" in config.stage_options(config.stage or 2).data
+    if config.evaluate and is_world and not ranks.is_sharded:
         from eval import evaluate, table
 
         lora.merge(model.llm)
@@ -299,7 +296,6 @@ def print_scores(config, model, run, ranks):
         with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
             print(f"\n{table(evaluate(model, count=200))}")
     print(f"\nnext: python sample.py --model={run}/model")
-    print(f"      python eval.py --model={run}/model")
 
 
 def main(arguments):

@@ -29,11 +29,10 @@ from common.save import replace_folder, write_json
 # Options that may differ when a run is resumed, without the number of the stage: those that do not
 # change its result, the learning rates, and the names of data files, which have a fingerprint.
 FREE_OPTIONS = (
-    "resume out stage device wandb log_every profile save_every evaluate workers compile "
+    "resume out stage device log_every profile save_every evaluate workers compile "
     "micro_batch fsdp fsdp_replicas activation_checkpointing memory_budget data eval_data "
     "image_dir lr connector_lr vision_lr lora_lr"
 ).split()
-KEYS = set("stage step steps data interval config connector changed files".split())
 # no_dist=True is intended
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 FILE_BYTES = 2**30  # PyTorch composes a file in memory before it writes it
@@ -123,7 +122,7 @@ def load(folder, model, optimizer=None):
     import torch.distributed.checkpoint as dcp
 
     folder = Path(folder)
-    state = read_state(folder)
+    state = read_json(folder / "state.json")
     check_files(folder, state["files"])
     if state["connector"] != model.connector.spec():
         raise InputError(
@@ -155,14 +154,6 @@ def load(folder, model, optimizer=None):
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
     except dcp.CheckpointException as error:
         raise InputError(f"{folder}: does not fit the model ({reason(error)})") from None
-    return state
-
-
-def read_state(folder):
-    """Read state.json. Raises InputError."""
-    state = read_json(folder / "state.json")
-    if not KEYS <= state.keys():
-        raise InputError(f"{folder}/state.json: lacks {', '.join(sorted(KEYS - state.keys()))}")
     return state
 
 
@@ -275,7 +266,7 @@ def check_run(config, run):
 def check_same(config, folder):
     """Raise InputError if a run would be resumed with options that change its result."""
     # An option that is newer than the run has its default.
-    saved = asdict(type(config)()) | read_state(folder)["config"]
+    saved = asdict(type(config)()) | read_json(folder / "state.json")["config"]
     for key, value in asdict(config).items():
         if key.rstrip("12") not in FREE_OPTIONS and last_parts(saved[key]) != last_parts(value):
             raise InputError(

@@ -13,14 +13,12 @@ import json
 import math
 import multiprocessing
 import os
-import secrets
 import signal
 import sys
 import time
 import zlib
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from shutil import which
@@ -40,12 +38,13 @@ PARTS = ("vision", "connector", "llm")  # the parts of a model that can be train
 # dense bf16 TFLOP/s of GPUs, by NVIDIA's data sheets; the first key in a GPU's name counts
 PEAKS = {"A100": 312, "NVL": 835, "H100 PCIe": 756, "H100": 989, "H200": 989}
 IMAGE_MODES = ("pad", "crop", "stretch", "anyres")
-# The least and the greatest value of an option. Other numbers are from 0 to 1e9.
+# The least and the greatest value of an option, of both stages. Other numbers are from 0 to 1e9.
 AT_LEAST_1 = (
-    "batch1 batch2 micro_batch log_every save_every max_length fsdp_replicas gpus gpu_flops".split()
+    "batch micro_batch log_every save_every max_length fsdp_replicas gpus gpu_flops".split()
 )
 LIMITS = {
     "stage": (0, 2),
+    "epochs": (1e-6, 1e9),
     "warmup": (0, 1),
     "memory_budget": (0, 1),
     "adam_beta": (0, 0.999999),
@@ -108,7 +107,6 @@ class Config:
     save_every: int = option(500, "steps between checkpoints; Ctrl-C saves too")
     log_every: int = option(50, "steps between log lines")
     profile: int | None = option(None, "step to record in OUT/profile1.json and profile2.json")
-    wandb: bool = option(False, "log to Weights & Biases as well as to log.jsonl")
     evaluate: bool = option(True, "print the scores at the end, on the toy world")
     device: str = option("auto", "auto, cuda, mps or cpu")
     bf16: bool | None = option(
@@ -138,7 +136,7 @@ class Config:
     def __post_init__(self):
         self.lora_alpha = self.lora_alpha or 2 * self.lora_rank
         for key, value in vars(self).items():
-            least, greatest = LIMITS.get(key, (0, 1e9))
+            least, greatest = LIMITS.get(key.rstrip("12"), (0, 1e9))
             # false for NaN too
             if isinstance(value, int | float) and not least <= value <= greatest:
                 raise InputError(f"--{key}={value}: must be from {least:g} to {greatest:g}")
@@ -149,16 +147,10 @@ class Config:
                 raise InputError(
                     f"--train{stage}={','.join(parts)}: must be one or more of {', '.join(PARTS)}"
                 )
-            if not options.steps and not options.epochs:
-                raise InputError(f"--epochs{stage}=0: must be more than 0 because --steps{stage}=0")
             if options.image_mode not in IMAGE_MODES:
                 raise InputError(
                     f"--image_mode={options.image_mode}: must be one of {', '.join(IMAGE_MODES)}"
                 )
-        if self.wandb and not find_spec("wandb"):
-            raise InputError("--wandb: not installed; pip install wandb")
-        if self.fsdp_replicas > 1 and not (self.fsdp or self.fsdp1 or self.fsdp2):
-            raise InputError(f"--fsdp_replicas={self.fsdp_replicas}: needs --fsdp")
         if self.memory_budget and self.lora_dropout:
             raise InputError(
                 "--lora_dropout: needs --memory_budget=0. With a budget, compiled blocks would "
@@ -193,12 +185,9 @@ class Config:
 
     def uses_compile(self, device):
         """Decide about torch.compile: by default on CUDA, where a C compiler is installed."""
-        if self.compile is not None or device.type != "cuda":
-            return bool(self.compile)
-        compiler = which(os.environ.get("CC", "cc"))
-        if not compiler:
-            print("no C compiler: torch.compile is off", file=sys.stderr)
-        return bool(compiler)
+        if self.compile is not None:
+            return self.compile
+        return device.type == "cuda" and which(os.environ.get("CC", "cc")) is not None
 
     def num_workers(self, device):
         """Return the number of loader processes per rank: on CUDA the GPU should not wait."""
@@ -256,35 +245,17 @@ class Ranks:
         return summed.to(tensor.device)
 
     def agree(self, number, what):
-        """Raise InputError unless a number is the same on all ranks."""
-        if self.size == 1:
-            return
-        numbers = torch.tensor([number, -number], device=self.device)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        # the largest and the smallest
-        if numbers[0] != -numbers[1]:
+        """Raise InputError, on one rank at least, unless a number is the same on all ranks."""
+        if self.sum(torch.tensor(number)) != self.size * number:
             raise InputError(f"the ranks differ in {what}: all nodes must see the same files")
 
     def barrier(self):
         if self.size > 1:
             dist.barrier()
 
-    def wait_for(self, folder):
-        """Wait until this rank sees a folder that rank 0 made. Raises InputError."""
-        self.barrier()
-        for _ in range(60):  # a network disk may show it late
-            if folder.exists():
-                return
-            time.sleep(1)
-        raise InputError(
-            f"rank {self.rank}: does not see {folder}, which rank 0 made: "
-            "--out must be on a disk that all nodes share"
-        )
-
     def close(self):
         """Leave the other ranks. From here on a signal ends the process at once: all is saved."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.stop = True
         self.barrier()
         if self.size > 1:
             dist.destroy_process_group()
@@ -293,28 +264,30 @@ class Ranks:
 def run_folder(config, ranks):
     """Make the folder of this run. An earlier run is never overwritten. Raises InputError."""
     run = Path(config.out or f"out/{config.connector}")
-    if run.exists():
-        checkpoint.check_run(config, run)
+    checkpoint.check_run(config, run)
+    run.mkdir(parents=True, exist_ok=True)
     if ranks.is_main:
-        run.mkdir(parents=True, exist_ok=True)
         ranks.lock = lock(run)  # kept open: closing the file would unlock it
-    ranks.wait_for(run)
+    ranks.barrier()
+    if not (run / ".lock").exists():
+        raise InputError(
+            f"rank {ranks.rank}: {run} is not the folder of rank 0: --out must be on a disk that "
+            "all nodes share"
+        )
     return run
 
 
 def lock(run):
     """Lock a run's folder until this process ends. Raises InputError if another has the lock."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
     file = open(run / ".lock", "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{run}: another process trains here; choose another --out") from None
-    except OSError:  # a disk without locks
-        pass
+    # Windows has no fcntl, and some disks have no locks.
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{run}: another process trains here; choose another --out") from None
     return file
 
 
@@ -332,14 +305,14 @@ def fingerprint(dataset):
 
 
 class Log:
-    """Print the numbers of a stage, and write them to log.jsonl and, with --wandb, to W&B.
+    """Print the numbers of a stage, and write them to log.jsonl.
 
     state: has the stage, its number of steps, and the step at which it starts or continues. Lines
     of later steps are dropped: a killed run trained them after its last checkpoint, and they are
     trained again.
     """
 
-    def __init__(self, config, model, run, ranks, state):
+    def __init__(self, model, run, ranks, state):
         self.ranks = ranks
         # FLOPs a token: 2 in the forward, 2 for an input's gradient, 2 for that of a trained weight
         parameters = model.llm.parameters()
@@ -350,7 +323,6 @@ class Log:
         self.stage = state["stage"]
         self.tokens = self.num_steps = self.num_printed = 0
         self.interval = state["interval"]
-        self.wandb = start_wandb(config, run) if config.wandb and ranks.is_main else None
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if ranks.is_main:
@@ -450,34 +422,13 @@ class Log:
         self.interval_began += time.perf_counter() - began
 
     def append(self, record):
-        """Write numbers of a step to log.jsonl and W&B."""
+        """Write numbers of a step to log.jsonl."""
         if not self.ranks.is_main:
             return
         # JSON has no NaN
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps({"stage": self.stage} | finite) + "\n")
-        if self.wandb:
-            self.wandb.log({f"stage{self.stage}/{key}": record[key] for key in record})
-
-
-def start_wandb(config, run):
-    """Start the curves of a run in Weights & Biases, or continue those of a resumed run."""
-    import wandb
-
-    name = run / "wandb.id"
-    if not name.exists():
-        name.write_text(secrets.token_hex(4))
-    board = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "nanoMLLM"),
-        id=name.read_text(),
-        resume="allow",
-        dir=run,
-        config=asdict(config),
-    )
-    for stage in ("stage1", "stage2"):
-        board.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-    return board
 
 
 def profiled(steps, config, stage, run, ranks):
@@ -495,31 +446,22 @@ def profiled(steps, config, stage, run, ranks):
 
 
 def print_stage(config, stage, model, groups, num_samples, steps, ranks):
-    """Print the trained parts, the data, the steps and the learning rates.
+    """Print the data, the steps and the learning rates of the trained parts.
 
     groups: of the optimizer. num_samples: of all samples, and of those with images.
     """
     options = config.stage_options(stage)
-    trained = {group["part"]: group for group in groups}
-    parts = []
-    for part in PARTS:
-        numbers = sum(p.numel() for p in getattr(model, part).parameters()) / 1e6
-        parts.append(f"{part} {numbers:.2f}M {'trained' if part in trained else 'frozen'}")
-    if "lora" in trained:
-        numbers = sum(p.numel() for p in trained["lora"]["params"]) / 1e6
-        parts.append(f"of these lora {numbers:.2f}M trained")
-    rates = ", ".join(f"{part} {group['peak']:g}" for part, group in trained.items())
+    num_trained = sum(p.numel() for group in groups for p in group["params"])
+    rates = ", ".join(f"{group['part']} {group['peak']:g}" for group in groups)
     precision = "bfloat16" if config.uses_bf16(ranks.device) else "float32"
-    replicas = f" in {config.fsdp_replicas} replicas" if config.fsdp_replicas > 1 else ""
-    extras = f", FSDP{replicas}" if ranks.is_sharded else ""
+    extras = ", FSDP" if ranks.is_sharded else ""
     extras += ", compiled" if config.compile else ""
-    unit = "a tile" if model.spec.mode == "anyres" else "an image"
     ranks.print(
-        f"\nstage {stage}: {', '.join(parts)}\n"
-        f"  {num_samples[0]:,} samples ({', '.join(options.data)}), {num_samples[1]:,} with "
-        f"images, {model.tokens_per_image} visual tokens {unit}\n"
-        f"  {steps} steps of {options.batch}, peak learning rates: {rates}; "
-        f"{precision} on {ranks.size} x {ranks.device.type}{extras}"
+        f"\nstage {stage}: {num_samples[0]:,} samples ({', '.join(options.data)}), "
+        f"{num_samples[1]:,} with images, {model.tokens_per_image} visual tokens an image\n"
+        f"  {num_trained / 1e6:.2f}M trained parameters, peak learning rates: {rates}\n"
+        f"  {steps} steps of {options.batch}; {precision} on {ranks.size} x "
+        f"{ranks.device.type}{extras}"
     )
 
 
@@ -531,18 +473,6 @@ def print_bad_step(step, loss, norm, micro_batches, losses):
             names += batch.ids
     among = f" (among {', '.join(names)})" if names else ""
     print(f"step {step}: loss {loss}, gradient norm {norm}: step skipped{among}", file=sys.stderr)
-
-
-@contextmanager
-def name_out_of_memory(step, batch):
-    """Raise InputError if a GPU's memory is not enough for a batch: with step and tokens."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise InputError(
-            f"step {step}: out of memory with {batch.tokens.numel():,} tokens: lower --micro_batch "
-            "or --max_length, or add --activation_checkpointing or --fsdp"
-        ) from None
 
 
 def check_progress(stage, step, bad_steps, empty_steps, steps):

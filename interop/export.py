@@ -275,7 +275,9 @@ def chat_template(template, has_bos):
 def read_checkpoint(folder):
     """Load a run's checkpoint as a whole MLLM in float32, LoRA adapters merged."""
     state = read_json(folder / "state.json")
-    config = train.Config(**state["config"])
+    # A later version may have dropped options.
+    options = state["config"].keys() & train.Config.__annotations__
+    config = train.Config(**{key: state["config"][key] for key in options})
     run = folder.resolve().parents[1]
     model = train.build_stage(config, state["stage"], run, Ranks("cpu"))
     checkpoint.load(folder, model)

@@ -7,7 +7,6 @@ of a gradient near zero into a step of up to the learning rate: hence the tolera
 import os
 import shutil
 import signal
-import time
 from functools import partialmethod
 from pathlib import Path
 
@@ -52,7 +51,6 @@ def with_other_data(arguments):
 
 def apart(arguments):
     """Train in the folders of two nodes that share no disk."""
-    time.sleep = lambda seconds: None
     folder = Path(f"node{os.environ['RANK']}")
     folder.mkdir()
     os.chdir(folder)
