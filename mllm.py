@@ -215,7 +215,6 @@ class MLLM(Pretrained):
         template=None,
         image_size=None,
         image_mode="pad",
-        tokenizer=None,
         device="cpu",
         llm_dtype=torch.float32,
         llm_mapped=False,
@@ -223,11 +222,11 @@ class MLLM(Pretrained):
         """Load towers and LLM from public checkpoints and add a new connector.
 
         vision: a list of folders or Hugging Face ids. Defaults: template, the one that the LLM's
-        checkpoint names, else vicuna_v1; image_size, the first tower's; tokenizer, the LLM's.
+        checkpoint names, else vicuna_v1; image_size, the first tower's.
         llm_mapped: leave the LLM in its memory-mapped files (common/fsdp.py). Raises InputError.
         """
         folders, folder = [locate(name) for name in vision], locate(llm)
-        tokenizer = load_tokenizer(locate(tokenizer) if tokenizer else folder)
+        tokenizer = load_tokenizer(folder)
         template = template or find_template(folder) or "vicuna_v1"
         # Raise now if the tokenizer lacks the template's special tokens.
         encode(tokenizer, [("", "")], template)

@@ -26,6 +26,7 @@ from common.draw import draw_losses
 from common.errors import InputError
 from common.records import check_images
 from common.run import (
+    NO_STEPS,
     PARTS,
     Config,
     Log,
@@ -55,7 +56,6 @@ def build_model(config, stage, device, mapped=False):
         template=config.template or None,
         image_size=config.image_size or None,
         image_mode=config.stage_options(stage).image_mode,
-        tokenizer=config.tokenizer or None,
         device=device,
         llm_dtype=config.llm_dtype(stage, device),
         llm_mapped=mapped,
@@ -180,7 +180,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
 
     # resume: `state` goes into the checkpoints
     state = {"stage": stage, "step": 0, "steps": steps, "config": asdict(config)}
-    state |= {"data": fingerprint(dataset), "interval": Log.new_interval()}
+    state |= {"data": fingerprint(dataset), "interval": dict(NO_STEPS)}
     ranks.agree(state["data"], "their data")
     if config.resume:
         checkpoint.resume(run, model, optimizer, state, ranks)
@@ -211,8 +211,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
     if ranks.size > 1 and not ranks.is_sharded:
         network = data_parallel(model, device)
     log = Log(model, run, ranks, state)
-    num_samples = len(dataset), num_with_images(dataset)
-    print_stage(config, stage, model, groups, num_samples, steps, ranks)
+    print_stage(config, stage, model, groups, len(dataset), steps, ranks)
 
     bad_steps = empty_steps = 0
     batches = zip(range(start, steps), loader, strict=False)

@@ -149,10 +149,9 @@ def describe(config):
 
 
 def find_class(classes, name, flag):
-    """Return classes[name], or raise InputError that names the nearest one."""
+    """Return classes[name], or raise InputError that lists all names."""
     if name not in classes:
-        nearest = difflib.get_close_matches(name, classes, n=1, cutoff=0)[0]
-        raise InputError(f"{flag}={name}: unknown, the nearest is {nearest} ({', '.join(classes)})")
+        raise InputError(f"{flag}={name}: must be one of {', '.join(classes)}")
     return classes[name]
 
 

@@ -23,7 +23,6 @@ import warnings
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 
 from common.lora import LoRALinear
 
@@ -74,15 +73,13 @@ def shard(model, device, replicas, llm_dtype, bf16):
 def detach_tensors(model, parts, llm_dtype):
     """Replace the parameters of `parts` by shapes on the meta device -> {name: tensor} of them."""
     sharded = {p for part in parts for p in part.parameters()}
-    source = {}
-    for name, p in list(model.named_parameters()):
+    source, shapes = {}, {}
+    for name, p in model.named_parameters():
         if p in sharded:
             source[name] = p.detach()
             dtype = torch.float32 if p.requires_grad else llm_dtype
-            shape = torch.empty(p.shape, device="meta", dtype=dtype)
-            module_name, _, leaf = name.rpartition(".")
-            module = model.get_submodule(module_name)
-            setattr(module, leaf, nn.Parameter(shape, requires_grad=p.requires_grad))
+            shapes[name] = torch.empty_like(p, device="meta", dtype=dtype)
+    model.load_state_dict(shapes, strict=False, assign=True)
     return source
 
 

@@ -47,10 +47,9 @@ def download(name, revision):
 
 def explain(error):
     """Say in one line why huggingface_hub found no checkpoint, and what to do."""
-    if isinstance(error, errors.GatedRepoError):
-        return "gated repository: accept its license on the hub and set HF_TOKEN"
+    # This includes GatedRepoError.
     if isinstance(error, errors.RepositoryNotFoundError):
-        return "no such folder or repository on the hub (a private one needs HF_TOKEN)"
+        return "no such folder or repository (a gated one needs its license accepted, and HF_TOKEN)"
     if constants.HF_HUB_OFFLINE:
         return "no such folder, not in the cache, and HF_HUB_OFFLINE forbids downloading: unset it"
     while error.__cause__ is not None:

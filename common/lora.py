@@ -18,8 +18,6 @@ With dropout (LLaVA's is 0.05), some of the numbers that A reads are zero. Then 
 the number of processes and on the micro-batch. train.py seeds the random numbers of each step.
 """
 
-from functools import partial
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -68,7 +66,7 @@ class LoRALinear(nn.Module):
 
 def adapt(llm, rank, alpha, dropout=0.0):
     """Give every linear layer in the blocks of a Llama or Phi an adapter, in place."""
-    replace(llm, nn.Linear, partial(LoRALinear, rank=rank, alpha=alpha, dropout=dropout))
+    replace(llm, nn.Linear, lambda linear: LoRALinear(linear, rank, alpha, dropout))
 
 
 def merge(llm):

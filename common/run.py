@@ -39,9 +39,7 @@ PARTS = ("vision", "connector", "llm")  # the parts of a model that can be train
 PEAKS = {"A100": 312, "NVL": 835, "H100 PCIe": 756, "H100": 989, "H200": 989}
 IMAGE_MODES = ("pad", "crop", "stretch", "anyres")
 # The least and the greatest value of an option, of both stages. Other numbers are from 0 to 1e9.
-AT_LEAST_1 = (
-    "batch micro_batch log_every save_every max_length fsdp_replicas gpus gpu_flops".split()
-)
+AT_LEAST_1 = "batch micro_batch log_every save_every max_length fsdp_replicas gpus gpu_flops"
 LIMITS = {
     "stage": (0, 2),
     "epochs": (1e-6, 1e9),
@@ -50,18 +48,15 @@ LIMITS = {
     "adam_beta": (0, 0.999999),
     "lora_dropout": (0, 0.999999),
 }
-LIMITS |= dict.fromkeys(AT_LEAST_1, (1, 1e9))
+LIMITS |= dict.fromkeys(AT_LEAST_1.split(), (1, 1e9))
 
 
 @dataclass
 class Config:
-    connector: str = option(
-        "dense", "a name in connector.py, such as dense or comm", section="model"
-    )
+    connector: str = option("dense", "a name in connector.py, such as comm", section="model")
     connector_options: dict = option({}, "of the connector, such as --connector.groups=3 (above)")
     vision: list[str] = option([], "towers: folders or hub ids; default: the tiny ones")
     llm: str = option("", "folder or hub id; default: the tiny LLaMA")
-    tokenizer: str = option("", "folder or hub id; default: the LLM's")
     template: str = option("", "chat template of stage 2; default: the LLM's")
     template1: str = option("plain", "template of stage 1")
     image_size: int = option(0, "side in pixels; 0: what the first tower was trained at")
@@ -69,9 +64,7 @@ class Config:
     stage: int = option(
         0, "1, 2, or 0: both", section="stages (options that end in 1 or 2 belong to that stage)"
     )
-    init: str = option(
-        "", "start stage 2 from this model, connector or checkpoint; default: stage 1; 'new': none"
-    )
+    init: str = option("", "stage 2 starts from this folder, or from 'new'; default: stage 1")
     train1: list[str] = option(["connector"], "trainable parts: vision, connector, llm")
     train2: list[str] = option(["connector", "llm"], "the same for stage 2")
     data1: list[str] = option(["world"], "LLaVA's .json or .jsonl, world, or KIND:FILE (mix.py)")
@@ -109,29 +102,22 @@ class Config:
     profile: int | None = option(None, "step to record in OUT/profile1.json and profile2.json")
     evaluate: bool = option(True, "print the scores at the end, on the toy world")
     device: str = option("auto", "auto, cuda, mps or cpu")
-    bf16: bool | None = option(
-        None, "autocast; default: on CUDA from Ampere on, on a CPU for a large 16-bit LLM"
-    )
-    compile: bool | None = option(
-        None, "torch.compile the blocks; default: on CUDA, with a C compiler"
-    )
+    bf16: bool | None = option(None, "autocast; default: on CUDA, on a CPU for a large 16-bit LLM")
+    compile: bool | None = option(None, "torch.compile the blocks; default: on CUDA")
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks")
     fsdp_replicas: int = option(1, "copies of the sharded model (HSDP): one for each node")
     activation_checkpointing: bool = option(False, "recompute the LLM's blocks: less memory")
     memory_budget: float = option(
-        0.0, "with activation_checkpointing: share of activations that compiled blocks keep"
+        0.0, "recomputed blocks keep this share of activations, if compiled"
     )
     workers: int | None = option(None, "loader processes per rank; default: 4 on CUDA, else 0")
     image_mode1: str | None = option(
         None, "image_mode of stage 1 only", section="the same for one stage; default: as above"
     )
-    image_mode2: str | None = option(None, "image_mode of stage 2 only")
     image_dir1: str | None = option(None, "image_dir of stage 1 only")
     image_dir2: str | None = option(None, "image_dir of stage 2 only")
     fsdp1: bool | None = option(None, "fsdp in stage 1 only")
-    fsdp2: bool | None = option(None, "fsdp in stage 2 only")
     activation_checkpointing1: bool | None = option(None, "recompute in stage 1 only")
-    activation_checkpointing2: bool | None = option(None, "recompute in stage 2 only")
 
     def __post_init__(self):
         self.lora_alpha = self.lora_alpha or 2 * self.lora_rank
@@ -160,7 +146,7 @@ class Config:
             raise InputError(f"--init={self.init}: names the start of stage 2, so add --stage=2")
 
     def stage_options(self, stage):
-        """Return the options of one stage: in stage 2 .lr is --lr2, and --fsdp2 overrides .fsdp."""
+        """Return the options of one stage: in stage 1 .lr is --lr1, and --fsdp1 overrides .fsdp."""
         options = dict(vars(self))
         for key, value in vars(self).items():
             if key.endswith(str(stage)) and value is not None:
@@ -304,6 +290,10 @@ def fingerprint(dataset):
     return value
 
 
+# Sums over the steps since the last line of the log. They are part of a checkpoint.
+NO_STEPS = {"steps": 0, "loss": 0.0, "skipped": 0}
+
+
 class Log:
     """Print the numbers of a stage, and write them to log.jsonl.
 
@@ -338,11 +328,6 @@ class Log:
                 if record["stage"] != self.stage or record["step"] < self.start:
                     kept.append(line + "\n")
         self.path.write_text("".join(kept))
-
-    @staticmethod
-    def new_interval():
-        """Return sums over the steps since the last line. They are part of a checkpoint."""
-        return {"steps": 0, "loss": 0.0, "skipped": 0}
 
     def count(self, loss, num_tokens, num_skipped, skipped):
         """Add a step to the interval, and name the samples that were skipped for the first time."""
@@ -381,7 +366,7 @@ class Log:
                 record["mfu"] = record["tflops"] / peaks[0]
                 gpu = f"MFU {record['mfu']:.0%}  {gpu}"
         self.tokens, self.num_steps, self.interval_began = 0, 0, now
-        self.interval.update(self.new_interval())
+        self.interval.update(NO_STEPS)
         left = (now - self.began) / (step + 1 - self.start) * (self.steps - step - 1)
         minutes, seconds = divmod(round(left), 60)
         self.ranks.print(
@@ -448,7 +433,7 @@ def profiled(steps, config, stage, run, ranks):
 def print_stage(config, stage, model, groups, num_samples, steps, ranks):
     """Print the data, the steps and the learning rates of the trained parts.
 
-    groups: of the optimizer. num_samples: of all samples, and of those with images.
+    groups: of the optimizer.
     """
     options = config.stage_options(stage)
     num_trained = sum(p.numel() for group in groups for p in group["params"])
@@ -457,8 +442,8 @@ def print_stage(config, stage, model, groups, num_samples, steps, ranks):
     extras = ", FSDP" if ranks.is_sharded else ""
     extras += ", compiled" if config.compile else ""
     ranks.print(
-        f"\nstage {stage}: {num_samples[0]:,} samples ({', '.join(options.data)}), "
-        f"{num_samples[1]:,} with images, {model.tokens_per_image} visual tokens an image\n"
+        f"\nstage {stage}: {num_samples:,} samples ({', '.join(options.data)}), "
+        f"{model.tokens_per_image} visual tokens an image\n"
         f"  {num_trained / 1e6:.2f}M trained parameters, peak learning rates: {rates}\n"
         f"  {steps} steps of {options.batch}; {precision} on {ranks.size} x "
         f"{ranks.device.type}{extras}"

@@ -141,7 +141,8 @@ def test_what_two_gpus_run_computes_what_one_process_computes(sharded, random_ll
     options = {"connector": "mlp", "connector.layer": 1, "steps2": 2}
     options |= random_llm(num_hidden_layers=1, intermediate_size=64, **HEADS)
     train.main(sharded(out="plain", **options))
-    options |= {"bf16": True, "compile": True, "fsdp1": False, "activation_checkpointing2": True}
+    options |= {"bf16": True, "compile": True, "fsdp1": False}
+    options |= {"activation_checkpointing": True, "activation_checkpointing1": False}
     done = in_process(compiled, sharded(out="half", **options), 2)
     stages = [line for line in done.stdout.splitlines() if "2 x cpu" in line]
     assert ["FSDP" in line for line in stages] == [False, True], done.stderr

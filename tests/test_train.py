@@ -140,12 +140,12 @@ def test_a_trained_tower_moves_as_deep_as_it_is_read_at_its_own_rate(flags):
 def test_an_option_of_one_stage_overrides_the_plain_one(dialogue_flags, tmp_path):
     other = write_dialogues(Path("other")).parent.resolve()
     options = {"image_mode1": "crop", "image_dir": other, "image_dir2": tmp_path}
-    config = parse(train.Config, dialogue_flags(activation_checkpointing2=True, **options))
+    config = parse(train.Config, dialogue_flags(activation_checkpointing1=True, **options))
     for stage, mode, folder in ((1, "crop", other), (2, "pad", tmp_path)):
         assert train.build_model(config, stage, torch.device("cpu")).spec.mode == mode
         (dataset,) = train.read_data(config, stage, config.data2)
         assert dataset.image_dir == str(folder)
-        assert config.stage_options(stage).activation_checkpointing == (stage == 2)
+        assert config.stage_options(stage).activation_checkpointing == (stage == 1)
 
 
 def test_files_are_mixed_by_size_or_equally_and_epochs_count_steps(dialogue_flags, tmp_path):
@@ -225,14 +225,14 @@ def test_bad_steps_are_skipped_and_after_ten_a_lower_learning_rate_continues_fro
 
 WRONG = "connector=dance connector.groups=0 connector.layer=3 vision=nowhere"
 WRONG += " device=meta llm=nowhere template=klingon image_size=65 image_mode=squash stage=3"
-WRONG += " image_mode2=squash eval_data2=nowhere.json lora_dropout=1 init=run"
+WRONG += " image_mode1=squash eval_data2=nowhere.json lora_dropout=1 init=run"
 WRONG += " lora_dropout=0.1,memory_budget=0.3 fsdp_replicas=2 fsdp=true,fsdp_replicas=2"
 WRONG += " stage=2,init=nowhere train1= train2=towers data1=nowhere.json data2=rec:data.json"
 WRONG += " batch1=0 steps1=-1 steps1=0,epochs1=0 workers=-1 lr1=nan warmup=5.0 adam_beta=1"
 # no answer fits into 8 tokens
 WRONG += " data1=text.json max_length=8"
 # errors that name what to write instead
-SAYS = {"device=gpu": "=gpu: must be auto, cuda, mps or cpu", "data2=cap:a.json": "is caption"}
+SAYS = {"device=gpu": "=gpu: must be auto, cuda, mps or cpu", "data2=cap:a.json": "caption, v7w"}
 
 
 @pytest.mark.parametrize("options", [*WRONG.split(), *SAYS])
