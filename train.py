@@ -213,7 +213,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
     log = Log(model, run, ranks, state)
     print_stage(config, stage, model, groups, len(dataset), steps, ranks)
 
-    bad_steps = empty_steps = 0
+    useless_steps = 0
     batches = zip(range(start, steps), loader, strict=False)
     for step, micro_batches in profiled(batches, config, stage, run, ranks):
         # learning rate
@@ -254,15 +254,14 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
         loss /= max(1, num_supervised)
 
         # step, unless something is not finite; loss and norm are equal on all ranks
-        if math.isfinite(loss) and math.isfinite(norm):
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
+        if is_finite:
             optimizer.step()
-            bad_steps = 0
         else:
-            bad_steps += 1
             print_bad_step(step, loss, norm, micro_batches, losses)
         optimizer.zero_grad()
-        empty_steps = 0 if num_supervised else empty_steps + 1
-        check_progress(stage, step, bad_steps, empty_steps, steps)
+        useless_steps = 0 if is_finite and num_supervised else useless_steps + 1
+        check_progress(stage, step, useless_steps, steps)
 
         # log
         log.count(loss, num_tokens, num_skipped, loader.skipped)
@@ -274,7 +273,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
 
         # save at the end; before it not after a skipped step, since the weights may be why
         is_due = stop or (step + 1) % config.save_every == 0
-        if is_finished or (is_due and not bad_steps):
+        if is_finished or (is_due and is_finite):
             log.write_held_out(step, model, held_out, loader, autocast)
             state["step"] = step + 1
             checkpoint.save(run, model, optimizer, state, ranks)

@@ -90,11 +90,7 @@ def reason(error):
 
 def checksum(path):
     """Return the CRC-32 of a file, at about 3 GB/s."""
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            value = zlib.crc32(block, value)
-    return value
+    return zlib.crc32(path.read_bytes())
 
 
 def trained_tensors(model):

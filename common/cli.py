@@ -4,7 +4,8 @@
 
 A field is declared with `option(default, help)`, and --help prints all fields. A recipe is a TOML
 file of options; flags override it. A field NAME_options of type dict collects the options
---NAME.KEY=VALUE as text. An unknown key or a value of the wrong type is an InputError.
+--NAME.KEY=VALUE as text. In a recipe they are "NAME.KEY" = VALUE. An unknown key or a value of the
+wrong type is an InputError.
 """
 
 import atexit
@@ -76,19 +77,12 @@ def parse(cls, arguments, about=""):
 
 
 def read_recipe(path):
-    """Return the options of a TOML file as flags. The table [NAME_options] is --NAME.KEY=VALUE."""
+    """Return the options of a TOML file as flags."""
     try:
         recipe = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no recipe in TOML ({error}); recipes are in config/") from None
-    flags = []
-    for key, value in recipe.items():
-        if isinstance(value, dict):
-            name = key.removesuffix("_options")
-            flags += [f"--{name}.{inner}={as_text(each)}" for inner, each in value.items()]
-        else:
-            flags.append(f"--{key}={as_text(value)}")
-    return flags
+    return [f"--{key}={as_text(value)}" for key, value in recipe.items()]
 
 
 def as_text(value):

@@ -250,7 +250,8 @@ class Ranks:
 def run_folder(config, ranks):
     """Make the folder of this run. An earlier run is never overwritten. Raises InputError."""
     run = Path(config.out or f"out/{config.connector}")
-    checkpoint.check_run(config, run)
+    if run.exists():
+        checkpoint.check_run(config, run)
     run.mkdir(parents=True, exist_ok=True)
     if ranks.is_main:
         ranks.lock = lock(run)  # kept open: closing the file would unlock it
@@ -384,7 +385,7 @@ class Log:
         """
         if not datasets:
             return
-        began, ranks = time.perf_counter(), self.ranks
+        ranks = self.ranks
         loader = replace(loader, dataset=ConcatDataset(datasets))
         model.eval()
         sums = torch.zeros(2)
@@ -404,7 +405,6 @@ class Log:
         loss /= max(1, num_tokens)
         ranks.print(f"stage {self.stage}  step {step:5d}/{self.steps}  held-out loss {loss:.4f}")
         self.append({"step": step, "held_out_loss": loss})
-        self.interval_began += time.perf_counter() - began
 
     def append(self, record):
         """Write numbers of a step to log.jsonl."""
@@ -460,17 +460,13 @@ def print_bad_step(step, loss, norm, micro_batches, losses):
     print(f"step {step}: loss {loss}, gradient norm {norm}: step skipped{among}", file=sys.stderr)
 
 
-def check_progress(stage, step, bad_steps, empty_steps, steps):
-    """Raise InputError after ten bad steps in a row, or ten without a supervised token."""
-    if bad_steps == 10:
+def check_progress(stage, step, useless_steps, steps):
+    """Raise InputError after ten steps in a row that taught nothing."""
+    if useless_steps == min(10, steps):
         raise InputError(
-            f"step {step}: ten steps in a row without a finite loss: continue from the last "
-            f"checkpoint with --resume and a lower --lr{stage}"
-        )
-    if empty_steps == min(10, steps):
-        raise InputError(
-            f"step {step}: {empty_steps} steps in a row without a supervised token: is "
-            "--max_length shorter than the visual tokens of an image?"
+            f"step {step}: {useless_steps} steps in a row without a finite loss or a supervised "
+            f"token: continue from the last checkpoint with --resume and a lower --lr{stage}, or "
+            "choose a --max_length that is longer than the visual tokens of an image"
         )
 
 

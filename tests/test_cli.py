@@ -43,7 +43,7 @@ def test_flags_override_a_recipe_in_any_order(tmp_path, capsys):
     file = tmp_path / "a.toml"
     file.write_text(
         'steps = 7\nlr = 1\nnames = ["a", "b"]\nresume = true\nbf16 = false\n'
-        '"connector.depth" = 2\n[connector_options]\ngroups = 3\nlayers = [0, 2]\n'
+        '"connector.depth" = 2\n"connector.groups" = 3\n"connector.layers" = [0, 2]\n'
     )
     options = {"depth": "2", "groups": "3", "layers": "0,2"}
     expected = Recipe("", 8, 1.0, ["a", "b"], True, False, options | {"groups": "4"})
