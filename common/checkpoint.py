@@ -182,7 +182,7 @@ def newest(run, stage):
     """Return the newest checkpoint of a stage in a run folder, or None."""
     # seven digits: copies have other names
     found = (Path(run) / "checkpoints").glob(f"stage{stage}-{'[0-9]' * 7}")
-    return max(filter(is_checkpoint, found), default=None)
+    return max(found, default=None)
 
 
 def is_checkpoint(folder):

@@ -8,11 +8,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 def connect(device):
     """Join the other ranks: NCCL on GPUs, gloo on CPUs."""
-    on_gpu = device.type == "cuda"
     # NCCL's ten minutes are too short while rank 0 writes a large model
     timeout = timedelta(minutes=30)
-    backend = "nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, timeout=timeout, device_id=device if on_gpu else None)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
 
 
 def data_parallel(model, device):

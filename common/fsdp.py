@@ -48,10 +48,8 @@ def shard(model, device, replicas, llm_dtype, bf16):
     # inputs keep their dtype: the tables of RoPE stay float32
     float32 = MixedPrecisionPolicy(cast_forward_inputs=False)
     bfloat16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    trained = []
-    for part in [*model.vision, model.connector]:
-        if any(p.requires_grad for p in part.parameters()):
-            trained.append(part)
+    parts = [*model.vision, model.connector]
+    trained = [part for part in parts if any(p.requires_grad for p in part.parameters())]
     source = detach_tensors(model, [model.llm, *trained], llm_dtype)
     ignored = {p for p in model.parameters() if not p.is_meta}
     for unit in [*model.llm.layers, *trained, model]:

@@ -18,10 +18,7 @@ IGNORED = ["*/*", "consolidated*", "open_clip*", "*fp16*"]
 
 
 def find(name):
-    """Find owner/name or owner/name@revision, in the cache or on the hub -> its folder.
-
-    Raises InputError.
-    """
+    """Return the folder of owner/name or owner/name@revision. Raises InputError."""
     repository, _, revision = name.partition("@")
     if name.startswith((".", "/", "~")) or repository.count("/") != 1:
         raise InputError(f"{name}: no such folder (and not a Hugging Face id, which is owner/name)")

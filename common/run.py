@@ -40,7 +40,7 @@ PEAKS = {"A100": 312, "NVL": 835, "H100 PCIe": 756, "H100": 989, "H200": 989}
 IMAGE_MODES = ("pad", "crop", "stretch", "anyres")
 # The least and the greatest value of an option, of both stages. Other numbers are from 0 to 1e9.
 AT_LEAST_1 = "batch micro_batch log_every save_every max_length fsdp_replicas gpus gpu_flops"
-LIMITS = {
+LIMITS = dict.fromkeys(AT_LEAST_1.split(), (1, 1e9)) | {
     "stage": (0, 2),
     "epochs": (1e-6, 1e9),
     "warmup": (0, 1),
@@ -48,7 +48,6 @@ LIMITS = {
     "adam_beta": (0, 0.999999),
     "lora_dropout": (0, 0.999999),
 }
-LIMITS |= dict.fromkeys(AT_LEAST_1.split(), (1, 1e9))
 
 
 @dataclass
@@ -242,8 +241,8 @@ class Ranks:
     def close(self):
         """Leave the other ranks. From here on a signal ends the process at once: all is saved."""
         self.stop = True
-        self.barrier()
         if self.size > 1:
+            dist.barrier()
             dist.destroy_process_group()
 
 
@@ -257,10 +256,7 @@ def run_folder(config, ranks):
         ranks.lock = lock(run)  # kept open: closing the file would unlock it
     ranks.barrier()
     if not (run / ".lock").exists():
-        raise InputError(
-            f"rank {ranks.rank}: {run} is not the folder of rank 0: --out must be on a disk that "
-            "all nodes share"
-        )
+        raise InputError(f"rank {ranks.rank}: --out={run} must be on a disk that all nodes share")
     return run
 
 
@@ -431,10 +427,7 @@ def profiled(steps, config, stage, run, ranks):
 
 
 def print_stage(config, stage, model, groups, num_samples, steps, ranks):
-    """Print the data, the steps and the learning rates of the trained parts.
-
-    groups: of the optimizer.
-    """
+    """Print the data, the steps and the learning rates of the optimizer's groups."""
     options = config.stage_options(stage)
     num_trained = sum(p.numel() for group in groups for p in group["params"])
     rates = ", ".join(f"{group['part']} {group['peak']:g}" for group in groups)

@@ -124,10 +124,7 @@ def statistics(tower):
 
 
 def save_tower(tower, folder):
-    """Write weights, config and pixel statistics of a tower as transformers reads them.
-
-    Raises InputError.
-    """
+    """Write a tower as transformers reads it: weights, config, statistics of the pixels."""
     save_checkpoint(folder, *hugging_face(tower))
     save_processor(tower, folder)
 
