@@ -216,6 +216,7 @@ class MLLM(Pretrained):
         image_size=None,
         image_mode="pad",
         device="cpu",
+        vision_dtype=torch.float32,
         llm_dtype=torch.float32,
         llm_mapped=False,
     ):
@@ -230,7 +231,7 @@ class MLLM(Pretrained):
         template = template or find_template(folder) or "vicuna_v1"
         # Raise now if the tokenizer lacks the template's special tokens.
         encode(tokenizer, [("", "")], template)
-        towers = [load_part(TOWERS, path, device=device) for path in folders]
+        towers = [load_part(TOWERS, path, vision_dtype, device) for path in folders]
         spec = ImageSpec(image_size or towers[0].config.image_size, image_mode)
         if read_processor(folders[0])[0]:
             stated = ImageSpec.from_folder(folders[0])

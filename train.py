@@ -33,6 +33,7 @@ from common.run import (
     Ranks,
     check_progress,
     fingerprint,
+    name_out_of_memory,
     print_bad_step,
     print_stage,
     profiled,
@@ -57,7 +58,8 @@ def build_model(config, stage, device, mapped=False):
         image_size=config.image_size or None,
         image_mode=config.stage_options(stage).image_mode,
         device=device,
-        llm_dtype=config.llm_dtype(stage, device),
+        vision_dtype=config.dtype("vision", stage, device),
+        llm_dtype=config.dtype("llm", stage, device),
         llm_mapped=mapped,
     )
 
@@ -77,7 +79,7 @@ def build_stage(config, stage, run, ranks):
         lora.adapt(model.llm, config.lora_rank, config.lora_alpha, config.lora_dropout)
     if ranks.is_sharded:
         freeze(model, options.train)
-        dtype, bf16 = config.llm_dtype(stage, device), config.uses_bf16(device)
+        dtype, bf16 = config.dtype("llm", stage, device), config.uses_bf16(device)
         fsdp.shard(model, device, config.fsdp_replicas, dtype, bf16)
     if start and checkpoint.is_checkpoint(start):
         checkpoint.load_start(config, start, model)
@@ -210,7 +212,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
     network = model
     if ranks.size > 1 and not ranks.is_sharded:
         network = data_parallel(model, device)
-    log = Log(model, run, ranks, state)
+    log = Log(config, model, run, ranks, state)
     print_stage(config, stage, model, groups, len(dataset), steps, ranks)
 
     useless_steps = 0
@@ -238,7 +240,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
             # DDP sums gradients over the ranks once, after the last micro-batch.
             is_synced = network is model or i + 1 == len(micro_batches)
             syncing = nullcontext() if is_synced else network.no_sync()
-            with syncing:
+            with syncing, name_out_of_memory(step, batch):
                 with autocast:
                     loss = network(batch)
                 # DDP and FSDP average gradients over the ranks: multiply by their number.
@@ -292,7 +294,7 @@ def print_scores(config, model, run, ranks):
         lora.merge(model.llm)
         # Prompts of all lengths would compile the blocks again and again.
         with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
-            print(f"\n{table(evaluate(model, count=200))}")
+            print(f"\n{table(evaluate(model.float(), count=200))}")
     print(f"\nnext: python sample.py --model={run}/model")
 
 

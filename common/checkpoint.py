@@ -29,7 +29,7 @@ from common.save import replace_folder, write_json
 # Options that may differ when a run is resumed, without the number of the stage: those that do not
 # change its result, the learning rates, and the names of data files, which have a fingerprint.
 FREE_OPTIONS = (
-    "resume out stage device log_every profile save_every evaluate workers compile "
+    "resume out stage device wandb log_every profile save_every evaluate workers compile "
     "micro_batch fsdp fsdp_replicas activation_checkpointing memory_budget data eval_data "
     "image_dir lr connector_lr vision_lr lora_lr"
 ).split()

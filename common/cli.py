@@ -24,8 +24,7 @@ from common.errors import InputError
 
 # Errors of PyTorch that a user can do something about: words in their text, and what to do.
 REMEDIES = {
-    "out of memory": "use a smaller batch (--micro_batch or --batch, where there is one). In "
-    "training, --activation_checkpointing, --fsdp and a lower --max_length help too",
+    "out of memory": "use a smaller batch (--micro_batch or --batch, where there is one)",
     "DataLoader worker (pid": "a loader process was killed, mostly for memory: lower --workers",
     "address already in use": "give torchrun another --master_port",
     "socket has timed out": "no answer from --master_addr: is it the first node's address?",
@@ -210,7 +209,7 @@ def leave(status):
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(status)
-    atexit._run_exitfuncs()  # temporary folders are deleted
+    atexit._run_exitfuncs()  # wandb sends its last lines, temporary folders are deleted
     with suppress(OSError):  # the reader of our output may be gone
         sys.stdout.flush()
         sys.stderr.flush()

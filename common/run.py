@@ -13,12 +13,14 @@ import json
 import math
 import multiprocessing
 import os
+import secrets
 import signal
 import sys
 import time
 import zlib
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from shutil import which
@@ -99,10 +101,13 @@ class Config:
     save_every: int = option(500, "steps between checkpoints; Ctrl-C saves too")
     log_every: int = option(50, "steps between log lines")
     profile: int | None = option(None, "step to record in OUT/profile1.json and profile2.json")
+    wandb: bool = option(False, "log to Weights & Biases as well as to log.jsonl")
     evaluate: bool = option(True, "print the scores at the end, on the toy world")
     device: str = option("auto", "auto, cuda, mps or cpu")
     bf16: bool | None = option(None, "autocast; default: on CUDA, on a CPU for a large 16-bit LLM")
-    compile: bool | None = option(None, "torch.compile the blocks; default: on CUDA")
+    compile: bool | None = option(
+        None, "torch.compile the blocks; default: on CUDA, if there is a C compiler"
+    )
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks")
     fsdp_replicas: int = option(1, "copies of the sharded model (HSDP): one for each node")
     activation_checkpointing: bool = option(False, "recompute the LLM's blocks: less memory")
@@ -113,10 +118,13 @@ class Config:
     image_mode1: str | None = option(
         None, "image_mode of stage 1 only", section="the same for one stage; default: as above"
     )
+    image_mode2: str | None = option(None, "image_mode of stage 2 only")
     image_dir1: str | None = option(None, "image_dir of stage 1 only")
     image_dir2: str | None = option(None, "image_dir of stage 2 only")
     fsdp1: bool | None = option(None, "fsdp in stage 1 only")
+    fsdp2: bool | None = option(None, "fsdp in stage 2 only")
     activation_checkpointing1: bool | None = option(None, "recompute in stage 1 only")
+    activation_checkpointing2: bool | None = option(None, "recompute in stage 2 only")
 
     def __post_init__(self):
         self.lora_alpha = self.lora_alpha or 2 * self.lora_rank
@@ -136,6 +144,10 @@ class Config:
                 raise InputError(
                     f"--image_mode={options.image_mode}: must be one of {', '.join(IMAGE_MODES)}"
                 )
+        if self.wandb and not find_spec("wandb"):
+            raise InputError("--wandb: not installed; pip install wandb")
+        if self.fsdp_replicas > 1 and not (self.fsdp or self.fsdp1 or self.fsdp2):
+            raise InputError(f"--fsdp_replicas={self.fsdp_replicas}: needs --fsdp")
         if self.memory_budget and self.lora_dropout:
             raise InputError(
                 "--lora_dropout: needs --memory_budget=0. With a budget, compiled blocks would "
@@ -145,7 +157,7 @@ class Config:
             raise InputError(f"--init={self.init}: names the start of stage 2, so add --stage=2")
 
     def stage_options(self, stage):
-        """Return the options of one stage: in stage 1 .lr is --lr1, and --fsdp1 overrides .fsdp."""
+        """Return the options of one stage: in stage 2 .lr is --lr2, and --fsdp2 overrides .fsdp."""
         options = dict(vars(self))
         for key, value in vars(self).items():
             if key.endswith(str(stage)) and value is not None:
@@ -170,9 +182,12 @@ class Config:
 
     def uses_compile(self, device):
         """Decide about torch.compile: by default on CUDA, where a C compiler is installed."""
-        if self.compile is not None:
-            return self.compile
-        return device.type == "cuda" and which(os.environ.get("CC", "cc")) is not None
+        if self.compile is not None or device.type != "cuda":
+            return bool(self.compile)
+        compiler = which(os.environ.get("CC", "cc"))
+        if not compiler:
+            print("no C compiler: torch.compile is off", file=sys.stderr)
+        return bool(compiler)
 
     def num_workers(self, device):
         """Return the number of loader processes per rank: on CUDA the GPU should not wait."""
@@ -180,9 +195,10 @@ class Config:
             return self.workers
         return 4 if device.type == "cuda" else 0
 
-    def llm_dtype(self, stage, device):
-        """Trained parameters are float32. Under autocast a frozen LLM is bfloat16."""
-        is_trained = "llm" in self.stage_options(stage).train and not self.lora_rank
+    def dtype(self, part, stage, device):
+        """Trained parameters are float32. Under autocast a frozen tower or LLM is bfloat16."""
+        is_adapted = part == "llm" and self.lora_rank
+        is_trained = part in self.stage_options(stage).train and not is_adapted
         return torch.bfloat16 if self.uses_bf16(device) and not is_trained else torch.float32
 
 
@@ -292,14 +308,14 @@ NO_STEPS = {"steps": 0, "loss": 0.0, "skipped": 0}
 
 
 class Log:
-    """Print the numbers of a stage, and write them to log.jsonl.
+    """Print the numbers of a stage, and write them to log.jsonl and, with --wandb, to W&B.
 
     state: has the stage, its number of steps, and the step at which it starts or continues. Lines
     of later steps are dropped: a killed run trained them after its last checkpoint, and they are
     trained again.
     """
 
-    def __init__(self, model, run, ranks, state):
+    def __init__(self, config, model, run, ranks, state):
         self.ranks = ranks
         # FLOPs a token: 2 in the forward, 2 for an input's gradient, 2 for that of a trained weight
         parameters = model.llm.parameters()
@@ -310,6 +326,7 @@ class Log:
         self.stage = state["stage"]
         self.tokens = self.num_steps = self.num_printed = 0
         self.interval = state["interval"]
+        self.wandb = start_wandb(config, run) if config.wandb and ranks.is_main else None
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if ranks.is_main:
@@ -403,13 +420,34 @@ class Log:
         self.append({"step": step, "held_out_loss": loss})
 
     def append(self, record):
-        """Write numbers of a step to log.jsonl."""
+        """Write numbers of a step to log.jsonl and W&B."""
         if not self.ranks.is_main:
             return
         # JSON has no NaN
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps({"stage": self.stage} | finite) + "\n")
+        if self.wandb:
+            self.wandb.log({f"stage{self.stage}/{key}": record[key] for key in record})
+
+
+def start_wandb(config, run):
+    """Start the curves of a run in Weights & Biases, or continue those of a resumed run."""
+    import wandb
+
+    name = run / "wandb.id"
+    if not name.exists():
+        name.write_text(secrets.token_hex(4))
+    board = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "nanoMLLM"),
+        id=name.read_text(),
+        resume="allow",
+        dir=run,
+        config=asdict(config),
+    )
+    for stage in ("stage1", "stage2"):
+        board.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+    return board
 
 
 def profiled(steps, config, stage, run, ranks):
@@ -427,19 +465,23 @@ def profiled(steps, config, stage, run, ranks):
 
 
 def print_stage(config, stage, model, groups, num_samples, steps, ranks):
-    """Print the data, the steps and the learning rates of the optimizer's groups."""
+    """Print the parts, the data, the steps and the learning rates of the optimizer's groups."""
     options = config.stage_options(stage)
-    num_trained = sum(p.numel() for group in groups for p in group["params"])
-    rates = ", ".join(f"{group['part']} {group['peak']:g}" for group in groups)
+    trained = {group["part"]: group["peak"] for group in groups}
+    parts = []
+    for part in PARTS:
+        numbers = sum(p.numel() for p in getattr(model, part).parameters()) / 1e6
+        parts.append(f"{part} {numbers:.2f}M {'trained' if part in trained else 'frozen'}")
+    rates = ", ".join(f"{part} {rate:g}" for part, rate in trained.items())
     precision = "bfloat16" if config.uses_bf16(ranks.device) else "float32"
     extras = ", FSDP" if ranks.is_sharded else ""
     extras += ", compiled" if config.compile else ""
     ranks.print(
-        f"\nstage {stage}: {num_samples:,} samples ({', '.join(options.data)}), "
+        f"\nstage {stage}: {', '.join(parts)}\n"
+        f"  {num_samples:,} samples ({', '.join(options.data)}), "
         f"{model.tokens_per_image} visual tokens an image\n"
-        f"  {num_trained / 1e6:.2f}M trained parameters, peak learning rates: {rates}\n"
-        f"  {steps} steps of {options.batch}; {precision} on {ranks.size} x "
-        f"{ranks.device.type}{extras}"
+        f"  {steps} steps of {options.batch}, peak learning rates: {rates}; "
+        f"{precision} on {ranks.size} x {ranks.device.type}{extras}"
     )
 
 
@@ -451,6 +493,18 @@ def print_bad_step(step, loss, norm, micro_batches, losses):
             names += batch.ids
     among = f" (among {', '.join(names)})" if names else ""
     print(f"step {step}: loss {loss}, gradient norm {norm}: step skipped{among}", file=sys.stderr)
+
+
+@contextmanager
+def name_out_of_memory(step, batch):
+    """Raise InputError if a GPU's memory is not enough for a batch: with step and tokens."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"step {step}: out of memory with {batch.tokens.numel():,} tokens: lower --micro_batch "
+            "or --max_length, or add --activation_checkpointing or --fsdp"
+        ) from None
 
 
 def check_progress(stage, step, useless_steps, steps):

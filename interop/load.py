@@ -106,8 +106,8 @@ def start_from(model, path, mapped=False):
             f"{path}: has the connector {found.name} with {found.options}, not {expected.name} "
             f"with {expected.options}: see --connector"
         )
-    for part in (whole.vision, whole.connector):
-        part.to(device, torch.float32)
+    whole.vision.to(device, next(model.vision.parameters()).dtype)
+    whole.connector.to(device, torch.float32)
     whole.base = str(path)  # of LoRA adapters
     print(f"starting from the model {path}: its towers, LLM, template and image size")
     return whole

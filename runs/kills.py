@@ -35,7 +35,7 @@ KINDS = {
     "fsdp": f"{RANKS} --fsdp=true",
     "fsdp and lora": f"{RANKS} --fsdp=true --lora_rank=4 --lora_lr2=1e-3",
 }
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "seconds_per_step", "tokens_per_second")
 
 
 def train(kind, run, seconds=None, resume=False):

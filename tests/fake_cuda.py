@@ -390,14 +390,14 @@ class FakeConfig(plan.PlanConfig):
     eager: bool = option(True, "run without torch.compile, too")
 
 
-def make_fake(model, is_sharded, llm_dtype, device):
+def make_fake(model, is_sharded, dtypes, device):
     """Give a model on the meta device fake tensors, as build_model leaves the real ones."""
     for prefix, module in model.named_modules():
-        is_llm = prefix.startswith("llm")
-        place = "cpu" if is_llm and is_sharded else device
+        part = prefix.partition(".")[0]
+        place = "cpu" if part == "llm" and is_sharded else device
         for name, p in module._parameters.items():
             if p is not None:
-                dtype = llm_dtype if is_llm else torch.float32
+                dtype = dtypes.get(part, torch.float32)
                 empty = torch.empty(p.shape, dtype=dtype, device=place)
                 module._parameters[name] = torch.nn.Parameter(empty, p.requires_grad)
         for name, buffer in module._buffers.items():
@@ -464,8 +464,11 @@ def run(config):
         ranks = Ranks(device)
         ranks.agree = lambda *_: None
         ranks.is_sharded = config.stage_options(stage).fsdp and config.gpus > 1
-        dtype = torch.bfloat16 if ranks.is_sharded else config.llm_dtype(stage, ranks.device)
-        make_fake(model, ranks.is_sharded, dtype, ranks.device)
+        dtypes = {part: config.dtype(part, stage, ranks.device) for part in ("vision", "llm")}
+        if ranks.is_sharded:
+            # as in its files
+            dtypes["llm"] = torch.bfloat16
+        make_fake(model, ranks.is_sharded, dtypes, ranks.device)
         for owner, name, value in (
             (torch.nn.Module, "compile", lambda module, dynamic: compiler.compile(module)),
             (train, "build_model", lambda *_: model),

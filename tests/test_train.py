@@ -223,6 +223,15 @@ def test_bad_steps_are_skipped_and_after_ten_a_lower_learning_rate_continues_fro
     assert all(tensor.isfinite().all() for tensor in saved_weights().values())
 
 
+def test_too_little_memory_is_one_line_with_the_step_and_the_tokens(dialogue_flags, monkeypatch):
+    def forward(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.MLLM, "forward", forward)
+    with refused("step 0: out of memory with [0-9]+ tokens: lower --micro_batch"):
+        train.main(dialogue_flags())
+
+
 WRONG = "connector=dance connector.groups=0 connector.layer=3 vision=nowhere"
 WRONG += " device=meta llm=nowhere template=klingon image_size=65 image_mode=squash stage=3"
 WRONG += " image_mode1=squash eval_data2=nowhere.json lora_dropout=1 init=run"

@@ -264,7 +264,7 @@ def memory(plan):
     rest = size(model.llm) - L * block_size
 
     split = plan.llm_bytes * size(model.llm) + 4 * plan.adapters() + 4 * size(model.connector)
-    weights = split / plan.shards + 4 * size(model.vision)
+    weights = split / plan.shards + plan.activation_bytes * size(model.vision)
     gradients = 4 * plan.num_trained() / plan.shards
     copies = 0
     if sharded:
