@@ -116,6 +116,7 @@ class Config:
     steps1: int = option(60, "steps of stage 1")
     steps2: int = option(240, "steps of stage 2")
     count: int = option(200, "questions per task")
+    jobs: int = option(min(8, os.cpu_count()), "parallel runs")
     out: str = option("out/findings", "folder of the results")
 
     def rows(self, table):
@@ -196,7 +197,7 @@ def run_all(config):
     print(f"{len(missing)} runs to do", flush=True)
     # For each train.py: models this small gain little by a second thread.
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+    with ThreadPoolExecutor(config.jobs) as pool:
         # An error or Ctrl-C cancels the runs that have not started.
         list(pool.map(partial(run_arm, config), missing))
 

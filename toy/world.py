@@ -174,15 +174,17 @@ def texture(rng):
 
 def distance(shape, x, y, half):
     """Return the distance of the points x, y to a centered shape in pixels, negative inside."""
+    # Left and right are alike.
+    x = abs(x)
     if shape == "circle":
         return np.hypot(x, y) - half
     if shape == "square":
-        return np.maximum(abs(x), abs(y)) - half
+        return np.maximum(x, abs(y)) - half
     if shape == "triangle":
-        return np.maximum((2 * abs(x) - y - half) / 5**0.5, y - half)
+        return np.maximum((2 * x - y - half) / 5**0.5, y - half)
     # A cross: two bars, three times as long as wide.
-    across = np.maximum(abs(x) - half, abs(y) - half / 3)
-    down = np.maximum(abs(x) - half / 3, abs(y) - half)
+    across = np.maximum(x - half, abs(y) - half / 3)
+    down = np.maximum(x - half / 3, abs(y) - half)
     return np.minimum(across, down)
 
 
@@ -306,6 +308,7 @@ def dialogue(objects, rng, hard=0.5):
 # --- the dataset --------------------------------------------------------------------------
 
 
+@dataclass
 class World:
     """The world as a dataset of `size` samples.
 
@@ -314,8 +317,9 @@ class World:
     caption if the scene has none.
     """
 
-    def __init__(self, split, size, style="dialogue"):
-        self.split, self.size, self.style = split, size, style
+    split: str
+    size: int
+    style: str = "dialogue"
 
     def __len__(self):
         return self.size
