@@ -11,26 +11,24 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from toy import world
+from toy.views import GRID, PATCH
 
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 # Their ids.
 PAD, BOS, EOS = 0, 2, 3
-# A drawing has as many cells as an image has patches.
-GRID, CELL = 8, world.SIDE // 8
 
 
 def place_words(o):
     """Say where an object is: "at the top left", "in the middle"."""
-    column, row = (min(2, int(value / world.SIDE * 3)) for value in o.center)
-    words = [("top", "", "bottom")[row], ("left", "", "right")[column]]
-    return f"at the {' '.join(filter(None, words))}" if any(words) else "in the middle"
+    column, row = (int(value / world.SIDE * 3) for value in o.center)
+    words = ("top ", "", "bottom ")[row] + ("left", "", "right")[column]
+    return f"at the {words.strip()}" if words else "in the middle"
 
 
 def clip_caption(objects, rng, places=False):
     """Name one to three of the objects in any order. The tokenizer also learns their places."""
-    chosen = rng.permutation(len(objects))[: rng.integers(1, 4)]
     texts = []
-    for i in chosen:
+    for i in rng.permutation(len(objects))[: rng.integers(1, 4)]:
         place = f" {place_words(objects[i])}" if places else ""
         texts.append(f"a {objects[i].name}{place}")
     return " and ".join(texts)
@@ -41,22 +39,22 @@ def wrong_caption(caption, rng):
     words = caption.split(" ")
     kinds = world.SHAPES if rng.random() < 0.7 else world.NAMES
     place = rng.choice([i for i, word in enumerate(words) if word in kinds])
-    words[place] = str(rng.choice([kind for kind in kinds if kind != words[place]]))
+    words[place] = rng.choice([kind for kind in kinds if kind != words[place]])
     return " ".join(words)
 
 
 def drawing(objects):
-    """Draw a scene in letters, 8 x 8 cells in reading order.
+    """Draw a scene in letters: 8 x 8 cells in reading order, one for each patch of the image.
 
     An empty cell is " ..". Else it has the color's initial, the shape's first two letters, row and
     column, as in " Rci04" for a red circle in the first row.
     """
-    cells, edges = np.full((GRID, GRID), " ..", dtype=object), np.arange(GRID + 1) * CELL
+    cells, edges = np.full((GRID, GRID), " ..", dtype=object), np.arange(GRID + 1) * PATCH
     for o in objects:
         # How much of each column and row the object covers.
         width = np.diff(edges.clip(o.x, o.x + o.side))
         height = np.diff(edges.clip(o.y, o.y + o.side))
-        for row, column in np.argwhere(np.outer(height, width) > 0.3 * CELL**2):
+        for row, column in np.argwhere(np.outer(height, width) > 0.3 * PATCH**2):
             cells[row, column] = f" {o.color[0].upper()}{o.shape[:2]}{row}{column}"
     return "".join(cells.flat)
 
@@ -72,9 +70,8 @@ def text_scene(objects, rng, whole):
     else:
         text = world.listing([objects[i] for i in rng.permutation(len(objects))])
     if whole:
-        caption = "Describe the picture.", world.caption(objects)
-        listing = "List the shapes.", world.listing(world.left_to_right(objects))
-        turn = (caption, listing)[rng.integers(2)]
+        task = ("caption", "listing")[rng.integers(2)]
+        turn = world.question(task, objects, rng)
         return text, [turn], ("plain", "tiny")[rng.integers(2)]
     tasks = ["presence", "rec", "reg"] * 3 + ["relation", "count"] * 2 + ["attribute"]
     turns = []
@@ -118,7 +115,3 @@ def make_tokenizer():
         single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
     )
     return tokenizer
-
-
-def encode_text(tokenizer, text):
-    return tokenizer.encode(text, add_special_tokens=False).ids

@@ -21,7 +21,6 @@ checkpoints in the repository.
 import copy
 import itertools
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +40,9 @@ from dinov2 import DINOv2, DINOv2Config
 from eval import score
 from llama import Llama, LlamaConfig
 from toy import language, views, world
-from toy.language import encode_text, make_tokenizer
 from toy.scenes import questions
 from toy.views import GRID, PATCH, object_of_patch, pixels_of
-from vit import Block, ViT, ViTConfig
+from vit import Block, ViT, ViTConfig, prepend
 
 # Mean and standard deviation of the world's pixels.
 MEAN, STD = (0.33,) * 3, (0.22,) * 3
@@ -62,11 +60,10 @@ POSITION_STD = 0.3
 class Config:
     model: str = option("", "clip, dinov2, mae, deit or llama; the first word of the command")
     out: str = option("", "folder to write; default: weights/MODEL")
-    steps: int = option(0, "optimizer steps; 0: those of the checkpoint in weights/")
-    batch: int = option(0, "images or texts per step; 0: likewise")
-    weight_decay: float = option(0.0, "of the matrices; 0: likewise")
+    steps: int = option(0, "optimizer steps; default: those of the checkpoint in weights/")
+    batch: int = option(0, "images or texts per step; default: likewise")
+    weight_decay: float = option(0.0, "of the matrices; default: likewise")
     seed: int = option(0, "seed of the initialization and of the scenes")
-    evaluate: bool = option(True, "print scores on held-out scenes at the end")
 
 
 # --- shared by all five -------------------------------------------------------------------
@@ -82,12 +79,9 @@ def train(model, loss_of, config, lr=6e-3, adamw=0.5):
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() == 2 and "embed" not in name
         (matrices if is_matrix else others).append(parameter)
-    muon = torch.optim.Muon(
-        matrices, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
+    decay = config.weight_decay
+    muon = torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
-    start = time.time()
-    model.train()
     for step in range(config.steps):
         cosine = (1 + math.cos(math.pi * step / config.steps)) / 2
         factor = min((step + 1) / 100, cosine)
@@ -99,9 +93,8 @@ def train(model, loss_of, config, lr=6e-3, adamw=0.5):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         muon.step()
         adam.step()
-        if step % 50 == 0 or step + 1 == config.steps:
-            seconds = time.time() - start
-            print(f"step {step:5d}  loss {loss.item():.4f}  {seconds:.0f} s", flush=True)
+        if step % 50 == 0:
+            print(f"step {step:5d}  loss {loss.item():.4f}", flush=True)
 
 
 def scenes_of(config, step, one, two):
@@ -130,13 +123,12 @@ def encode_patches(tower, pixels, parts, mask=None):
     pixels: uint8 (B, 3, 64, 64). parts (B, n): the numbers of the patches. mask (B, n): which of
     them the mask token replaces.
     """
-    chosen = parts[..., None].expand(-1, -1, WIDTH)
-    positions = tower.position_embeddings.expand(len(parts), -1, -1)
-    x = tower.embed_patches(pixels).gather(1, chosen)
+    positions, parts = tower.position_embeddings, parts[..., None]
+    x = tower.embed_patches(pixels).take_along_dim(parts, 1)
     if mask is not None:
-        x = torch.where(mask[..., None], tower.mask_token.to(x.dtype), x)
-    x = x + positions[:, 1:].gather(1, chosen)
-    x = torch.cat([tower.cls_token + positions[:, :1], x], dim=1)
+        x = torch.where(mask[..., None], tower.mask_token, x)
+    x = x + positions[:, 1:].take_along_dim(parts, 1)
+    x = prepend(tower.cls_token + positions[:, :1], x)
     for block in tower.blocks:
         x = block(x)
     x = tower.norm(x)
@@ -161,8 +153,11 @@ def share(right):
 
 
 def pretrain_clip(config):
-    """Match images with captions. Captions with a wrong word make the shapes necessary."""
-    tokenizer = make_tokenizer()
+    """Match B images with 2B captions, half of them with a wrong word.
+
+    The wrong words make the shapes necessary.
+    """
+    tokenizer = language.make_tokenizer()
     text = CLIPTextConfig(
         num_hidden_layers=2,
         vocab_size=tokenizer.get_vocab_size(),
@@ -176,25 +171,21 @@ def pretrain_clip(config):
     nn.init.normal_(clip.vision.position_embedding, std=POSITION_STD)
     clip.vision.position_embedding.data[1:] = sincos_positions()
 
+    target = torch.arange(config.batch)
+
     def loss_of(step):
-        return caption_loss(clip, scenes_of(config, step, 0.15, 0.4))
+        scenes = scenes_of(config, step, 0.15, 0.4)
+        texts, wrong = [], []
+        for index, objects in scenes:
+            rng = world.generator("train", index, 3)
+            texts.append(language.clip_caption(objects, rng))
+            wrong.append(language.wrong_caption(texts[-1], rng))
+        logits = clip.similarity(pixels_of(scenes), texts + wrong)  # (B, 2B)
+        to_image = F.cross_entropy(logits[:, : config.batch].T, target)
+        return (F.cross_entropy(logits, target) + to_image) / 2
 
     train(clip, loss_of, config, adamw=0.25)
     return clip
-
-
-def caption_loss(clip, scenes):
-    """Compute the contrastive loss of B scenes, with a right and a wrong caption for each."""
-    texts, wrong = [], []
-    for index, objects in scenes:
-        rng = world.generator("train", index, 3)
-        texts.append(language.clip_caption(objects, rng))
-        wrong.append(language.wrong_caption(texts[-1], rng))
-    logits = clip.similarity(pixels_of(scenes), texts + wrong).float()  # (B, 2B)
-    target = torch.arange(len(scenes))
-    to_text = F.cross_entropy(logits, target)
-    to_image = F.cross_entropy(logits[:, : len(scenes)].T, target)
-    return (to_text + to_image) / 2
 
 
 def clip_scores(clip, count=256):
@@ -222,7 +213,7 @@ class Head(nn.Sequential):
         super().__init__(nn.Linear(WIDTH, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Linear(256, 64))
 
     def forward(self, x):
-        return F.normalize(super().forward(x).float(), dim=-1)
+        return F.normalize(super().forward(x), dim=-1)
 
 
 def pretrain_dinov2(config):
@@ -238,10 +229,8 @@ def pretrain_dinov2(config):
         for average, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
             average.lerp_(parameter.detach(), 0.02)
         whole = step >= 0.6 * config.steps
-        scenes = scenes_of(config, step, 0.3, 0.6)
-        scenes = scenes[:48] if whole else scenes
-        pixels, parts = views.make_views(scenes, whole, rng, generator)
-        mask = make_mask(parts.shape, 0.5 if whole else 0.25, generator)
+        scenes = scenes_of(config, step, 0.3, 0.6)[: 48 if whole else None]
+        pixels, parts, mask = views.make_views(scenes, whole, rng, generator)
         cls, patches = encode_patches(tower, pixels, parts, mask)
         with torch.no_grad():
             _, known = encode_patches(teacher["tower"], pixels, parts)
@@ -264,15 +253,6 @@ def contrast(queries, keys, target):
     if keys is queries:
         logits.fill_diagonal_(-torch.inf)
     return F.cross_entropy(logits, target)
-
-
-def make_mask(shape, share, generator):
-    """Mask 10% to 50% of the patches in this share of the views: bool (V, n)."""
-    amount = torch.rand(shape[0], 1, generator=generator) * 0.4 + 0.1
-    mask = torch.rand(shape, generator=generator) < amount
-    mask &= torch.rand(shape[0], 1, generator=generator) < share
-    mask[0, :2] = True
-    return mask
 
 
 # --- MAE and DeiT: one ViT, trained in two ways -------------------------------------------
@@ -303,7 +283,7 @@ class Decoder(nn.Module):
 
     def forward(self, seen, places):
         seen = self.embed(seen)
-        x = self.mask_token.to(seen.dtype).expand(len(seen), GRID**2, -1)
+        x = self.mask_token.expand(len(seen), GRID**2, -1)
         x = x.scatter(1, places[..., None].expand_as(seen), seen)
         return self.layers(x + self.positions)
 
@@ -324,8 +304,7 @@ def pretrain_mae(config):
         order = torch.rand(target.shape[:2], generator=generator).argsort(1)
         seen, hidden = order.split([26, 38], dim=1)
         _, patches = encode_patches(tower, pixels, seen)
-        prediction = decoder(patches, seen).float()
-        hidden = hidden[..., None]
+        prediction, hidden = decoder(patches, seen), hidden[..., None]
         return F.mse_loss(prediction.take_along_dim(hidden, 1), target.take_along_dim(hidden, 1))
 
     train(nn.ModuleDict({"tower": tower, "decoder": decoder}), loss_of, config)
@@ -334,14 +313,14 @@ def pretrain_mae(config):
 
 def pretrain_deit(config):
     """Classify images of one large object, as on ImageNet: 4 shapes x 8 colors."""
-    # model_type as in facebook/deit-small-*
+    # The model_type of facebook/deit-small-*.
     tower = plain_vit("vit", num_labels=32)
     generator, rng = generators(config)
 
     def loss_of(step):
         scenes = scenes_of(config, step, 0, 1)
         classes = torch.tensor([objects[0].kind for _, objects in scenes])
-        logits = tower.classify(views.crops(scenes, generator, rng)).float()
+        logits = tower.classify(views.crops(scenes, generator, rng))
         return F.cross_entropy(logits, classes, label_smoothing=0.1)
 
     train(tower, loss_of, config)
@@ -358,13 +337,10 @@ def probe_data(tower, split, count):
     color as one-hot vectors, and the box.
     """
     scenes = [(index, world.scene(split, index)) for index in range(count)]
-    images, patches, shown = [], [], []
-    for i, (_, objects) in enumerate(scenes):
-        for patch, number in enumerate(object_of_patch(objects)):
-            if number >= 0:
-                images.append(i)
-                patches.append(tower.num_prefix_tokens + patch)
-                shown.append(objects[number])
+    numbers = np.stack([object_of_patch(objects) for _, objects in scenes])
+    images, patches = np.nonzero(numbers >= 0)
+    shown = [scenes[i][1][numbers[i, patch]] for i, patch in zip(images, patches, strict=True)]
+    patches += tower.num_prefix_tokens
     hidden = tower(pixels_of(scenes, split))
     features = [F.pad(x[images, patches], (0, 1), value=1).double() for x in hidden]
     kinds = torch.tensor([o.kind for o in shown])
@@ -403,9 +379,19 @@ def pad(rows, value):
     return pad_sequence([torch.tensor(row) for row in rows], True, value)
 
 
+def encode_scene(tokenizer, text, turns, template):
+    """Encode turns about a scene in text, which takes the place of the image -> ids, labels."""
+    (question, answer), *rest = turns
+    ids, labels = encode(tokenizer, [(f"<image>\n{question}", answer), *rest], template)
+    place, scene = ids.index(IMAGE), tokenizer.encode(text, add_special_tokens=False).ids
+    ids[place : place + 1] = scene
+    labels[place : place + 1] = [IGNORE] * len(scene)
+    return ids, labels
+
+
 def pretrain_llama(config):
     """Predict the answers: scenes and questions are random, and nobody can predict them."""
-    tokenizer = make_tokenizer()
+    tokenizer = language.make_tokenizer()
     llama = Llama(
         LlamaConfig(
             vocab_size=tokenizer.get_vocab_size(),
@@ -425,18 +411,13 @@ def pretrain_llama(config):
         rows, targets = [], []
         for index, objects in scenes_of(config, step, 0.04, 0.1):
             rng = world.generator("train", index, 4)
-            text, turns, template = language.text_scene(objects, rng, step % 4 == 0)
-            (question, answer), *rest = turns
-            ids, labels = encode(tokenizer, [(f"<image>\n{question}", answer), *rest], template)
-            # The scene in text is where the image would be.
-            place, text = ids.index(IMAGE), encode_text(tokenizer, text)
-            ids[place : place + 1] = text
-            labels[place : place + 1] = [IGNORE] * len(text)
+            scene = language.text_scene(objects, rng, step % 4 == 0)
+            ids, labels = encode_scene(tokenizer, *scene)
             rows.append(ids)
             targets.append(labels)
         tokens, labels = pad(rows, language.PAD), pad(targets, IGNORE)[:, 1:]
         answers = labels >= 0
-        logits = llama.logits(llama(tokens[:, :-1], hidden_only=True)[answers]).float()
+        logits = llama.logits(llama(tokens[:, :-1], hidden_only=True)[answers])
         return F.cross_entropy(logits, labels[answers])
 
     train(llama, loss_of, config)
@@ -448,16 +429,14 @@ def llama_scores(llama, count=200):
 
     A drawing shows boxes only to an eighth of the image.
     """
-    tokenizer, scores = make_tokenizer(), {}
+    tokenizer, scores = language.make_tokenizer(), {}
     for task in world.TASKS:
         scores[task] = []
         for describe in (language.drawing, world.listing):
             prompts, targets = [], []
             for _, objects, question, target in itertools.islice(questions(task), count):
-                ids, _ = encode(tokenizer, [(f"<image>\n{question}", None)], "tiny")
-                place = ids.index(IMAGE)
-                ids[place : place + 1] = encode_text(tokenizer, describe(objects))
-                prompts.append(ids)
+                turns = [(question, None)]
+                prompts.append(encode_scene(tokenizer, describe(objects), turns, "tiny")[0])
                 targets.append(target)
             lengths = torch.tensor([len(prompt) for prompt in prompts])
             answers = llama.generate(pad(prompts, language.PAD), 48, lengths=lengths)
@@ -469,15 +448,15 @@ def llama_scores(llama, count=200):
 
 # --- the command --------------------------------------------------------------------------
 
-# Training, class, scores of the saved model, and defaults: steps, batch and weight decay. With 0.05
-# CLIP's values would grow tenfold from hidden[0] to hidden[5], and a mean over layers would be that
-# of the deep ones.
+# Training, scores of the saved model, and default flags. With a weight decay of 0.05 CLIP's values
+# would grow tenfold from hidden[0] to hidden[5], and a mean over layers would be that of the deep
+# ones.
 RECIPES = {
-    "clip": (pretrain_clip, CLIP, clip_scores, 1800, 128, 0.2),
-    "dinov2": (pretrain_dinov2, DINOv2, probe_scores, 1600, 128, 1.0),
-    "mae": (pretrain_mae, ViT, probe_scores, 900, 64, 0.05),
-    "deit": (pretrain_deit, ViT, probe_scores, 1000, 32, 0.05),
-    "llama": (pretrain_llama, Llama, llama_scores, 9000, 16, 0.05),
+    "clip": (pretrain_clip, clip_scores, "--steps=1800 --batch=128 --weight_decay=0.2"),
+    "dinov2": (pretrain_dinov2, probe_scores, "--steps=1600 --batch=128 --weight_decay=1.0"),
+    "mae": (pretrain_mae, probe_scores, "--steps=900 --batch=64 --weight_decay=0.05"),
+    "deit": (pretrain_deit, probe_scores, "--steps=1000 --batch=32 --weight_decay=0.05"),
+    "llama": (pretrain_llama, llama_scores, "--steps=9000 --batch=16 --weight_decay=0.05"),
 }
 
 
@@ -496,19 +475,16 @@ def save(model, folder):
 
 
 def main(arguments):
-    config = cli.parse(Config, arguments, __doc__)
-    recipe = cli.find_class(RECIPES, config.model, "model")
-    pretrain, model_class, scores, steps, batch, weight_decay = recipe
-    config.steps = config.steps or steps
-    config.batch = config.batch or batch
-    config.weight_decay = config.weight_decay or weight_decay
+    name = cli.parse(Config, arguments, __doc__).model
+    pretrain, scores, defaults = cli.find_class(RECIPES, name, "model")
+    config = cli.parse(Config, [*defaults.split(), *arguments])
     torch.manual_seed(config.seed)
-    folder = Path(config.out or f"weights/{config.model}")
+    folder = Path(config.out or f"weights/{name}")
     print(config)
-    save(pretrain(config), folder)
-    if config.evaluate:
-        with torch.no_grad():
-            print("held out:", scores(model_class.from_pretrained(folder)))
+    model = pretrain(config)
+    save(model, folder)
+    with torch.no_grad():
+        print("held out:", scores(type(model).from_pretrained(folder)))
 
 
 if __name__ == "__main__":

@@ -24,43 +24,37 @@ SCENES = 1000
 WELL_READ = 256
 
 
-def make_clip(index):
-    """Choose the scene of clip `index`, and the order of its objects -> the object per frame."""
+def choose_objects(index):
+    """Choose the scene of clip `index` -> its objects in the order in which they appear."""
     scenes = (world.scene("test", n) for n in count(SCENES * index))
     objects = next(objects for objects in scenes if len(objects) > 1)
-    order = world.generator("test", index, 4).permutation(len(objects))
-    return [objects[order[frame * len(objects) // FRAMES]] for frame in range(FRAMES)]
-
-
-def score_clips(model, task, number):
-    """Score a task on clips, shown in three ways -> {way: share of right answers}."""
-    ways, turns = {"one frame": [], "eight frames": [], "one image": []}, []
-    for index in range(number):
-        shown = make_clip(index)
-        objects = list({o.name: o for o in shown}.values())
-        turns.append(world.any_question(task, objects, world.generator("test", index, 2)))
-        # All on one background.
-        clip = [world.draw([o], "test", SCENES * index) for o in shown]
-        ways["one frame"].append([clip[FRAMES // 2]])
-        ways["eight frames"].append(clip)
-        ways["one image"].append([world.draw(objects, "test", SCENES * index)])
-    texts, targets = zip(*turns, strict=True)
-    scores = {"best guess": max(map(targets.count, targets)) / number}
-    for way, clips in ways.items():
-        prompts = [f"{MARK * len(clips[0])}\n{text}" for text in texts]
-        scores[way], *_ = score(task, answer(model, clips, prompts, 25), targets).values()
-    return scores
+    return [objects[i] for i in world.generator("test", index, 4).permutation(len(objects))]
 
 
 def evaluate(model, number):
     """Ask `number` questions per task -> {"presence, eight frames": share of right answers, ...}.
 
-    If eight frames have more than WELL_READ tokens, all images are pooled.
+    Clips are shown in three ways. If eight frames have more than WELL_READ tokens, all images are
+    pooled.
     """
     if FRAMES * model.tokens_per_image > WELL_READ:
         pool_tokens(model, "grid")
     scores = {}
     for task in ("presence", "count"):
-        for way, value in score_clips(model, task, number).items():
-            scores[f"{task}, {way}"] = value
+        ways, turns = {"one frame": [], "eight frames": [], "one image": []}, []
+        for index in range(number):
+            objects = choose_objects(index)
+            turns.append(world.any_question(task, objects, world.generator("test", index, 2)))
+            shown = [objects[frame * len(objects) // FRAMES] for frame in range(FRAMES)]
+            # All on one background.
+            clip = [world.draw([o], "test", SCENES * index) for o in shown]
+            ways["one frame"].append([clip[FRAMES // 2]])
+            ways["eight frames"].append(clip)
+            ways["one image"].append([world.draw(objects, "test", SCENES * index)])
+        texts, targets = zip(*turns, strict=True)
+        scores[f"{task}, best guess"] = max(map(targets.count, targets)) / number
+        for way, clips in ways.items():
+            prompts = [f"{MARK * len(clips[0])}\n{text}" for text in texts]
+            answers = answer(model, clips, prompts, 25)
+            scores[f"{task}, {way}"], *_ = score(task, answers, targets).values()
     return scores

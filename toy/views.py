@@ -66,19 +66,25 @@ def crops(scenes, generator, rng):
 
 
 def make_views(scenes, whole, rng, generator):
-    """Draw two views of every scene -> pixels (V, 3, 64, 64), parts (V, n).
+    """Draw two views of every scene -> pixels (V, 3, 64, 64), parts (V, n), mask (V, n).
 
     Views i and i + V/2 show the same objects elsewhere, on another background, in other colors.
-    parts: the patches to see, all if `whole`.
+    parts: the patches to see, all if `whole`. mask: 10% to 50% of them, in half of the views if
+    `whole`, else in a quarter.
     """
     views = []
     for offset in (0, 7_777_777):
         views += [(index + offset, move(objects, rng)) for index, objects in scenes]
     pixels = recolor(pixels_of(views), generator)
-    parts = [
-        np.arange(GRID**2) if whole else patches_around(objects[0], rng) for _, objects in views
-    ]
-    return pixels, torch.from_numpy(np.stack(parts))
+    if whole:
+        parts = torch.arange(GRID**2).expand(len(views), -1)
+    else:
+        parts = torch.stack([patches_around(objects[0], rng) for _, objects in views])
+    amount = torch.rand(len(views), 1, generator=generator) * 0.4 + 0.1
+    mask = torch.rand(parts.shape, generator=generator) < amount
+    mask &= torch.rand(len(views), 1, generator=generator) < (0.5 if whole else 0.25)
+    mask[0, :2] = True
+    return pixels, parts, mask
 
 
 def move(objects, rng):
@@ -108,12 +114,9 @@ def recolor(pixels, generator):
 
 def patches_around(o, rng):
     """Choose 4 x 4 of the 8 x 8 patches that cover an object of 24 pixels or fewer: (16,)."""
-    row, column = (first_patch(start, o.side, rng) for start in (o.y, o.x))
-    square = np.arange(GRID**2).reshape(GRID, GRID)[row : row + 4, column : column + 4]
-    return square.flatten()
-
-
-def first_patch(start, side, rng):
-    """Choose the first of four patches in a row that cover start to start + side."""
-    first = max(0, math.ceil((start + side) / PATCH) - 4)
-    return rng.integers(first, min(4, int(start / PATCH)) + 1)
+    slices = []
+    for start in (o.y, o.x):
+        lowest = max(0, math.ceil((start + o.side) / PATCH) - 4)
+        first = rng.integers(lowest, min(4, int(start / PATCH)) + 1)
+        slices.append(slice(first, first + 4))
+    return torch.arange(GRID**2).view(GRID, GRID)[*slices].flatten()
