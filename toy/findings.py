@@ -164,7 +164,9 @@ def run_arm(config, run):
         for task in TASKS:
             images, texts, targets = task_questions(task, config.count)
             scores[task], *_ = score(task, answer(model, images, texts, 50), targets).values()
-    write_json(Path(config.out, f"{arm}-{seed}.json"), result)
+    unfinished = Path(config.out, f"{arm}-{seed}.partial")
+    write_json(unfinished, result)
+    unfinished.replace(unfinished.with_suffix(".json"))
     print(f"{command}: {scores}", flush=True)
 
 
