@@ -143,7 +143,7 @@ def main(arguments):
     from interop.load import load_to_answer
 
     config = cli.parse(Config, arguments, __doc__)
-    name, model = load_to_answer(config.model, config.device, config.bf16, config.fast)
+    name, model = load_to_answer(config)
     results = evaluate(model, config.count, config.batch, config.blind)
     print(f"{name}: {config.count} questions per task on held-out scenes\n")
     print(table(results))

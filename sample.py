@@ -120,7 +120,7 @@ def main(arguments):
     config.out = config.out or ("out/chat.png" if config.chat else "out/sample.png")
     check_name(config.out)
     images = open_images(config.image, config.frames)
-    _, model = load_to_answer(config.model, config.device, config.bf16, config.fast, config.pool)
+    _, model = load_to_answer(config, config.pool)
     options = ("max_new_tokens", "temperature", "top_k", "top_p")
     sampling = {key: getattr(config, key) for key in options}
     sampling["generator"] = torch.Generator().manual_seed(config.seed)

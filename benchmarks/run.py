@@ -61,72 +61,62 @@ def benchmark(config, rank, size):
     if config.judged:
         return report_judged(config, task, items)
     config.max_new_tokens = config.max_new_tokens or task.max_new_tokens
+    config.model = config.model or str(newest_model())
     items, missing = find_images(items, config.image_dir)
     total = len(items) + len(missing)
     if not items:
-        raise InputError(f"--image_dir={config.image_dir}: has no image, not even {missing[0]}")
+        raise InputError(f"--image_dir={config.image_dir}: has no image, such as {missing[:1]}")
     if missing and rank == 0:
         print(f"{len(missing):,} of {total:,} questions are left out: their images are missing")
         print(f"in {config.image_dir}, {printable(missing[0])} first", flush=True)
-    name = config.model or str(newest_model())
-    folder = Path(config.out or f"out/eval/{name.strip('/').replace('/', '-')}/{config.task}")
-    check_same_run(config, name, folder, rank)
+    name = config.model.strip("/").replace("/", "-")
+    folder = Path(config.out or f"out/eval/{name}/{config.task}")
+    check_same_run(config, folder, rank)
     known = read_answers(folder, items)
     # All processes have read before one writes.
     barrier()
     share = [item for item in items if item.id not in known][rank::size]
     if share:
-        answer_all(config, name, folder, share, rank)
+        answer_all(config, folder, share, rank)
     # All answers are written.
     barrier()
     if rank == 0:
-        report(config, name, folder, items, merge(folder, items), total)
+        report(config, folder, items, merge(folder, items), total)
 
 
-def answer_all(config, name, folder, items, rank):
+def answer_all(config, folder, items, rank):
     """Answer these questions, and append the answers to this process's file after every batch.
 
     A question with an image that cannot be read is named and skipped.
     """
     # With --pool eight frames of 576 tokens fit into the context of most LLMs.
-    _, model = load_to_answer(name, config.device, config.bf16, config.fast, config.pool)
-    start = time.time()
+    _, model = load_to_answer(config, config.pool)
     # A new file, since that of a killed run may end in half a line.
-    path = folder / f"answers.rank{rank}-{start:.0f}.jsonl"
+    path = folder / f"answers.rank{rank}-{time.time():.0f}.jsonl"
     for i in range(0, len(items), config.batch):
-        batch, images, prompts = [], [], []
+        opened, lines = [], []
         for item in items[i : i + config.batch]:
             try:
-                item_images, prompt = open_question(item)
-                images.append(item_images)
-                prompts.append(prompt)
-                batch.append(item)
+                opened.append((item, *open_question(item)))
             except BadImage as error:
                 print(f"skipped: question {printable(item.id)}: {error}")
-        try:
-            answers = model.generate(images, prompts, config.max_new_tokens) if batch else []
-        except InputError as error:
-            raise InputError(
-                f"questions from {batch[0].id} on: {error} (--max_new_tokens, --frames and "
-                "--pool=pairs make it shorter)"
-            ) from None
-        lines = [
-            {"id": item.id, "prompt": item.prompt, "answer": answer, "target": item.target}
-            for item, answer in zip(batch, answers, strict=True)
-        ]
+        if not opened:
+            continue
+        batch, images, prompts = zip(*opened, strict=True)
+        answers = model.generate(images, prompts, config.max_new_tokens)
+        for item, answer in zip(batch, answers, strict=True):
+            line = {"id": item.id, "prompt": item.prompt, "answer": answer, "target": item.target}
+            lines.append(line)
         write_lines(path, lines)
         if rank == 0:
-            done = min(i + config.batch, len(items))
-            left = (time.time() - start) / 60 * (len(items) / done - 1)
-            print(f"{done:,} of {len(items):,} questions, {left:.0f} minutes left", flush=True)
+            print(f"{i + len(lines):,} of {len(items):,} questions", flush=True)
 
 
-def check_same_run(config, name, folder, rank):
+def check_same_run(config, folder, rank):
     """Refuse a folder with answers of another model, data or options, recorded in run.json."""
     run = {key: getattr(config, key) for key in ("image_dir", "max_new_tokens", "frames", "pool")}
-    for file in [*config.data, *locate(name).glob("*.safetensors")]:
-        stat = Path(file).stat()
-        run[str(file)] = [stat.st_size, stat.st_mtime_ns]
+    for file in [*config.data, *locate(config.model).glob("*.safetensors")]:
+        run[str(file)] = Path(file).stat().st_mtime_ns
     path = folder / "run.json"
     if rank == 0 and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,20 +129,18 @@ def check_same_run(config, name, folder, rank):
         )
 
 
-def report(config, name, folder, items, answers, total):
+def report(config, folder, items, answers, total):
     """Print the scores, and write them and the file for the server."""
     task = readers.BENCHMARKS[config.task]
     items = [item for item in items if item.id in answers]
     published = [item for item in items if item.target]
     results = score(task.score, published, answers) if task.score else {}
-    summary = {"task": config.task, "model": name, "results": results}
+    summary = {"task": config.task, "model": config.model, "results": results}
     write_json(folder / "scores.json", summary | {"lower bound": bool(task.judge)})
-    print(f"{name}: {config.task}, {len(items):,} of {total:,} questions answered\n")
+    print(f"{config.model}: {config.task}, {len(items):,} of {total:,} questions answered\n")
     print_scores(results)
     if task.judge:
         print("A score without the judge's file (--judged=FILE) is only a lower bound.")
-    elif not results:
-        print("There are no answers to compare with, so there is no score here.")
     print(f"\n{folder}: answers.jsonl, scores.json")
     if task.submit:
         print(f"{task.submit(folder, items, answers)}: for the server or the judge")

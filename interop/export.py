@@ -67,13 +67,11 @@ def llava_hf(model):
     """
     tower, name = model.vision[0], model.connector.name
     check_connector(model, "llava-hf", LLAVA_HF)
-    if tower.num_prefix_tokens > 1 or tower.config.model_type == "vit_mae":
-        raise InputError(
-            f"--format=llava-hf: not for the prefix tokens of {tower.config.model_type}"
-        )
     llm = llm_tensors(model.llm)
-    if "lm_head.bias" in llm:
-        raise InputError("--format=llava-hf: not for Phi, whose lm_head has a bias")
+    # transformers drops one prefix token, and some of MAE's patches; it has no bias in lm_head
+    is_mae = tower.config.model_type == "vit_mae"
+    if tower.num_prefix_tokens > 1 or is_mae or "lm_head.bias" in llm:
+        raise InputError("--format=llava-hf: not for MAE, register tokens, or Phi as the LLM")
     tokenizer = Tokenizer.from_str(model.tokenizer.to_str())
     tokenizer.add_special_tokens([AddedToken(MARK, normalized=False)])
     image_id = tokenizer.token_to_id(MARK)
@@ -134,7 +132,7 @@ def llava_hf(model):
 def llava(model):
     """Write the authors' layout of LLaVA-1.5 and the Dense Connector."""
     tower, name = model.vision[0], model.connector.name
-    check_connector(model, "llava", ("linear", "mlp", *DENSE.values()))
+    check_connector(model, "llava", ("linear", "mlp", "dense", *DENSE))
     if not isinstance(tower, CLIPVision):
         raise InputError(f"--format=llava: not for a {tower.config.model_type} tower, only CLIP's")
     vision, vision_config = hugging_face(tower)
@@ -162,9 +160,8 @@ def llava(model):
     if not names:
         # A key of ours, for a tower that has no public name.
         config["mm_vision_config"] = vision_config
-    for theirs, ours in DENSE.items():
-        if name == ours:
-            config["mm_dense_connector_type"] = theirs
+    if name not in ("linear", "mlp"):
+        config["mm_dense_connector_type"] = name.replace("dense", "dci")
     return tokenizer_files(model) | image_files(model), tensors, config
 
 
@@ -286,11 +283,12 @@ def read_checkpoint(folder):
 def export(model, folder, format=""):
     """Write an MLLM and return the format. The folder appears whole or not at all.
 
-    format: one of FORMATS. Raises InputError if it cannot represent the model.
+    format: one of FORMATS. Raises InputError if there is none such, or if it cannot represent
+    the model.
     """
     if not format:
         format = "llava-hf" if model.connector.name in LLAVA_HF else "llava"
-    files, tensors, config = FORMATS[format](model)
+    files, tensors, config = cli.find_class(FORMATS, format, "--format")(model)
     dtype = dtype_name(model.llm)
     config |= {"template": model.template, "dtype": dtype, "torch_dtype": dtype}
     with whole(folder) as partial:
@@ -308,8 +306,6 @@ def main(arguments):
     if not config.to or Path(config.to).exists():
         raise InputError(f"--to={config.to}: give the name of a new folder")
     dtype = cli.find_class(DTYPES, config.dtype, "--dtype") if config.dtype else None
-    if config.format:
-        cli.find_class(FORMATS, config.format, "--format")
     source = locate(config.model or newest_model())
     if (source / "state.json").exists():
         model = read_checkpoint(source).to(dtype or torch.float32)

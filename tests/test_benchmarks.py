@@ -133,7 +133,7 @@ def test_without_answers_there_is_the_servers_file_and_frames_must_fit(here):
     assert row["question_id"] == 8 and isinstance(row["answer"], str) and results() == {}
     for i in range(40):
         Image.new("RGB", (8, 8)).save(f"images/video7/{i}.jpg")
-    with refused("--pool=pairs"):
+    with refused("max_new_tokens=2.*context"):
         main(command("video", "--frames=40", "--out=frames"))
     main(command("video", "--frames=40", "--pool=grid", "--out=pooled"))
     assert len(answers("pooled")) == 1
