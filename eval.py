@@ -1,7 +1,7 @@
 """Score a model on held-out images of the toy world: the papers' benchmarks, made small.
 
     python eval.py                                    the newest model under out/
-    python eval.py --model=out/dense/model --count=1000 --json
+    python eval.py --model=out/dense/model --count=1000
 
 Each task has the scores of the benchmark that it stands for: caption COCO's (F1 instead of CIDEr),
 presence POPE's (arXiv 2305.10355), count VQAv2's, rec RefCOCO's, reg RefCOCOg's, attribute and
@@ -12,7 +12,6 @@ also given **blind**: the same model and questions, each with the image of anoth
 is left of a score does not come from the image. For the public benchmarks: python -m benchmarks.
 """
 
-import json
 import re
 from dataclasses import dataclass
 
@@ -39,11 +38,12 @@ class Config(cli.ModelConfig):  # --model, --device, --bf16, --fast
     count: int = option(200, "questions per task")
     batch: int = option(50, "questions answered at once")
     blind: bool = option(True, "score with exchanged images too (doubles the time)")
-    json: bool = option(False, "print one JSON object as the last line")
 
 
 def mean(values):
-    return sum(values) / len(values)
+    """Return the mean of any number of values, or 0 if there are none."""
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
 
 
 def yes_or_no(answer):
@@ -58,7 +58,7 @@ def presence_scores(answers, targets):
     pairs = list(zip(answers, targets, strict=True))
     hits, yes, present = pairs.count(("yes", "yes")), answers.count("yes"), targets.count("yes")
     return {
-        "accuracy": mean([answer == target for answer, target in pairs]),
+        "accuracy": mean(answer == target for answer, target in pairs),
         "precision": hits / yes if yes else 0.0,
         "recall": hits / present if present else 0.0,
         "F1": 2 * hits / (yes + present) if hits else 0.0,
@@ -147,8 +147,6 @@ def main(arguments):
     results = evaluate(model, config.count, config.batch, config.blind)
     print(f"{name}: {config.count} questions per task on held-out scenes\n")
     print(table(results))
-    if config.json:
-        print(json.dumps({"model": name, **results}))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ cut (common.grid.views).
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -38,8 +38,8 @@ from vit import MLP
 class ConvNeXtConfig:
     """The keys of config.json; the defaults are ConvNeXt-L in Mini-Gemini."""
 
-    depths: list = field(default_factory=lambda: [3, 3, 27, 3])  # blocks of each stage
-    hidden_sizes: list = field(default_factory=lambda: [192, 384, 768, 1536])
+    depths: list = (3, 3, 27, 3)  # blocks of each stage
+    hidden_sizes: list = (192, 384, 768, 1536)
     image_size: int = 768  # R
     patch_size: int = 4  # pixels, on a side, of a position of the first map
     layer_norm_eps: float = 1e-6

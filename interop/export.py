@@ -29,7 +29,7 @@ from common import checkpoint, cli, lora
 from common.cli import option
 from common.errors import InputError
 from common.layouts import SHAPES
-from common.pretrained import DTYPES, locate, read_json
+from common.pretrained import locate, read_json
 from common.run import Ranks
 from common.save import (
     dtype_name,
@@ -54,7 +54,6 @@ class Config:
     model: str = option("", "folder, hub id or checkpoint of a run; default: the newest under out/")
     to: str = option("", "the folder to write")
     format: str = option("", "llava-hf, llava or llama; default: llava-hf if it can, or llava")
-    dtype: str = option("", "float32, bfloat16 or float16; default: as stored")
 
 
 # ---- the formats: a model -> {file name: content}, tensors, config.json --------------------------
@@ -181,8 +180,7 @@ def check_connector(model, layout, names):
     connector, name = model.connector, model.connector.name
     if name not in names:
         raise InputError(f"--format={layout}: not for connector {name}, only {', '.join(names)}")
-    # Only the depth decides which layers are read.
-    tower = Tower(model.vision[0].config.num_hidden_layers, width=1, num_patches=1)
+    tower = Tower(*model.vision[0].shape(model.spec.size))
     usual = make_connector(name, [tower], llm_width=1)
     if connector.layers != usual.layers:
         raise InputError(
@@ -277,7 +275,7 @@ def read_checkpoint(folder):
     model = train.build_stage(config, state["stage"], run, Ranks("cpu"))
     checkpoint.load(folder, model)
     lora.merge(model.llm)
-    return model.eval()
+    return model.float()
 
 
 def export(model, folder, format=""):
@@ -305,12 +303,12 @@ def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
     if not config.to or Path(config.to).exists():
         raise InputError(f"--to={config.to}: give the name of a new folder")
-    dtype = cli.find_class(DTYPES, config.dtype, "--dtype") if config.dtype else None
     source = locate(config.model or newest_model())
     if (source / "state.json").exists():
-        model = read_checkpoint(source).to(dtype or torch.float32)
+        model = read_checkpoint(source)
     else:
-        model = load_model(source, dtype)
+        # in the dtype that it is stored in
+        model = load_model(source, None)
     format = export(model, config.to, config.format)
     print(f"wrote {config.to} ({format})")
 

@@ -84,12 +84,11 @@ def read(folder, config, names):
     return model, partial(rename, model), tower_folder
 
 
-def expect(folder, config, key, default, *others):
-    """Return config[key]. InputError unless it is `default`, which it is if absent, or an other."""
+def expect(config, key, default, *others):
+    """Return config[key]. ValueError unless it is `default`, which it is if absent, or an other."""
     value, known = config.get(key, default), [default, *others]
     if value not in known:
-        known = " or ".join(map(repr, known))
-        raise InputError(f"{folder}/config.json: {key} is {value!r}; only {known} can be read")
+        raise ValueError(f"{key} is {value!r}; only {' or '.join(map(repr, known))} can be read")
     return value
 
 
@@ -132,14 +131,14 @@ def read_llava_hf(folder, config):
         text = FILE["text_config"] | text
     # This key may be the whole model's.
     text = {"tie_word_embeddings": config.get("tie_word_embeddings")} | text
-    act = expect(folder, config, "projector_hidden_act", "gelu", "linear")
+    act = expect(config, "projector_hidden_act", "gelu", "linear")
     vision = {"model_type": "clip_vision_model"} | vision
     tower = build_part(TOWERS, vision, folder, spec.mean, spec.std)
     depth = len(tower.blocks)
-    layers = expect(folder, config, "vision_feature_layer", -2, depth - 1, sparse_layers(depth))
+    layers = expect(config, "vision_feature_layer", -2, depth - 1, sparse_layers(depth))
     key = "vision_feature_select_strategy"
     select = "default" if tower.num_prefix_tokens else "full"
-    expect(folder, {key: "default"} | config, key, select)
+    expect({key: "default"} | config, key, select)
     llm = build_part(LLMS, text, folder)
     template = find_template(folder) or "vicuna_v1"
     if spec.mode == "anyres" and template == "chatml":
@@ -168,10 +167,10 @@ def check_identity(files):
 
 
 def read_llava(folder, config, names):
-    projector = expect(folder, config, "mm_projector_type", "linear", "mlp2x_gelu")
-    dense = expect(folder, config, "mm_dense_connector_type", None, "none", *DENSE)
-    expect(folder, config, "mm_vision_select_feature", "patch")
-    expect(folder, config, "mm_use_im_start_end", False, None)
+    projector = expect(config, "mm_projector_type", "linear", "mlp2x_gelu")
+    dense = expect(config, "mm_dense_connector_type", None, "none", *DENSE)
+    expect(config, "mm_vision_select_feature", "patch")
+    expect(config, "mm_use_im_start_end", False, None)
     connector = dense if dense in DENSE else "mlp"
     if projector == "linear":
         connector = "linear"
@@ -180,19 +179,17 @@ def read_llava(folder, config, names):
     is_siglip = isinstance(tower, SigLIPVision)
     if not is_siglip:
         # Of SigLIP the authors' code takes the last of 26 layers, whatever the config says.
-        expect(folder, config, "mm_vision_select_layer", -2)
+        expect(config, "mm_vision_select_layer", -2)
     if (tower_folder / "preprocessor_config.json").exists():
         spec = ImageSpec.from_folder(tower_folder)
     else:
         mode = "stretch" if is_siglip else "crop"
         spec = ImageSpec(tower.config.image_size, mode, *map(tuple, tower.layout.statistics))
-    mode = expect(folder, config, "image_aspect_ratio", None, "pad", "square", "anyres")
+    mode = expect(config, "image_aspect_ratio", None, "pad", "square", "anyres")
     if mode in ("pad", "anyres"):
-        spec = replace(spec, mode=mode, resize_to=None)
-    if mode == "anyres":
         # (width, height) here, (height, width) in llava-hf
-        pinpoints = tuple(map(tuple, config["image_grid_pinpoints"]))
-        spec = replace(spec, pinpoints=pinpoints)
+        pinpoints = tuple(map(tuple, config.get("image_grid_pinpoints") or []))
+        spec = replace(spec, mode=mode, resize_to=None, pinpoints=pinpoints)
     is_mistral = config["model_type"] == "llava_mistral"
     template = find_template(folder) or ("mistral_instruct" if is_mistral else "vicuna_v1")
     if "template" not in config:
@@ -203,7 +200,7 @@ def read_llava(folder, config, names):
             template = "llama_3_dense"
     towers = [tower]
     if "mm_vision_tower_aux" in config:
-        connector = read_mgm(folder, config, tower.config.hidden_size)
+        connector = read_mgm(config, tower.config.hidden_size)
         towers.append(build_part(TOWERS, {"model_type": "convnext"}, folder))
         spec = replace(spec, size=config["image_size_aux"])
     llm_type = FILE["llava_llms"].get(config["model_type"], config["model_type"])
@@ -213,10 +210,10 @@ def read_llava(folder, config, names):
     return model, None if is_inside or len(towers) > 1 else tower_folder
 
 
-def read_mgm(folder, config, width):
-    """Return the spec of Mini-Gemini's connector; width: that of CLIP. Raises InputError."""
-    grid = expect(folder, config, "image_grid", 1, 2)
-    expect(folder, {"image_global": False} | config, "image_global", grid == 2)
+def read_mgm(config, width):
+    """Return the spec of Mini-Gemini's connector; width: that of CLIP."""
+    grid = expect(config, "image_grid", 1, 2)
+    expect({"image_global": False} | config, "image_global", grid == 2)
     # The Dense Connector adds means as channels.
     groups = config["mm_hidden_size"] // width - 1
     return {"name": "mgm", "groups": groups, "hd": grid == 2}

@@ -1,11 +1,7 @@
 """Load a multimodal model by its name, whoever wrote the folder.
 
-newest_model     finds the model that was trained last
-dtype_to_answer  chooses its dtype
-load_model       -> MLLM: a folder of ours, LLaVA-1.5 or 1.6 (llava-hf's or the authors' layout),
-                 or the Dense Connector's release
-load_to_answer   the same, made fast, by a command's options
-start_from       what train.py --init=PATH means: a whole model, or a connector alone
+A folder of ours, LLaVA-1.5 or 1.6 (llava-hf's or the authors' layout), Mini-Gemini, or the Dense
+Connector's release.
 """
 
 import sys
@@ -25,8 +21,8 @@ def newest_model(root="out"):
     """Return the folder of the newest multimodal model under `root`. Raises InputError."""
     found = []
     for path in Path(root).rglob("config.json"):
-        unfinished = path.parent.suffix in (".partial", ".old")
-        if not unfinished and read_config(path.parent).get("model_type") == "mllm":
+        finished = path.parent.suffix != ".partial"
+        if finished and read_config(path.parent).get("model_type") == "mllm":
             found.append((path.stat().st_mtime_ns, path.parent))
     if not found:
         raise InputError(
@@ -35,13 +31,13 @@ def newest_model(root="out"):
     return max(found)[1]
 
 
-def dtype_to_answer(folder_or_id, device, bf16=None):
+def dtype_to_answer(folder_or_id, device, bf16):
     """Choose the dtype of a model that only answers.
 
     bf16 None: bfloat16 on CUDA and for a checkpoint that is stored in 16 bits, else float32.
     """
     if bf16 is None:
-        bf16 = torch.device(device).type == "cuda" or stored(folder_or_id)[1]
+        bf16 = device.type == "cuda" or stored(folder_or_id)[1]
     return torch.bfloat16 if bf16 else torch.float32
 
 
