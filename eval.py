@@ -37,7 +37,6 @@ blind      the same questions, each with the image of another question"""
 class Config(cli.ModelConfig):  # --model, --device, --bf16, --fast
     count: int = option(200, "questions per task")
     batch: int = option(50, "questions answered at once")
-    blind: bool = option(True, "score with exchanged images too (doubles the time)")
 
 
 def mean(values):
@@ -109,10 +108,10 @@ def answer(model, images, texts, batch):
     return answers
 
 
-def evaluate(model, count=200, batch=50, blind=True):
+def evaluate(model, count, batch=50):
     """Score a model on all tasks; all values are from 0 to 1.
 
-    -> {task: {"samples": count, "scores": {metric: value}, "blind": the same, or None}}.
+    -> {task: {"samples": count, "scores": {metric: value}, "blind": the same}}.
     """
     if count < 2 or batch < 1:
         raise InputError("count must be at least 2, and batch at least 1")
@@ -120,10 +119,9 @@ def evaluate(model, count=200, batch=50, blind=True):
     for task in TASKS:
         images, texts, targets = task_questions(task, count)
         scores = score(task, answer(model, images, texts, batch), targets)
-        results[task] = {"samples": count, "scores": scores, "blind": None}
-        if blind:
-            images = [images[i] for i in exchange(count)]
-            results[task]["blind"] = score(task, answer(model, images, texts, batch), targets)
+        images = [images[i] for i in exchange(count)]
+        blind = score(task, answer(model, images, texts, batch), targets)
+        results[task] = {"samples": count, "scores": scores, "blind": blind}
     return results
 
 
@@ -133,8 +131,8 @@ def table(results):
     for task, result in results.items():
         first = f"{task:10} {result['samples']:7}"
         for metric, value in result["scores"].items():
-            blind = f"{result['blind'][metric]:7.1%}" if result["blind"] else "      –"
-            lines.append(f"{first:18}  {metric:20} {value:7.1%} {blind}")
+            blind = result["blind"][metric]
+            lines.append(f"{first:18}  {metric:20} {value:7.1%} {blind:7.1%}")
             first = ""
     return "\n".join([*lines, LEGEND])
 
@@ -144,9 +142,8 @@ def main(arguments):
 
     config = cli.parse(Config, arguments, __doc__)
     name, model = load_to_answer(config)
-    results = evaluate(model, config.count, config.batch, config.blind)
     print(f"{name}: {config.count} questions per task on held-out scenes\n")
-    print(table(results))
+    print(table(evaluate(model, config.count, config.batch)))
 
 
 if __name__ == "__main__":

@@ -122,8 +122,7 @@ def main(arguments):
         return show_scenes(model, config, sampling)
     if not config.image:
         images, questions = scene_to_ask(config.seed)
-        questions = " ".join(questions)
-        print(f"{config.out}: test scene {config.seed}; try: {questions}", file=sys.stderr)
+        print(f"{config.out}: test scene {config.seed}; try:", *questions, file=sys.stderr)
     if images:
         # now, so that a folder without write access does not interrupt a conversation
         save_image([panel(image, [], [], 768) for image in images], config.out)

@@ -75,8 +75,10 @@ def main(arguments):
             f"--image_dir={config.image_dir}, such as {missing[:1]}"
         )
     if missing and rank == 0:
-        first = printable(missing[0])
-        print(f"{len(missing):,} of {total:,} questions have no image in --image_dir: {first}, ...")
+        print(
+            f"{len(missing):,} of {total:,} questions have no image in --image_dir, such as "
+            f"{printable(missing[0])}"
+        )
     name = config.model.strip("/").replace("/", "-")
     folder = Path(config.out or f"out/eval/{name}/{config.task}")
     check_same_run(config, folder, rank)
@@ -103,7 +105,7 @@ def answer_all(config, folder, items, rank):
     # A new file, since that of a killed run may end in half a line.
     path = folder / f"answers.rank{rank}-{time.time():.0f}.jsonl"
     for i in range(0, len(items), config.batch):
-        opened, lines = [], []
+        opened = []
         for item in items[i : i + config.batch]:
             try:
                 opened.append((item, *open_question(item, frames)))
@@ -113,9 +115,10 @@ def answer_all(config, folder, items, rank):
             continue
         batch, images, prompts = zip(*opened, strict=True)
         answers = model.generate(images, prompts, config.max_new_tokens)
-        for item, answer in zip(batch, answers, strict=True):
-            line = {"id": item.id, "prompt": item.prompt, "answer": answer, "target": item.target}
-            lines.append(line)
+        lines = [
+            {"id": item.id, "prompt": item.prompt, "answer": answer, "target": item.target}
+            for item, answer in zip(batch, answers, strict=True)
+        ]
         write_lines(path, lines)
         if rank == 0:
             print(f"{i + len(lines):,} of {len(items):,} questions", flush=True)
@@ -141,8 +144,9 @@ def check_same_run(config, folder, rank):
 def report(config, task, folder, items, answers, total):
     """Print the scores, and write them and the file for the server."""
     items = [item for item in items if item.id in answers]
-    published = [item for item in items if item.target]
-    results = score(task.score, published, answers) if task.score else {}
+    results = {}
+    if task.score:
+        results = score(task.score, [item for item in items if item.target], answers)
     summary = {"task": config.task, "model": config.model, "results": results}
     summary["lower bound"] = bool(task.judge)
     write_json(folder / "scores.json", summary)

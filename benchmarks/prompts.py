@@ -1,11 +1,5 @@
 """A benchmark's question, and the parts that read it from a file.
 
-    Item                          one question: image, prompt, target
-    records(path)                 the records of a JSON file
-    ask(template, text)           the prompt, in the papers' wording
-    find_images(items, folder)    the items whose images are there, and the missing ones
-    open_question(item)           its image or frames, PIL, and its prompt
-
 Prompts: LLaVA-1.5 (arXiv 2310.03744, table of evaluation formats). For boxes and captions: Shikra
 (arXiv 2306.15195), whose formats COMM (arXiv 2310.08825) uses.
 """

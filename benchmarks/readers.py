@@ -5,7 +5,7 @@
 BENCHMARKS at the end is the table of all. To add one, write a reader and a line there. A reader
 takes a file as it is published, named in its docstring, and yields questions. LLaVA's own question
 files are read, too; most have no answers. A file that is not what it should be is an InputError
-that names it, and where possible the line or record.
+that names it, and the key that it lacks.
 """
 
 import ast
@@ -67,8 +67,7 @@ def read_reg(path, config):
         image, expression, box, width, height = shikra_fields(record, path)
         name = f"{image} {format_box(box, 2)}"
         text = format_box(pad_box(box, width, height))
-        item = items.setdefault(name, Item(name, [image], text, []))
-        item.target.append(expression)
+        items.setdefault(name, Item(name, [image], text, [])).target.append(expression)
     return items.values()
 
 
@@ -89,8 +88,8 @@ def read_caption(path, config):
         captions[name] += [sentence["raw"] for sentence in record.get("sentences", [])]
         if "caption" in record:
             captions[name].append(record["caption"])
-        names = [f"{record.get('filepath', '.')}/{image}", image]
-        items[name] = Item(name, names, "", captions[name], record=record)
+        image = [f"{record.get('filepath', '.')}/{image}", image]
+        items[name] = Item(name, image, "", captions[name], record=record)
     return items.values()
 
 
@@ -152,8 +151,8 @@ def read_video_chatgpt(path, config):
         for key in ("Q", "Q1", "Q2"):
             if key in record:
                 end, pred = SECOND if key == "Q2" else "", key.replace("Q", "pred")
-                names, text, target = names_of(record), record[key], record["A"]
-                yield Item(name + end, names, text, target, (), record, pred)
+                names, target = names_of(record), record["A"]
+                yield Item(name + end, names, record[key], target, (), record, pred)
 
 
 def read_mme(path, config):
@@ -373,8 +372,8 @@ def read(config):
             name = f"{stem}/{item.id}" if len(config.data) > 1 else str(item.id)
             # Files may ask one question twice.
             seen[name] += 1
-            name = f"{name}#{seen[name]}" if seen[name] > 1 else name
+            if seen[name] > 1:
+                name += f"#{seen[name]}"
             prompt = ask(config.prompt or benchmark.prompt, item.prompt)
-            groups = item.groups or [stem]
-            items.append(item._replace(id=name, prompt=prompt, groups=groups))
+            items.append(item._replace(id=name, prompt=prompt, groups=item.groups or [stem]))
     return items

@@ -66,7 +66,7 @@ def read_pope(answer):
 
 def pope_scores(answers, targets):
     """Score "yes" or "no". "yes" is the positive class, and 0 / 0 is 0."""
-    scores = presence_scores(list(map(read_pope, answers)), targets)
+    scores = presence_scores(map(read_pope, answers), targets)
     del scores["unparsable"]
     return scores
 
@@ -186,15 +186,12 @@ def textvqa_accuracy(answer, people):
     return agreement(evalai_normalize(answer), [evalai_normalize(person) for person in people])
 
 
-# --- one right answer: GQA ----------------------------------------------------------------
+# --- one right answer: GQA, ScienceQA, MMBench, MMMU -------------------------------------
 
 
 def gqa_normalize(answer):
     """Normalize as LLaVA does before GQA's exact match."""
     return answer.rstrip(".").lower()
-
-
-# --- multiple choice: ScienceQA, MMBench, MMMU --------------------------------------------
 
 
 def scienceqa_letter(answer):
@@ -259,8 +256,7 @@ def mmmu_parse(answers, questions):
 
 
 def mmmu_scores(answers, targets):
-    letters = [target["letter"] for target in targets]
-    return exact(str)(mmmu_parse(answers, targets), letters)
+    return exact(str)(mmmu_parse(answers, targets), [target["letter"] for target in targets])
 
 
 def mmbench_scores(answers, targets):

@@ -137,8 +137,7 @@ def read_llava_hf(folder, config):
     depth = len(tower.blocks)
     layers = expect(config, "vision_feature_layer", -2, depth - 1, sparse_layers(depth))
     key = "vision_feature_select_strategy"
-    select = "default" if tower.num_prefix_tokens else "full"
-    expect({key: "default"} | config, key, select)
+    expect({key: "default"} | config, key, "default" if tower.num_prefix_tokens else "full")
     llm = build_part(LLMS, text, folder)
     template = find_template(folder) or "vicuna_v1"
     if spec.mode == "anyres" and template == "chatml":

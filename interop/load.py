@@ -21,9 +21,9 @@ def newest_model(root="out"):
     """Return the folder of the newest multimodal model under `root`. Raises InputError."""
     found = []
     for path in Path(root).rglob("config.json"):
-        finished = path.parent.suffix != ".partial"
-        if finished and read_config(path.parent).get("model_type") == "mllm":
-            found.append((path.stat().st_mtime_ns, path.parent))
+        folder = path.parent
+        if folder.suffix != ".partial" and read_config(folder).get("model_type") == "mllm":
+            found.append((path.stat().st_mtime_ns, folder))
     if not found:
         raise InputError(
             f"no model under {root}/: train one (python train.py), or name its folder (--model=...)"
