@@ -1,7 +1,7 @@
 """Score a model on held-out images of the toy world: the papers' benchmarks, made small.
 
     python eval.py                                    the newest model under out/
-    python eval.py --model=out/dense/model --count=1000 --json
+    python eval.py --model=out/dense/model --count=1000
 
 Each task has the scores of the benchmark that it stands for: caption COCO's (F1 instead of CIDEr),
 presence POPE's (arXiv 2305.10355), count VQAv2's, rec RefCOCO's, reg RefCOCOg's, attribute and
@@ -12,7 +12,6 @@ also given **blind**: the same model and questions, each with the image of anoth
 is left of a score does not come from the image. For the public benchmarks: python -m benchmarks.
 """
 
-import json
 import re
 from dataclasses import dataclass
 
@@ -38,12 +37,12 @@ blind      the same questions, each with the image of another question"""
 class Config(cli.ModelConfig):  # --model, --device, --bf16, --fast
     count: int = option(200, "questions per task")
     batch: int = option(50, "questions answered at once")
-    blind: bool = option(True, "score with exchanged images too (doubles the time)")
-    json: bool = option(False, "print one JSON object as the last line")
 
 
 def mean(values):
-    return sum(values) / len(values)
+    """Return the mean of any number of values, or 0 if there are none."""
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
 
 
 def yes_or_no(answer):
@@ -58,7 +57,7 @@ def presence_scores(answers, targets):
     pairs = list(zip(answers, targets, strict=True))
     hits, yes, present = pairs.count(("yes", "yes")), answers.count("yes"), targets.count("yes")
     return {
-        "accuracy": mean([answer == target for answer, target in pairs]),
+        "accuracy": mean(answer == target for answer, target in pairs),
         "precision": hits / yes if yes else 0.0,
         "recall": hits / present if present else 0.0,
         "F1": 2 * hits / (yes + present) if hits else 0.0,
@@ -109,10 +108,10 @@ def answer(model, images, texts, batch):
     return answers
 
 
-def evaluate(model, count=200, batch=50, blind=True):
+def evaluate(model, count, batch=50):
     """Score a model on all tasks; all values are from 0 to 1.
 
-    -> {task: {"samples": count, "scores": {metric: value}, "blind": the same, or None}}.
+    -> {task: {"samples": count, "scores": {metric: value}, "blind": the same}}.
     """
     if count < 2 or batch < 1:
         raise InputError("count must be at least 2, and batch at least 1")
@@ -120,10 +119,9 @@ def evaluate(model, count=200, batch=50, blind=True):
     for task in TASKS:
         images, texts, targets = task_questions(task, count)
         scores = score(task, answer(model, images, texts, batch), targets)
-        results[task] = {"samples": count, "scores": scores, "blind": None}
-        if blind:
-            images = [images[i] for i in exchange(count)]
-            results[task]["blind"] = score(task, answer(model, images, texts, batch), targets)
+        images = [images[i] for i in exchange(count)]
+        blind = score(task, answer(model, images, texts, batch), targets)
+        results[task] = {"samples": count, "scores": scores, "blind": blind}
     return results
 
 
@@ -133,8 +131,8 @@ def table(results):
     for task, result in results.items():
         first = f"{task:10} {result['samples']:7}"
         for metric, value in result["scores"].items():
-            blind = f"{result['blind'][metric]:7.1%}" if result["blind"] else "      –"
-            lines.append(f"{first:18}  {metric:20} {value:7.1%} {blind}")
+            blind = result["blind"][metric]
+            lines.append(f"{first:18}  {metric:20} {value:7.1%} {blind:7.1%}")
             first = ""
     return "\n".join([*lines, LEGEND])
 
@@ -143,12 +141,9 @@ def main(arguments):
     from interop.load import load_to_answer
 
     config = cli.parse(Config, arguments, __doc__)
-    name, model = load_to_answer(config.model, config.device, config.bf16, config.fast)
-    results = evaluate(model, config.count, config.batch, config.blind)
+    name, model = load_to_answer(config)
     print(f"{name}: {config.count} questions per task on held-out scenes\n")
-    print(table(results))
-    if config.json:
-        print(json.dumps({"model": name, **results}))
+    print(table(evaluate(model, config.count, config.batch)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 
 from common import cli
 from common.cli import option
-from common.draw import COLORS, TRUE_COLOR, check_name, panel, save_image
+from common.draw import COLORS, TRUE_COLOR, panel, save_image
 from common.errors import InputError
 from common.images import parse_boxes, read_image
 from common.video import ENDINGS, open_frames
@@ -33,16 +33,12 @@ class Config(cli.ModelConfig):  # --model, --device, --bf16, --fast
     prompt: str = option("", "the question; without <image> in it, the image comes first")
     chat: bool = option(False, "a conversation: one question per line of stdin")
     count: int = option(4, "number of test scenes, without --image, --prompt and --chat")
-    out: str = option("", "where to save the image; default: out/sample.png or out/chat.png")
+    out: str = option("out/sample.png", "where to save the image")
     max_new_tokens: int = option(128, "longest answer, in tokens")
     temperature: float = option(0.0, "0: greedy; 1: sample from the model's distribution")
     top_k: int | None = option(None, "sample from the k most likely tokens only")
     top_p: float | None = option(None, "sample from the most likely tokens with this probability")
     seed: int = option(0, "of the sampling; the first test scene")
-
-
-# What --chat proposes for an image that it does not know.
-QUESTIONS = ("Describe the picture.", "What is in the middle?", "How many people are there?")
 
 
 def open_images(names, frames):
@@ -117,19 +113,16 @@ def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
     if config.count < 1 or config.seed < 0 or config.frames < 0:
         raise InputError("--count must be at least 1, --seed and --frames at least 0")
-    config.out = config.out or ("out/chat.png" if config.chat else "out/sample.png")
-    check_name(config.out)
     images = open_images(config.image, config.frames)
-    _, model = load_to_answer(config.model, config.device, config.bf16, config.fast, config.pool)
+    _, model = load_to_answer(config, config.pool)
     options = ("max_new_tokens", "temperature", "top_k", "top_p")
     sampling = {key: getattr(config, key) for key in options}
     sampling["generator"] = torch.Generator().manual_seed(config.seed)
     if not (config.image or config.prompt or config.chat):
         return show_scenes(model, config, sampling)
-    questions = QUESTIONS
     if not config.image:
         images, questions = scene_to_ask(config.seed)
-        print(f"image: test scene {config.seed} of the toy world, {config.out}", file=sys.stderr)
+        print(f"{config.out}: test scene {config.seed}; try:", *questions, file=sys.stderr)
     if images:
         # now, so that a folder without write access does not interrupt a conversation
         save_image([panel(image, [], [], 768) for image in images], config.out)
@@ -137,9 +130,9 @@ def main(arguments):
     touch = images and config.frames and MARK not in config.prompt
     marks = f"{MARK * len(images)}\n" if touch else ""
     if config.chat:
-        print(f"try: {' '.join(questions)}\nAn empty line ends the conversation.", file=sys.stderr)
+        print("An empty line ends the conversation.", file=sys.stderr)
         return chat(model, images, config.out, sampling, marks)
-    question = marks + (config.prompt or QUESTIONS[0])
+    question = marks + (config.prompt or "Describe the picture.")
     answer(model, images, [(question, None)], config.out, sampling)
 
 

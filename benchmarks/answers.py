@@ -1,9 +1,6 @@
 """Answers as files: those of a run, which may stop and resume, and those for a benchmark's server.
 
-read_answers(folder, items)      earlier answers: {id: {"id", "prompt", "answer", "target"}}
-write_lines(path, lines)         after every batch, each process to its own file
-merge(folder, items)             answers.jsonl, in the order of the questions; {id: answer}
-answer_file, texts_by_id, ...    the file for the server or the judge's script
+After every batch each process appends lines {"id", "prompt", "answer", "target"} to its own file.
 """
 
 import json

@@ -22,7 +22,8 @@ RENAMED = """
     gonna=gon na, wanna=wan na, gotta=got ta, gimme=gim me, lemme=lem me, 'tis='t is, 'twas='t was
 """
 RENAMED = dict(pair.strip().split("=") for pair in RENAMED.split(","))
-QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "½": "1/2", "¼": "1/4", "¾": "3/4"})
+QUOTES = """’=' ‘=' “=" ”=" ½=1/2 ¼=1/4 ¾=3/4"""
+QUOTES = str.maketrans(dict(pair.split("=") for pair in QUOTES.split()))
 ABBREVIATIONS = r"""
     mr|mrs|ms|dr|prof|st|ave|blvd|rd|mt|ft|jr|sr|inc|co|corp|ltd|vs|etc|pres|gov|sen|rep|gen|col|
     capt|lt|sgt|rev|jan|feb|mar|apr|jun|jul|aug|sept|sep|oct|nov|dec|bros|esq|ph\.d

@@ -1,17 +1,9 @@
 """A benchmark's question, and the parts that read it from a file.
 
-    Item                          one question: image, prompt, target
-    records(path)                 the records of a JSON file
-    ask(template, text)           the prompt, in the papers' wording
-    find_images(items, folder)    the items whose images are there, and the missing ones
-    open_question(item)           its image or frames, PIL, and its prompt
-
 Prompts: LLaVA-1.5 (arXiv 2310.03744, table of evaluation formats). For boxes and captions: Shikra
 (arXiv 2306.15195), whose formats COMM (arXiv 2310.08825) uses.
 """
 
-import csv
-import io
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -23,18 +15,14 @@ from common.records import read_records
 from common.video import open_frames
 from dialogue import MARK
 
-SHORTLY = "Answer the question using a single word or phrase."
-BY_LETTER = "Answer with the option's letter from the given choices directly."
 # Ends the id of the second question of a pair, which Video-ChatGPT judges together.
 SECOND = "/2"
-# What reading a file of another benchmark raises.
-DAMAGE = (LookupError, TypeError, ValueError, AttributeError, OSError, SyntaxError, csv.Error)
 
 
 class Item(NamedTuple):
     # Names the answer: text, once readers.read has it.
     id: str
-    # Its image or video: the names that it may have in --image_dir, or bytes, or None.
+    # Its image or video: a list of the names that it may have in --image_dir, or a file, or None.
     image: object
     # A reader gives the text of <question>; readers.read fills the template.
     prompt: str
@@ -46,22 +34,13 @@ class Item(NamedTuple):
     record: dict | None = None
     # The answer's column there, if it is not that of the benchmark.
     key: str = ""
-    # Frames to show of a video (a folder of frames, or an animated image). None: an image.
-    frames: int | None = None
 
 
 # --- reading ------------------------------------------------------------------------------
 
 
 class Record(dict):
-    """A record that knows where it is: file, and line or number."""
-
-    def __init__(self, record, where):
-        super().__init__(record)
-        self.where = where
-
-    def __missing__(self, key):
-        raise InputError(f"{self.where}: no {key}; is this the benchmark's file?")
+    """A record of a file, whose keys have other names in other benchmarks."""
 
     def first(self, *keys):
         """Return the value of the first of these keys that the record has."""
@@ -90,10 +69,10 @@ def records(path):
     content = read_object(path)
     for key in ("questions", "data", "images", "annotations"):
         if key in content:
-            return [Record(record, f"{path}, {key} {i}") for i, record in enumerate(content[key])]
+            return list(map(Record, content[key]))
     if content and all(isinstance(record, dict) for record in content.values()):
-        return [Record({"id": name} | row, f"{path}, {name}") for name, row in content.items()]
-    return [Record(record, where) for where, record in read_records(path)]
+        return [Record({"id": name} | row) for name, row in content.items()]
+    return [Record(record) for _, record in read_records(path)]
 
 
 # --- asking -------------------------------------------------------------------------------
@@ -116,7 +95,7 @@ def find_images(items, folder):
     found, missing = [], []
     for item in items:
         image = item.image
-        if isinstance(image, list | tuple):
+        if isinstance(image, list):
             paths = [Path(folder, str(name)) for name in image]
             image = next((path for path in paths if path.exists()), None)
         if image or not item.image:
@@ -126,13 +105,12 @@ def find_images(items, folder):
     return found, missing
 
 
-def open_question(item):
+def open_question(item, frames=0):
     """Open the image or video of a question -> list of PIL images, prompt. Raises BadImage.
 
-    The frames of a video are in front of the question, without text between them.
+    frames: to show of a video, in front of the question, without text between them.
     """
-    if item.frames:
-        frames = open_frames(item.image, item.frames)
-        return frames, f"{MARK * len(frames)}\n{item.prompt}"
-    image = io.BytesIO(item.image) if isinstance(item.image, bytes) else item.image
-    return [open_image(image)] if image else [], item.prompt
+    if frames:
+        images = open_frames(item.image, frames)
+        return images, f"{MARK * len(images)}\n{item.prompt}"
+    return [open_image(item.image)] if item.image else [], item.prompt

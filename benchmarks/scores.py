@@ -12,17 +12,12 @@ tests/test_scores.py compares it with recorded results of the official scorers.
 
 import random
 import re
+from collections import defaultdict
 
-import eval as world_eval
 from common.images import iou, parse_boxes, unpad_box
+from eval import mean, presence_scores
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def mean(values):
-    """Return the mean of any number of values, or 0 if there are none."""
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
 
 
 def accuracy(match):
@@ -71,7 +66,7 @@ def read_pope(answer):
 
 def pope_scores(answers, targets):
     """Score "yes" or "no". "yes" is the positive class, and 0 / 0 is 0."""
-    scores = world_eval.score("presence", [read_pope(answer) for answer in answers], targets)
+    scores = presence_scores(map(read_pope, answers), targets)
     del scores["unparsable"]
     return scores
 
@@ -103,8 +98,8 @@ def mme_scores(answers, targets):
 
 # --- ten people's answers: VQAv2, OK-VQA, VizWiz, TextVQA ---------------------------------
 
-COUNTS = "zero one two three four five six seven eight nine ten".split()
-NUMBERS = {word: str(i) for i, word in enumerate(COUNTS)} | {"none": "0"}
+NUMBERS = "none=0 zero=0 one=1 two=2 three=3 four=4 five=5 six=6 seven=7 eight=8 nine=9 ten=10"
+NUMBERS = dict(pair.split("=") for pair in NUMBERS.split())
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 # The official list of words without their apostrophe, with its own slips.
 CONTRACTIONS = """
@@ -183,7 +178,7 @@ def submitted_vqa_accuracy(answer, people):
 
 def vizwiz_accuracy(answer, people):
     """Score one answer of VizWiz as it is submitted. People's answers are not normalized."""
-    return agreement(vqa_normalize(evalai_normalize(answer)), list(people))
+    return agreement(vqa_normalize(evalai_normalize(answer)), people)
 
 
 def textvqa_accuracy(answer, people):
@@ -191,7 +186,7 @@ def textvqa_accuracy(answer, people):
     return agreement(evalai_normalize(answer), [evalai_normalize(person) for person in people])
 
 
-# --- one right answer: GQA ----------------------------------------------------------------
+# --- one right answer: GQA, ScienceQA, MMBench, MMMU -------------------------------------
 
 
 def gqa_normalize(answer):
@@ -199,14 +194,11 @@ def gqa_normalize(answer):
     return answer.rstrip(".").lower()
 
 
-# --- multiple choice: ScienceQA, MMBench, MMMU --------------------------------------------
-
-
-def scienceqa_letter(answer, options="ABCDE"):
+def scienceqa_letter(answer):
     """Read "B", "B. ..." or a single "The answer is B." by LLaVA's rule, else None."""
-    found = re.findall(rf"^([{options}])(?:\. |\Z)", answer)
+    found = re.findall(r"^([A-E])(?:\. |\Z)", answer)
     found = found or re.findall(r"The answer is ([A-Z]).", answer)
-    return found[0] if len(found) == 1 and found[0] in options else None
+    return found[0] if len(found) == 1 and found[0] in "ABCDE" else None
 
 
 def mmbench_letter(answer, options):
@@ -264,8 +256,7 @@ def mmmu_parse(answers, questions):
 
 
 def mmmu_scores(answers, targets):
-    letters = [target["letter"] for target in targets]
-    return exact(str)(mmmu_parse(answers, targets), letters)
+    return exact(str)(mmmu_parse(answers, targets), [target["letter"] for target in targets])
 
 
 def mmbench_scores(answers, targets):
@@ -278,7 +269,7 @@ def mmbench_scores(answers, targets):
     for answer, target in zip(answers, targets, strict=True):
         correct = mmbench_letter(answer, target["options"]) == target["letter"]
         rotations.setdefault(target["index"] % 1_000_000, []).append(correct)
-    circular = mean(all(right) for right in rotations.values())
+    circular = mean(map(all, rotations.values()))
     return {"circular accuracy": circular, "accuracy": mean(r[0] for r in rotations.values())}
 
 
@@ -290,12 +281,12 @@ def score(scorer, items, answers):
 
     Items without an answer are left out. The first metric of a group is the main one.
     """
-    groups, results = {}, {}
+    groups, results = defaultdict(list), {}
     for item in items:
-        for group in item.groups if item.id in answers else ():
-            groups.setdefault(group, []).append(item)
-    for group, members in groups.items():
-        texts = [answers[item.id] for item in members]
-        scores = scorer(texts, [item.target for item in members])
-        results[group] = {"samples": len(members), "scores": scores}
+        if item.id in answers:
+            for group in item.groups:
+                groups[group].append((answers[item.id], item.target))
+    for group, pairs in groups.items():
+        scores = scorer(*zip(*pairs, strict=True))
+        results[group] = {"samples": len(pairs), "scores": scores}
     return results

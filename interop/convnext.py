@@ -19,7 +19,8 @@ Mini-Gemini-HD has R = 1536. CLIP then sees the image whole and in 2 x 2 crops, 
 cut (common.grid.views).
 """
 
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -37,8 +38,8 @@ from vit import MLP
 class ConvNeXtConfig:
     """The keys of config.json; the defaults are ConvNeXt-L in Mini-Gemini."""
 
-    depths: list = field(default_factory=lambda: [3, 3, 27, 3])  # blocks of each stage
-    hidden_sizes: list = field(default_factory=lambda: [192, 384, 768, 1536])
+    depths: list = (3, 3, 27, 3)  # blocks of each stage
+    hidden_sizes: list = (192, 384, 768, 1536)
     image_size: int = 768  # R
     patch_size: int = 4  # pixels, on a side, of a position of the first map
     layer_norm_eps: float = 1e-6
@@ -76,19 +77,14 @@ class Block(nn.Module):
         return x + y.permute(0, 3, 1, 2)
 
 
-class Stage(nn.Module):
+def stage(in_width, width, depth, eps):
     """Halve the side, then the blocks. in_width: None for the first stage, which halves nothing."""
-
-    def __init__(self, in_width, width, depth, eps):
-        super().__init__()
-        self.downsample = nn.Identity()
-        if in_width:
-            norm, conv = ChannelNorm(in_width, eps=eps), nn.Conv2d(in_width, width, 2, stride=2)
-            self.downsample = nn.Sequential(norm, conv)
-        self.blocks = nn.Sequential(*(Block(width, eps) for _ in range(depth)))
-
-    def forward(self, x):
-        return self.blocks(self.downsample(x))
+    downsample = nn.Identity()
+    if in_width:
+        norm, conv = ChannelNorm(in_width, eps=eps), nn.Conv2d(in_width, width, 2, stride=2)
+        downsample = nn.Sequential(norm, conv)
+    blocks = nn.Sequential(*(Block(width, eps) for _ in range(depth)))
+    return nn.Sequential(OrderedDict(downsample=downsample, blocks=blocks))
 
 
 class ConvNeXt(PretrainedTower):
@@ -108,7 +104,7 @@ class ConvNeXt(PretrainedTower):
         self.stem = nn.Sequential(nn.Conv2d(3, widths[0], P, stride=P), ChannelNorm(widths[0], eps))
         in_widths = [None, *widths[:-1]]
         shapes = zip(in_widths, widths, config.depths, strict=True)
-        self.stages = nn.ModuleList(Stage(*shape, eps) for shape in shapes)
+        self.stages = nn.ModuleList(stage(*shape, eps) for shape in shapes)
 
     def forward(self, pixels, layers=None):
         """Compute the maps of all stages -> [(B, N, D)]. Raises InputError.
@@ -124,12 +120,6 @@ class ConvNeXt(PretrainedTower):
             maps.append(F.interpolate(x.float(), side, mode="bilinear").to(x.dtype))
         x = views(torch.cat(maps, dim=1), self.crops)  # (B, D, R/4, R/4)
         return [x.flatten(2).transpose(1, 2)]
-
-    def check_size(self, side):
-        """Raise InputError unless every stage can halve a side without a remainder."""
-        multiple = self.config.patch_size * 2 ** (len(self.stages) - 1)
-        if side % multiple or not side:
-            raise InputError(f"image size {side}: this ConvNeXt takes multiples of {multiple}")
 
     def freeze_above(self, deepest):
         """Freeze nothing: the hidden state depends on every stage."""

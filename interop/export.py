@@ -29,7 +29,7 @@ from common import checkpoint, cli, lora
 from common.cli import option
 from common.errors import InputError
 from common.layouts import SHAPES
-from common.pretrained import DTYPES, locate, read_json
+from common.pretrained import locate, read_json
 from common.run import Ranks
 from common.save import (
     dtype_name,
@@ -54,7 +54,6 @@ class Config:
     model: str = option("", "folder, hub id or checkpoint of a run; default: the newest under out/")
     to: str = option("", "the folder to write")
     format: str = option("", "llava-hf, llava or llama; default: llava-hf if it can, or llava")
-    dtype: str = option("", "float32, bfloat16 or float16; default: as stored")
 
 
 # ---- the formats: a model -> {file name: content}, tensors, config.json --------------------------
@@ -67,13 +66,11 @@ def llava_hf(model):
     """
     tower, name = model.vision[0], model.connector.name
     check_connector(model, "llava-hf", LLAVA_HF)
-    if tower.num_prefix_tokens > 1 or tower.config.model_type == "vit_mae":
-        raise InputError(
-            f"--format=llava-hf: not for the prefix tokens of {tower.config.model_type}"
-        )
     llm = llm_tensors(model.llm)
-    if "lm_head.bias" in llm:
-        raise InputError("--format=llava-hf: not for Phi, whose lm_head has a bias")
+    # transformers drops one prefix token, and some of MAE's patches; it has no bias in lm_head
+    is_mae = tower.config.model_type == "vit_mae"
+    if tower.num_prefix_tokens > 1 or is_mae or "lm_head.bias" in llm:
+        raise InputError("--format=llava-hf: not for MAE, register tokens, or Phi as the LLM")
     tokenizer = Tokenizer.from_str(model.tokenizer.to_str())
     tokenizer.add_special_tokens([AddedToken(MARK, normalized=False)])
     image_id = tokenizer.token_to_id(MARK)
@@ -134,7 +131,7 @@ def llava_hf(model):
 def llava(model):
     """Write the authors' layout of LLaVA-1.5 and the Dense Connector."""
     tower, name = model.vision[0], model.connector.name
-    check_connector(model, "llava", ("linear", "mlp", *DENSE.values()))
+    check_connector(model, "llava", ("linear", "mlp", "dense", *DENSE))
     if not isinstance(tower, CLIPVision):
         raise InputError(f"--format=llava: not for a {tower.config.model_type} tower, only CLIP's")
     vision, vision_config = hugging_face(tower)
@@ -162,9 +159,8 @@ def llava(model):
     if not names:
         # A key of ours, for a tower that has no public name.
         config["mm_vision_config"] = vision_config
-    for theirs, ours in DENSE.items():
-        if name == ours:
-            config["mm_dense_connector_type"] = theirs
+    if name not in ("linear", "mlp"):
+        config["mm_dense_connector_type"] = name.replace("dense", "dci")
     return tokenizer_files(model) | image_files(model), tensors, config
 
 
@@ -184,8 +180,7 @@ def check_connector(model, layout, names):
     connector, name = model.connector, model.connector.name
     if name not in names:
         raise InputError(f"--format={layout}: not for connector {name}, only {', '.join(names)}")
-    # Only the depth decides which layers are read.
-    tower = Tower(model.vision[0].config.num_hidden_layers, width=1, num_patches=1)
+    tower = Tower(*model.vision[0].shape(model.spec.size))
     usual = make_connector(name, [tower], llm_width=1)
     if connector.layers != usual.layers:
         raise InputError(
@@ -282,17 +277,18 @@ def read_checkpoint(folder):
     model = train.build_stage(config, state["stage"], run, Ranks("cpu"))
     checkpoint.load(folder, model)
     lora.merge(model.llm)
-    return model.eval()
+    return model.float()
 
 
 def export(model, folder, format=""):
     """Write an MLLM and return the format. The folder appears whole or not at all.
 
-    format: one of FORMATS. Raises InputError if it cannot represent the model.
+    format: one of FORMATS. Raises InputError if there is none such, or if it cannot represent
+    the model.
     """
     if not format:
         format = "llava-hf" if model.connector.name in LLAVA_HF else "llava"
-    files, tensors, config = FORMATS[format](model)
+    files, tensors, config = cli.find_class(FORMATS, format, "--format")(model)
     dtype = dtype_name(model.llm)
     config |= {"template": model.template, "dtype": dtype, "torch_dtype": dtype}
     with whole(folder) as partial:
@@ -309,14 +305,12 @@ def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
     if not config.to or Path(config.to).exists():
         raise InputError(f"--to={config.to}: give the name of a new folder")
-    dtype = cli.find_class(DTYPES, config.dtype, "--dtype") if config.dtype else None
-    if config.format:
-        cli.find_class(FORMATS, config.format, "--format")
     source = locate(config.model or newest_model())
     if (source / "state.json").exists():
-        model = read_checkpoint(source).to(dtype or torch.float32)
+        model = read_checkpoint(source)
     else:
-        model = load_model(source, dtype)
+        # in the dtype that it is stored in
+        model = load_model(source, None)
     format = export(model, config.to, config.format)
     print(f"wrote {config.to} ({format})")
 

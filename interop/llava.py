@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from clip import CLIPVision, SigLIPVision
+from clip import SigLIPVision
 from common.errors import InputError
 from common.images import ImageSpec
 from common.layouts import FILE, SHAPES
@@ -46,14 +46,16 @@ from connector import sparse_layers
 from dialogue import find_template, load_tokenizer
 from mllm import LLMS, MLLM, TOWERS
 
-# values of mm_dense_connector_type and our names; efficient is ours
-DENSE = {"sti": "sti", "sci": "sci", "dci": "dense", "efficient": "efficient"}
+# values of mm_dense_connector_type, which are names in connector.py, too; efficient is ours
+DENSE = ("sti", "sci", "dci", "efficient")
 TOWER = "model.vision_tower.vision_tower."
 
 
 def load(folder, config, dtype, device):
     """Load a folder of either layout, ready to generate. Raises InputError."""
     names = tensor_files(folder)
+    if config.get("projector_hidden_act") == "linear":
+        check_identity(names)
     model, rename, tower_folder = read(folder, config, names)
     tower, module = model.vision[0], model
     if tower_folder:
@@ -74,8 +76,6 @@ def read(folder, config, names):
 
     names: the tensors in the file. If the tower is among them, its folder is None.
     """
-    if config.get("projector_hidden_act") == "linear":
-        check_identity(folder)
     with on_meta(folder):
         if "mm_vision_tower" in config:
             model, tower_folder = read_llava(folder, config, names)
@@ -84,12 +84,11 @@ def read(folder, config, names):
     return model, partial(rename, model), tower_folder
 
 
-def expect(folder, config, key, default, *others):
-    """Return config[key]. InputError unless it is `default`, which it is if absent, or an other."""
+def expect(config, key, default, *others):
+    """Return config[key]. ValueError unless it is `default`, which it is if absent, or an other."""
     value, known = config.get(key, default), [default, *others]
     if value not in known:
-        known = " or ".join(map(repr, known))
-        raise InputError(f"{folder}/config.json: {key} is {value!r}; only {known} can be read")
+        raise ValueError(f"{key} is {value!r}; only {' or '.join(map(repr, known))} can be read")
     return value
 
 
@@ -127,21 +126,18 @@ def connector_name(name):
 
 def read_llava_hf(folder, config):
     spec = ImageSpec.from_folder(folder)
-    if spec.mode == "anyres":
-        expect(folder, config, "use_image_newline_parameter", True)
     text, vision = config["text_config"], config["vision_config"]
     if text.get("model_type", "llama") in ("llama", "mistral"):
         text = FILE["text_config"] | text
     # This key may be the whole model's.
     text = {"tie_word_embeddings": config.get("tie_word_embeddings")} | text
-    act = expect(folder, config, "projector_hidden_act", "gelu", "linear")
+    act = expect(config, "projector_hidden_act", "gelu", "linear")
     vision = {"model_type": "clip_vision_model"} | vision
     tower = build_part(TOWERS, vision, folder, spec.mean, spec.std)
     depth = len(tower.blocks)
-    layers = expect(folder, config, "vision_feature_layer", -2, depth - 1, sparse_layers(depth))
+    layers = expect(config, "vision_feature_layer", -2, depth - 1, sparse_layers(depth))
     key = "vision_feature_select_strategy"
-    select = "default" if tower.num_prefix_tokens else "full"
-    expect(folder, {key: "default"} | config, key, select)
+    expect({key: "default"} | config, key, "default" if tower.num_prefix_tokens else "full")
     llm = build_part(LLMS, text, folder)
     template = find_template(folder) or "vicuna_v1"
     if spec.mode == "anyres" and template == "chatml":
@@ -152,51 +148,47 @@ def read_llava_hf(folder, config):
     return MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
 
 
-def check_identity(folder):
+def check_identity(files):
     """Raise InputError unless linear_2 is the identity.
 
     interop.export writes a single linear layer so, since the layout has two.
     """
-    for name, file in tensor_files(folder).items():
-        if "multi_modal_projector.linear_2." not in name:
-            continue
-        with open_safetensors(file) as opened:
-            tensor = opened.get_tensor(name)
-        identity = torch.eye(len(tensor)) if tensor.dim() == 2 else 0
-        if (tensor != identity).any():
-            raise InputError(f"{file}: {name} is not the identity; such a connector is not known")
+    for name, file in files.items():
+        if "multi_modal_projector.linear_2." in name:
+            with open_safetensors(file) as opened:
+                tensor = opened.get_tensor(name)
+            identity = torch.eye(len(tensor)) if tensor.dim() == 2 else 0
+            if (tensor != identity).any():
+                raise InputError(f"{file}: {name} is not the identity; it cannot be read")
 
 
 # ---- LLaVA's own ---------------------------------------------------------------------------------
 
 
 def read_llava(folder, config, names):
-    projector = expect(folder, config, "mm_projector_type", "linear", "mlp2x_gelu")
-    dense = expect(folder, config, "mm_dense_connector_type", None, "none", *DENSE)
-    expect(folder, config, "mm_vision_select_feature", "patch")
-    expect(folder, config, "mm_use_im_start_end", False, None)
-    connector = "linear" if projector == "linear" else DENSE.get(dense, "mlp")
+    projector = expect(config, "mm_projector_type", "linear", "mlp2x_gelu")
+    dense = expect(config, "mm_dense_connector_type", None, "none", *DENSE)
+    expect(config, "mm_vision_select_feature", "patch")
+    expect(config, "mm_use_im_start_end", False, None)
+    connector = dense if dense in DENSE else "mlp"
+    if projector == "linear":
+        connector = "linear"
     is_inside = any(name.startswith(TOWER) for name in names)
     tower, tower_folder = describe_tower(folder, config, is_inside)
     is_siglip = isinstance(tower, SigLIPVision)
     if not is_siglip:
         # Of SigLIP the authors' code takes the last of 26 layers, whatever the config says.
-        expect(folder, config, "mm_vision_select_layer", -2)
+        expect(config, "mm_vision_select_layer", -2)
     if (tower_folder / "preprocessor_config.json").exists():
         spec = ImageSpec.from_folder(tower_folder)
     else:
         mode = "stretch" if is_siglip else "crop"
         spec = ImageSpec(tower.config.image_size, mode, *map(tuple, tower.layout.statistics))
-    mode = expect(folder, config, "image_aspect_ratio", None, "pad", "square", "anyres")
+    mode = expect(config, "image_aspect_ratio", None, "pad", "square", "anyres")
     if mode in ("pad", "anyres"):
-        spec = replace(spec, mode=mode, resize_to=None)
-    if mode == "anyres":
-        expect(
-            folder, {"mm_patch_merge_type": "flat"} | config, "mm_patch_merge_type", "spatial_unpad"
-        )
         # (width, height) here, (height, width) in llava-hf
-        pinpoints = tuple(map(tuple, config["image_grid_pinpoints"]))
-        spec = replace(spec, pinpoints=pinpoints)
+        pinpoints = tuple(map(tuple, config.get("image_grid_pinpoints") or []))
+        spec = replace(spec, mode=mode, resize_to=None, pinpoints=pinpoints)
     is_mistral = config["model_type"] == "llava_mistral"
     template = find_template(folder) or ("mistral_instruct" if is_mistral else "vicuna_v1")
     if "template" not in config:
@@ -207,34 +199,23 @@ def read_llava(folder, config, names):
             template = "llama_3_dense"
     towers = [tower]
     if "mm_vision_tower_aux" in config:
-        convnext, connector = read_mgm(folder, config, is_inside, tower)
-        towers.append(convnext)
+        connector = read_mgm(config, tower.config.hidden_size)
+        towers.append(build_part(TOWERS, {"model_type": "convnext"}, folder))
         spec = replace(spec, size=config["image_size_aux"])
     llm_type = FILE["llava_llms"].get(config["model_type"], config["model_type"])
     llm = build_part(LLMS, config | {"model_type": llm_type}, folder)
     model = MLLM(towers, llm, connector, load_tokenizer(folder), template, spec)
-    return model, None if is_inside else tower_folder
+    # Mini-Gemini's files hold both towers.
+    return model, None if is_inside or len(towers) > 1 else tower_folder
 
 
-def read_mgm(folder, config, is_inside, clip):
-    """Build Mini-Gemini's second tower -> (tower, spec of the connector). Raises InputError.
-
-    is_inside: whether the first tower is in the model's files.
-    """
-    where, width = f"Mini-Gemini {folder}", clip.config.hidden_size
-    expect(where, config, "model_type", "mgm")
-    expect(where, config, "mm_projector_type", "mlp2x_gelu")
-    expect(where, config, "image_aspect_ratio", None, "pad", "square")
-    grid = expect(where, config, "image_grid", 1, 2)
-    expect(where, {"image_global": False} | config, "image_global", grid == 2)
-    if "convnext-large-d-320" not in str(config["mm_vision_tower_aux"]) or not is_inside:
-        raise InputError(
-            f"{where}: its towers must be a CLIP and convnext-large-d-320, both in its files"
-        )
+def read_mgm(config, width):
+    """Return the spec of Mini-Gemini's connector; width: that of CLIP."""
+    grid = expect(config, "image_grid", 1, 2)
+    expect({"image_global": False} | config, "image_global", grid == 2)
     # The Dense Connector adds means as channels.
-    groups = expect(where, config, "mm_hidden_size", width, 3 * width) // width - 1
-    convnext = build_part(TOWERS, {"model_type": "convnext"}, folder)
-    return convnext, {"name": "mgm", "groups": groups, "hd": grid == 2}
+    groups = config["mm_hidden_size"] // width - 1
+    return {"name": "mgm", "groups": groups, "hd": grid == 2}
 
 
 def describe_tower(folder, config, is_inside):
@@ -249,16 +230,11 @@ def describe_tower(folder, config, is_inside):
     if not (is_inside and stated):
         tower_folder = folder / name if (folder / name).is_dir() else locate(name)
         stated = read_config(tower_folder)
-    tower = build_part(TOWERS, stated, tower_folder, *read_statistics(tower_folder))
-    if not isinstance(tower, CLIPVision):
-        raise InputError(
-            f"{folder}: its tower {name} is {type(tower).__name__}, not CLIP or SigLIP"
-        )
-    return tower, tower_folder
+    return build_part(TOWERS, stated, tower_folder, *read_statistics(tower_folder)), tower_folder
 
 
 def lacks_last_block(tower, names):
-    """Say whether the file has a SigLIP without its last block."""
-    last = f"{TOWER}vision_model.encoder.layers.{len(tower.blocks) - 1}.layer_norm1.weight"
-    is_inside = any(name.startswith(TOWER) for name in names)
-    return isinstance(tower, SigLIPVision) and is_inside and last not in names
+    """Say whether the file has the tower without its last block, as the authors' SigLIP."""
+    block = TOWER + "vision_model.encoder.layers.{}.layer_norm1.weight"
+    last = len(tower.blocks) - 1
+    return block.format(last - 1) in names and block.format(last) not in names

@@ -1,11 +1,7 @@
 """Load a multimodal model by its name, whoever wrote the folder.
 
-newest_model     finds the model that was trained last
-dtype_to_answer  chooses its dtype
-load_model       -> MLLM: a folder of ours, LLaVA-1.5 or 1.6 (llava-hf's or the authors' layout),
-                 or the Dense Connector's release
-load_to_answer   the same, made fast, by what --model, --device, --bf16, --pool and --fast say
-start_from       what train.py --init=PATH means: a whole model, or a connector alone
+A folder of ours, LLaVA-1.5 or 1.6 (llava-hf's or the authors' layout), Mini-Gemini, or the Dense
+Connector's release.
 """
 
 import sys
@@ -25,9 +21,9 @@ def newest_model(root="out"):
     """Return the folder of the newest multimodal model under `root`. Raises InputError."""
     found = []
     for path in Path(root).rglob("config.json"):
-        unfinished = path.parent.suffix in (".partial", ".old")
-        if not unfinished and read_config(path.parent).get("model_type") == "mllm":
-            found.append((path.stat().st_mtime_ns, path.parent))
+        folder = path.parent
+        if folder.suffix != ".partial" and read_config(folder).get("model_type") == "mllm":
+            found.append((path.stat().st_mtime_ns, folder))
     if not found:
         raise InputError(
             f"no model under {root}/: train one (python train.py), or name its folder (--model=...)"
@@ -35,13 +31,13 @@ def newest_model(root="out"):
     return max(found)[1]
 
 
-def dtype_to_answer(folder_or_id, device, bf16=None):
+def dtype_to_answer(folder_or_id, device, bf16):
     """Choose the dtype of a model that only answers.
 
     bf16 None: bfloat16 on CUDA and for a checkpoint that is stored in 16 bits, else float32.
     """
     if bf16 is None:
-        bf16 = torch.device(device).type == "cuda" or stored(folder_or_id)[1]
+        bf16 = device.type == "cuda" or stored(folder_or_id)[1]
     return torch.bfloat16 if bf16 else torch.float32
 
 
@@ -56,17 +52,16 @@ def load_model(folder_or_id, dtype=torch.float32, device="cpu"):
     return MLLM.from_pretrained(folder, dtype, device)
 
 
-def load_to_answer(name, device="auto", bf16=None, fast=False, pool=""):
+def load_to_answer(config, pool=""):
     """Load a model that only answers -> its name, the model. Raises InputError.
 
-    name: empty for the newest under out/; device: see common.cli.pick_device; bf16: see
-    dtype_to_answer; fast: compile the decoding step on CUDA (common.speed); pool: see common.pool.
+    config: with the options of common.cli.ModelConfig; pool: see common.pool.
     """
-    device = pick_device(device)
-    name = str(name or newest_model())
+    device = pick_device(config.device)
+    name = config.model or str(newest_model())
     print(f"model: {name}", file=sys.stderr)
-    model = load_model(name, dtype_to_answer(name, device, bf16), device)
-    speed_up(model, "chat", compile=fast)
+    model = load_model(name, dtype_to_answer(name, device, config.bf16), device)
+    speed_up(model, "chat", compile=config.fast)
     if pool:
         pool_tokens(model, pool)
     return name, model
@@ -75,31 +70,28 @@ def load_to_answer(name, device="auto", bf16=None, fast=False, pool=""):
 def start_from(model, path, mapped=False):
     """Return the model that training starts from: `model`, or the one at `path` if it has an LLM.
 
-    path: a .safetensors file, a folder or an id. A file or folder with a connector alone, such as
-    LLaVA's mm_projector, is loaded into `model`. mapped: see MLLM.assemble. Raises InputError where
-    the connector is another one.
+    path: a folder or an id. A connector alone, such as LLaVA's mm_projector, is loaded into
+    `model`. mapped: see MLLM.assemble. Raises InputError where the connector is another one.
     """
-    path = Path(path) if Path(path).is_file() else locate(path)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    if not files or files[0].suffix != ".safetensors":
+    folder, places = locate(path), {}
+    for file in folder.glob("*.safetensors"):
+        with open_safetensors(file) as opened:
+            places |= dict.fromkeys(opened.keys(), file)
+    if not places:
         raise InputError(
             f"{path}: no safetensors here; a pickle (.bin, .pt) can run any code: convert it first"
         )
-    places = {}
-    for file in files:
-        with open_safetensors(file) as opened:
-            places |= dict.fromkeys(opened.keys(), file)
     device = next(model.connector.parameters()).device
     if not any(name.endswith("embed_tokens.weight") for name in places):
         from interop.llava import connector_name
 
         # its modules, without image_newline, which LLaVA-NeXT's stage 1 does not train
         modules = torch.nn.ModuleDict(model.connector.named_children())
-        load_weights(modules, path, connector_name, torch.float32, device, places)
+        load_weights(modules, folder, connector_name, torch.float32, device, places)
         print(f"starting from the connector {path}")
         return model
     llm = model.llm.embed_tokens.weight
-    whole = load_model(path, None if mapped else llm.dtype, "cpu" if mapped else llm.device)
+    whole = load_model(folder, None if mapped else llm.dtype, "cpu" if mapped else llm.device)
     expected, found = model.connector, whole.connector
     if (expected.name, expected.options) != (found.name, found.options):
         raise InputError(

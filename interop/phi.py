@@ -18,12 +18,11 @@ is llama.py's: the forward pass, the cache, generation, loading and saving.
 from dataclasses import asdict, dataclass
 
 import torch.nn as nn
-import torch.nn.functional as F
 
 import llama
-from common.errors import InputError
 from common.pretrained import make_config, read_rope
 from llama import Llama, LlamaConfig, rope_frequencies
+from vit import MLP
 
 
 @dataclass
@@ -42,20 +41,8 @@ class PhiConfig(LlamaConfig):
     @classmethod
     def from_dict(cls, config, where):
         """Read config.json's object. `where` names the folder in errors (InputError)."""
-        if config.get("model_type") != "phi":
-            raise InputError(
-                f"{where}: model_type is {config.get('model_type')!r}, not phi (phi-msft: an early "
-                "file with its own code, download the newest revision)"
-            )
-        for key in ("qk_layernorm", "tie_word_embeddings"):
-            if config.get(key):
-                raise InputError(f"{where}: {key} is true, which is not implemented")
-        if config.get("hidden_act", "gelu_new") not in ("gelu", "gelu_new"):
-            raise InputError(f"{where}: hidden_act is {config['hidden_act']!r}, not gelu, gelu_new")
         rope = config.get("rope_parameters") or {}
-        factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-        config = config | read_rope(config, where) | {"partial_rotary_factor": factor}
-        return make_config(cls, config, where)
+        return make_config(cls, config | rope | read_rope(config, where), where)
 
     def to_dict(self):
         """Return what config.json holds for this model. transformers reads it, too."""
@@ -74,26 +61,14 @@ class Attention(llama.Attention):
         return self.dense
 
 
-class MLP(nn.Module):
-    """Linear, GELU, linear, (B, T, C) -> (B, T, C)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.approximate = "tanh" if config.hidden_act == "gelu_new" else "none"
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
-
-
 class Block(nn.Module):
     """A layer, (B, T, C) -> (B, T, C): attention and MLP read the same normed input."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        act = config.hidden_act.replace("gelu_new", "gelu_pytorch_tanh")
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, act)
         self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, x, *attention):

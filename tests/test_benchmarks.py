@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT, in_process, refused
 from PIL import Image
 
+from benchmarks.__main__ import Config, main
 from benchmarks.judged import mathvista_match, mathvista_rule
 from benchmarks.prompts import find_images, open_question
 from benchmarks.readers import BENCHMARKS, read
-from benchmarks.run import Config, main
 from benchmarks.scores import score
 from common.cli import parse
 from common.errors import InputError
@@ -73,7 +73,7 @@ def test_other_formats_and_prompts(here):
     assert items_of("gqa", "--prompt=Look: <question>")[0].prompt == "Look: Is it red?"
     # Frames in the order of their numbers: 1, 2, 10; no text is between them.
     ((item,), _) = find_images(items_of("video"), "images")
-    images, prompt = open_question(item)
+    images, prompt = open_question(item, 3)
     assert [image.getpixel((0, 0))[0] // 25 for image in images] == [6, 8, 7]
     assert prompt == "<image><image><image>\nwhat moves?"
 
@@ -133,7 +133,7 @@ def test_without_answers_there_is_the_servers_file_and_frames_must_fit(here):
     assert row["question_id"] == 8 and isinstance(row["answer"], str) and results() == {}
     for i in range(40):
         Image.new("RGB", (8, 8)).save(f"images/video7/{i}.jpg")
-    with refused("--pool=pairs"):
+    with refused("max_new_tokens=2.*context"):
         main(command("video", "--frames=40", "--out=frames"))
     main(command("video", "--frames=40", "--pool=grid", "--out=pooled"))
     assert len(answers("pooled")) == 1

@@ -150,16 +150,15 @@ def test_what_a_format_cannot_represent_is_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_keeps_the_stored_dtype_unless_told_and_names_wrong_options(tmp_path, capsys):
+def test_the_command_keeps_the_stored_dtype_and_names_wrong_options(tmp_path, capsys):
     build("mlp").bfloat16().save(tmp_path / "half")
     main([f"--model={tmp_path / 'half'}", f"--to={tmp_path / 'hf'}"])
     assert "(llava-hf)" in capsys.readouterr().out
-    flags = [f"--to={tmp_path / 'whole'}", "--dtype=float32", "--format=llava"]
-    main([f"--model={tmp_path / 'hf'}", *flags])
-    for folder, dtype in (("hf", torch.bfloat16), ("whole", torch.float32)):
+    main([f"--model={tmp_path / 'hf'}", f"--to={tmp_path / 'llava'}", "--format=llava"])
+    for folder in ("hf", "llava"):
         tensors = load_file(tmp_path / folder / "model.safetensors").values()
-        assert {tensor.dtype for tensor in tensors} == {dtype}
-    assert_same(load_model(tmp_path / "half"), load_model(tmp_path / "whole"))
-    for flags in ("--to=", f"--to={tmp_path}", "--format=onnx --to=x", "--dtype=int8 --to=x"):
+        assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
+    assert_same(load_model(tmp_path / "half"), load_model(tmp_path / "llava"))
+    for flags in ("--to=", f"--to={tmp_path}", "--format=onnx --to=x"):
         with refused(flags.partition("=")[0]):
             main([f"--model={tmp_path / 'half'}", *flags.split()])

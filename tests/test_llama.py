@@ -193,20 +193,18 @@ def test_a_config_means_what_transformers_takes_it_for():
 
 
 def test_a_config_that_cannot_be_computed_is_one_line_that_names_the_key():
-    phi = {"model_type": "phi"}
-    for config_class, change, name in (
-        (LlamaConfig, {"model_type": "gemma"}, "gemma"),
-        (LlamaConfig, {"layer_types": ["sliding_attention"]}, "layer_types"),
-        (LlamaConfig, {"hidden_act": "gelu"}, "hidden_act"),
-        (LlamaConfig, {"rope_scaling": {"type": "yarn"}}, "yarn"),
-        (LlamaConfig, {"rope_scaling": {"rope_type": "llama3"}}, "factor"),
-        (LlamaConfig, {"vocab_size": None}, "vocab_size"),
-        (PhiConfig, {"model_type": "phi-msft"}, "phi-msft"),
-        (PhiConfig, phi | {"qk_layernorm": True}, "qk_layernorm"),
-        (PhiConfig, phi | {"hidden_act": "relu"}, "relu"),
+    for change, name in (
+        ({"model_type": "gemma"}, "gemma"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"type": "yarn"}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "factor"),
+        ({"vocab_size": None}, "vocab_size"),
     ):
         with refused(f"somewhere.*{name}"):
-            config_class.from_dict(SHAPE | change, "somewhere")
+            LlamaConfig.from_dict(SHAPE | change, "somewhere")
+    with refused("relu"):
+        Phi(PhiConfig(**SHAPE, hidden_act="relu"))
 
 
 def test_a_saved_model_loads_as_it_was(tmp_path):

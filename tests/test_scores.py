@@ -102,14 +102,14 @@ MMMU += "; I think that it must be the blue one > C; the blue one > None; b > No
 
 def test_letters_are_read_by_the_rule_of_the_official_scorer():
     for cases, read, options in (
-        (SCIENCEQA, scores.scienceqa_letter, "ABCDE"),
-        (MMBENCH, scores.mmbench_letter, ["green", "red", "blue", "x1"]),
-        (MMMU, scores.mmmu_letter, ["green", "red", "blue", "x1"]),
+        (SCIENCEQA, scores.scienceqa_letter, []),
+        (MMBENCH, scores.mmbench_letter, [["green", "red", "blue", "x1"]]),
+        (MMMU, scores.mmmu_letter, [["green", "red", "blue", "x1"]]),
     ):
-        assert read("", options) is None
+        assert read("", *options) is None
         for case in cases.split("; "):
             answer, letter = case.split(" > ")
-            assert str(read(answer, options)) == letter, case
+            assert str(read(answer, *options)) == letter, case
     # where it reads none it guesses, always the same
     options = [{"options": list("wxyz")}] * 4
     assert scores.mmmu_parse(["?", "?", "(B)", "?"], options) == list("AABC")

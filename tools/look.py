@@ -385,7 +385,7 @@ def main(arguments):
         tower = load_part(TOWERS, folder, dtype, device)
         sections += tower_sections(tower, to_pixels(image, ImageSpec(tower.config.image_size)), {})
     if not sections:
-        name, model = load_to_answer(config.model, config.device, config.bf16, config.fast)
+        name, model = load_to_answer(config)
         sections = model_sections(model, image, questions)
     title = f"{name}: {title}"
     save_image([make_sheet(title, sections)], config.out)

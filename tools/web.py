@@ -144,7 +144,8 @@ def main(arguments):
         socket.create_server((config.host, 0)).close()
     except OSError as error:
         raise InputError(f"--host={config.host}: cannot listen there ({error})") from None
-    models = [load_to_answer(name, config.device) for name in config.model or [""]]
+    names = config.model or [""]
+    models = [load_to_answer(cli.ModelConfig(name, config.device)) for name in names]
     # gradio writes uploads and drawn images here.
     with tempfile.TemporaryDirectory() as os.environ["GRADIO_TEMP_DIR"]:
         build(models).launch(
