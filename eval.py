@@ -1,7 +1,7 @@
 """Score a model on held-out images of the toy world: the papers' benchmarks, made small.
 
     python eval.py                                    the newest model under out/
-    python eval.py --model=out/dense/model --count=1000
+    python eval.py --model=out/dense/model --count=1000 --json
 
 Each task has the scores of the benchmark that it stands for: caption COCO's (F1 instead of CIDEr),
 presence POPE's (arXiv 2305.10355), count VQAv2's, rec RefCOCO's, reg RefCOCOg's, attribute and
@@ -12,6 +12,7 @@ also given **blind**: the same model and questions, each with the image of anoth
 is left of a score does not come from the image. For the public benchmarks: python -m benchmarks.
 """
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ blind      the same questions, each with the image of another question"""
 class Config(cli.ModelConfig):  # --model, --device, --bf16, --fast
     count: int = option(200, "questions per task")
     batch: int = option(50, "questions answered at once")
+    json: bool = option(False, "print one JSON object as the last line")
 
 
 def mean(values):
@@ -143,7 +145,10 @@ def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
     name, model = load_to_answer(config)
     print(f"{name}: {config.count} questions per task on held-out scenes\n")
-    print(table(evaluate(model, config.count, config.batch)))
+    results = evaluate(model, config.count, config.batch)
+    print(table(results))
+    if config.json:
+        print(json.dumps({"model": name, **results}))
 
 
 if __name__ == "__main__":

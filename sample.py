@@ -33,7 +33,7 @@ class Config(cli.ModelConfig):  # --model, --device, --bf16, --fast
     prompt: str = option("", "the question; without <image> in it, the image comes first")
     chat: bool = option(False, "a conversation: one question per line of stdin")
     count: int = option(4, "number of test scenes, without --image, --prompt and --chat")
-    out: str = option("out/sample.png", "where to save the image")
+    out: str = option("", "where to save the image; default: out/sample.png or out/chat.png")
     max_new_tokens: int = option(128, "longest answer, in tokens")
     temperature: float = option(0.0, "0: greedy; 1: sample from the model's distribution")
     top_k: int | None = option(None, "sample from the k most likely tokens only")
@@ -113,6 +113,7 @@ def main(arguments):
     config = cli.parse(Config, arguments, __doc__)
     if config.count < 1 or config.seed < 0 or config.frames < 0:
         raise InputError("--count must be at least 1, --seed and --frames at least 0")
+    config.out = config.out or ("out/chat.png" if config.chat else "out/sample.png")
     images = open_images(config.image, config.frames)
     _, model = load_to_answer(config, config.pool)
     options = ("max_new_tokens", "temperature", "top_k", "top_p")

@@ -1,5 +1,7 @@
 """eval.py: scores against values worked out by hand, and what the blind score measures."""
 
+import json
+
 import pytest
 from conftest import refused
 
@@ -59,16 +61,19 @@ def test_only_a_model_that_looks_loses_its_score_blind():
     assert all(result["scores"] == result["blind"] for result in results.values())
 
 
-def test_a_real_model_is_scored_the_same_twice(tiny_model, model_folder, monkeypatch, capsys):
+def test_a_real_model_is_scored_the_same_twice_and_prints_json_last(
+    tiny_model, model_folder, monkeypatch, capsys
+):
     monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 6)
-    evaluation.main(["--count=4", "--batch=3", "--device=cpu"])
+    evaluation.main(["--count=4", "--batch=3", "--json", "--device=cpu"])
     printed = capsys.readouterr().out
-    assert printed.startswith("out/tiny/model: 4 questions")
+    last = json.loads(printed.rstrip("\n").split("\n")[-1])
+    assert last["model"] == "out/tiny/model"
     # the size of a batch changes nothing
     images, texts, _ = task_questions("count", 4)
     answers = [evaluation.answer(tiny_model, images, texts, batch) for batch in (2, 3)]
     assert answers[0] == answers[1]
-    assert table(evaluate(tiny_model, count=4, batch=2)) in printed
+    assert {task: last[task] for task in world.TASKS} == evaluate(tiny_model, count=4, batch=2)
     for flag in ("--count=1", "--batch=0", "--seed=-1"):
         with refused(flag[2:].partition("=")[0]):
             evaluation.main([flag])

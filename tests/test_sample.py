@@ -65,13 +65,14 @@ def test_alone_it_asks_about_test_scenes_and_a_chat_proposes_questions(
     model_folder, monkeypatch, capsys
 ):
     sample.main(["--count=3", "--max_new_tokens=8", "--temperature=1", "--top_k=50"])
-    assert Image.open("out/sample.png").width > 900
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi?"))
     sample.main(["--chat", "--max_new_tokens=1"])
     printed = capsys.readouterr()
     assert printed.out.count("test scene") == 3
-    assert all(words in printed.err for words in ("out/sample.png", "Where is the", "empty line"))
-    sample.main(["--image=out/sample.png,out/sample.png", "--prompt=Hi?", "--max_new_tokens=1"])
+    assert all(words in printed.err for words in ("out/chat.png", "Where is the", "empty line"))
+    # the chat has not replaced the image of three scenes
+    assert Image.open("out/sample.png").width > 900
+    sample.main(["--image=out/chat.png,out/sample.png", "--prompt=Hi?", "--max_new_tokens=1"])
     assert Image.open("out/sample.png").width > 1500
 
 
