@@ -48,7 +48,7 @@ TOWERS = {
     "vit.ViT": layouts.VIT,
     "interop.convnext.ConvNeXt": layouts.CONVNEXT,
 }
-LLMS = {"llama.Llama": [*layouts.LLAMA, None], "interop.phi.Phi": ["phi"]}
+LLMS = {"llama.Llama": layouts.LLAMA, "interop.phi.Phi": ["phi"]}
 
 
 class MLLM(Pretrained):

@@ -55,7 +55,7 @@ class PhiConfig(LlamaConfig):
         rope = config.get("rope_parameters") or {}
         factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
         config = config | read_rope(config, where) | {"partial_rotary_factor": factor}
-        return make_config(cls, config, where)
+        return make_config(cls, config)
 
     def to_dict(self):
         """Return what config.json holds for this model. transformers reads it, too."""
