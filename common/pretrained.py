@@ -18,12 +18,12 @@ import math
 import pkgutil
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from torch.overrides import TorchFunctionMode
 
 from common import timm
 from common.cli import find_class
@@ -75,7 +75,7 @@ def fields_of(cls, config):
 
 
 def read_processor(folder):
-    """Read the image processor of a checkpoint -> (its file, dict). Without one: (None, {}).
+    """Read the image processor of a checkpoint -> (its file, dict). The dict is {} without one.
 
     It is preprocessor_config.json, or "image_processor" in transformers 5's processor_config.json.
     """
@@ -84,7 +84,7 @@ def read_processor(folder):
         if path.exists():
             config = read_json(path)
             return path, config.get("image_processor", config)
-    return None, {}
+    return folder, {}
 
 
 def read_statistics(folder):
@@ -150,28 +150,16 @@ def stored(folder_or_id):
 # --- its tensors in a module ---
 
 
-class NoRandomNumbers(TorchFunctionMode):
-    """Leave out the random initialization of tensors.
-
-    The first random number on the meta device would import torch's compiler, which takes longer
-    than loading a model.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
-
-
 @contextmanager
 def on_meta(where="a checkpoint"):
     """Build modules that have shapes but no storage; load_weights gives them their weights.
 
     A config that no module can be built from is an InputError, which names `where`.
     """
+    # normal_ on the meta device would import torch's compiler: that is slower than loading a model
+    no_normal = mock.patch.object(torch.Tensor, "normal_", lambda tensor, *_, **__: tensor)
     try:
-        with NoRandomNumbers(), torch.device("meta"):
+        with no_normal, torch.device("meta"):
             yield
     except InputError:
         raise
@@ -186,7 +174,8 @@ def import_class(classes, config, where):
     # timm names the network instead, such as convnext_large_mlp; LLaMA's first files name nothing
     default = config.get("architecture", "llama").partition("_")[0]
     paths = {name: path for path, names in classes.items() for name in names}
-    return pkgutil.resolve_name(find_class(paths, config.get("model_type", default), f"{where}: model_type"))
+    model_type = config.get("model_type", default)
+    return pkgutil.resolve_name(find_class(paths, model_type, f"{where}: model_type"))
 
 
 def build_part(classes, config, where, *statistics):
