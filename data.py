@@ -269,12 +269,12 @@ class Loader(Batches):
 
 
 class LlavaData(FileData):
-    """LLaVA's format, a JSON array or JSONL; the whole file is checked at once.
+    """{"id", "image", "conversations": [{"from": "human" or "gpt", "value"}, ...]}.
 
-    {"id", "image": a name or a list of names, or none, "conversations": [{"from": "human" or "gpt",
-    "value"}, ...]}. Also read: "images", "messages", "role", "content", the roles user, assistant
-    and system. In a dialogue without images "<image>" may be text, but not at a message's start or
-    end. Raises InputError, also where an image is outside image_dir.
+    LLaVA's format, a JSON array or JSONL; the whole file is checked at once. "image" is a name or a
+    list of names, or none. Also read: "images", "messages", "role", "content", the roles user,
+    assistant and system. In a dialogue without images "<image>" may be text, but not at a message's
+    start or end. Raises InputError, also where an image is outside image_dir.
     """
 
     def parse(self, record, where, index):

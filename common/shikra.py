@@ -54,10 +54,9 @@ def shikra_fields(record, where):
 
     {"img_path", "expression", "bbox": [x1, y1, x2, y2] in pixels, "width", "height"}.
     """
-    image, expression, box = (record.get(key) for key in ("img_path", "expression", "bbox"))
-    width, height = record.get("width"), record.get("height")
-    if not is_text(image) or not is_text(expression):
-        raise InputError(f"{where}: needs img_path, the name of an image, and an expression")
-    if not is_box(box) or not is_box([1, 1, width, height]) or min(width, height) < 1:
-        raise InputError(f"{where}: needs width and height in pixels, and a bbox of four numbers")
+    keys = ("img_path", "expression", "bbox", "width", "height")
+    image, expression, box, width, height = map(record.get, keys)
+    is_good = is_text(image) and is_text(expression) and is_box(box)
+    if not is_good or not is_box([1, 1, width, height]) or min(width, height) < 1:
+        raise InputError(f"{where}: needs {', '.join(keys)}; bbox has four numbers in pixels")
     return image, expression, clip_box(box, width, height, where), int(width), int(height)
