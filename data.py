@@ -28,7 +28,7 @@ from common.images import BadImage, ImageSpec, join, prepare
 from common.records import FileData, Sample, llava_fields
 from common.shikra import check_size
 from common.speed import Movable
-from dialogue import IGNORE, IMAGE, LONGEST_TOKEN, cut_to_length, encode, repeats
+from dialogue import IGNORE, IMAGE, cut_to_length, encode, repeats
 from llama import pack
 
 
@@ -100,7 +100,6 @@ class Batches:
             self.template,
             images=bool(sample.images),
             system=sample.system,
-            max_characters=self.max_length * LONGEST_TOKEN,
         )
         keys = []
         for image in sample.images:
