@@ -94,13 +94,8 @@ class Batches:
 
         Adds its images to those of the batch so far.
         """
-        ids, labels = encode(
-            self.tokenizer,
-            sample.turns,
-            self.template,
-            images=bool(sample.images),
-            system=sample.system,
-        )
+        options = {"images": bool(sample.images), "system": sample.system}
+        ids, labels = encode(self.tokenizer, sample.turns, self.template, **options)
         keys = []
         for image in sample.images:
             # an image in memory is named by a number

@@ -18,7 +18,7 @@ import torch
 
 from common import cli
 from common.cli import option
-from common.draw import COLORS, TRUE_COLOR, check_name, panel, save_image
+from common.draw import COLORS, TRUE_COLOR, panel, save_image
 from common.errors import InputError
 from common.images import parse_boxes, read_image
 from common.video import ENDINGS, open_frames
@@ -118,7 +118,6 @@ def main(arguments):
     if config.count < 1 or config.seed < 0 or config.frames < 0:
         raise InputError("--count must be at least 1, --seed and --frames at least 0")
     config.out = config.out or ("out/chat.png" if config.chat else "out/sample.png")
-    check_name(config.out)
     images = open_images(config.image, config.frames)
     _, model = load_to_answer(config.model, config.device, config.bf16, config.fast, config.pool)
     options = ("max_new_tokens", "temperature", "top_k", "top_p")

@@ -126,10 +126,9 @@ class ImageSpec:
 
 def side_of(size):
     """Read 224, {"shortest_edge": 224} or {"height": 224, "width": 224} -> 224."""
-    sides = set(size.values()) if isinstance(size, dict) else {size}
-    if len(sides) > 1:
-        raise ValueError("only square images are supported")
-    return sides.pop()
+    # one number, since only square images are supported
+    (side,) = set(size.values()) if isinstance(size, dict) else {size}
+    return side
 
 
 # --- open ---

@@ -424,11 +424,6 @@ def read_llama(cls, config, where):
         config["sliding_window"] = None
     if config.get("hidden_act", "silu") != "silu":
         raise InputError(f"{where}: hidden_act is {config['hidden_act']!r}, must be silu")
-    types = config.get("layer_types") or []
-    first = config.get("max_window_layers", 0) if config.get("sliding_window") else len(types)
-    expected = ["full_attention"] * first + ["sliding_attention"] * len(types)
-    if types != expected[: len(types)]:
-        raise InputError(f"{where}: layer_types must give the window to all layers from {first} on")
     return make_config(cls, config)
 
 

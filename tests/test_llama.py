@@ -196,7 +196,6 @@ def test_a_config_that_cannot_be_computed_is_one_line_that_names_the_key():
     phi = {"model_type": "phi"}
     for config_class, change, name in (
         (LlamaConfig, {"model_type": "gemma"}, "gemma"),
-        (LlamaConfig, {"layer_types": ["sliding_attention"]}, "layer_types"),
         (LlamaConfig, {"hidden_act": "gelu"}, "hidden_act"),
         (LlamaConfig, {"rope_scaling": {"type": "yarn"}}, "yarn"),
         (LlamaConfig, {"rope_scaling": {"rope_type": "llama3"}}, "factor"),
