@@ -28,7 +28,7 @@ from common.images import BadImage, ImageSpec, join, prepare
 from common.records import FileData, Sample, llava_fields
 from common.shikra import check_size
 from common.speed import Movable
-from dialogue import IGNORE, IMAGE, LONGEST_TOKEN, cut_to_length, encode, repeats
+from dialogue import IGNORE, IMAGE, cut_to_length, encode, repeats
 from llama import pack
 
 
@@ -94,14 +94,8 @@ class Batches:
 
         Adds its images to those of the batch so far.
         """
-        ids, labels = encode(
-            self.tokenizer,
-            sample.turns,
-            self.template,
-            images=bool(sample.images),
-            system=sample.system,
-            max_characters=self.max_length * LONGEST_TOKEN,
-        )
+        options = {"images": bool(sample.images), "system": sample.system}
+        ids, labels = encode(self.tokenizer, sample.turns, self.template, **options)
         keys = []
         for image in sample.images:
             # an image in memory is named by a number
@@ -269,12 +263,12 @@ class Loader(Batches):
 
 
 class LlavaData(FileData):
-    """LLaVA's format, a JSON array or JSONL; the whole file is checked at once.
+    """{"id", "image", "conversations": [{"from": "human" or "gpt", "value"}, ...]}.
 
-    {"id", "image": a name or a list of names, or none, "conversations": [{"from": "human" or "gpt",
-    "value"}, ...]}. Also read: "images", "messages", "role", "content", the roles user, assistant
-    and system. In a dialogue without images "<image>" may be text, but not at a message's start or
-    end. Raises InputError, also where an image is outside image_dir.
+    LLaVA's format, a JSON array or JSONL; the whole file is checked at once. "image" is a name or a
+    list of names, or none. Also read: "images", "messages", "role", "content", the roles user,
+    assistant and system. In a dialogue without images "<image>" may be text, but not at a message's
+    start or end. Raises InputError, also where an image is outside image_dir.
     """
 
     def parse(self, record, where, index):

@@ -17,6 +17,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from common.chat_template import recognize
+from common.cli import find_class
 from common.errors import InputError
 from common.pretrained import read_config, read_json
 from common.records import MARK
@@ -24,7 +25,6 @@ from common.tokenizer import load_tokenizer_model, set_prefix
 
 IMAGE = -200  # LLaVA's placeholder id for an image
 IGNORE = -100  # the label of a token that is not supervised
-LONGEST_TOKEN = 512  # characters; the longest of LLaMA-3's has 128
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,7 @@ TEMPLATES["phi"] = replace(
 
 
 def named(template):
-    if template not in TEMPLATES:
-        raise InputError(f"no template {template!r}: there are {', '.join(TEMPLATES)}")
-    return TEMPLATES[template]
+    return find_class(TEMPLATES, template, "template")
 
 
 def render(turns, template, system=""):
@@ -173,14 +171,13 @@ def load_tokenizer(folder):
     return tokenizer
 
 
-def encode(tokenizer, turns, template, images=True, system="", max_characters=None):
+def encode(tokenizer, turns, template, images=True, system=""):
     """Turn turns into ids and labels, two lists of equal length. An image is one IMAGE.
 
     A label is the token itself where the token begins in a supervised range, else IGNORE. The loss
     shifts them by one. Each chunk of text between images is tokenized on its own, as in LLaVA: a
     sentencepiece tokenizer also puts a space before the first word after an image.
-    images=False: "<image>" is text. max_characters: where the text is cut off. Raises InputError if
-    the tokenizer lacks a template's token.
+    images=False: "<image>" is text. Raises InputError if the tokenizer lacks a template's token.
     """
     layout = named(template)
     for token in layout.special:
@@ -190,10 +187,9 @@ def encode(tokenizer, turns, template, images=True, system="", max_characters=No
                 'of the LLM ("template" in its config.json, or train.py --template=)'
             )
     text, spans = render(turns, template, system)
-    text = text[:max_characters]
     supervised = set()
     for start, end in spans:
-        supervised.update(range(start, min(end, len(text))))
+        supervised.update(range(start, end))
     bos = [tokenizer.token_to_id(token) for token in layout.bos]
     ids = [token for token in bos if token is not None][:1]
     labels = [IGNORE] * len(ids)

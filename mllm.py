@@ -48,7 +48,7 @@ TOWERS = {
     "vit.ViT": layouts.VIT,
     "interop.convnext.ConvNeXt": layouts.CONVNEXT,
 }
-LLMS = {"llama.Llama": [*layouts.LLAMA, None], "interop.phi.Phi": ["phi"]}
+LLMS = {"llama.Llama": layouts.LLAMA, "interop.phi.Phi": ["phi"]}
 
 
 class MLLM(Pretrained):
@@ -233,7 +233,7 @@ class MLLM(Pretrained):
         encode(tokenizer, [("", "")], template)
         towers = [load_part(TOWERS, path, vision_dtype, device) for path in folders]
         spec = ImageSpec(image_size or towers[0].config.image_size, image_mode)
-        if read_processor(folders[0])[0]:
+        if read_processor(folders[0])[1]:
             stated = ImageSpec.from_folder(folders[0])
             spec = replace(spec, mean=stated.mean, std=stated.std, resample=stated.resample)
         if llm_mapped:

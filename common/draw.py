@@ -97,9 +97,3 @@ def draw_losses(run):
         x += step_width * steps[stage]
         draw.text((x, top + height + MARGIN), f"{steps[stage]} steps", color, font, anchor="rt")
     save_image([canvas], run / "loss.png")
-
-
-def check_name(path):
-    """Raise InputError if no image can be saved under this name: at once, not after the work."""
-    if Path(path).suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"--out={path}: the name should end in .png, .jpg or the like")

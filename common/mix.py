@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.errors import InputError, printable
 from common.images import open_image
-from common.records import MARK, FileData, Sample, image_paths, is_text, read_records, read_values
+from common.records import MARK, FileData, Sample, image_paths, is_text, read_records
 from common.shikra import is_box, shikra_fields, write_boxes
 
 
@@ -42,7 +42,7 @@ class Task(FileData):
     def __init__(self, path, image_dir=""):
         path, _, templates = str(path).partition("@")
         if templates:
-            self.questions = [text for _, text in read_values(templates)]
+            self.questions = [text for _, text in read_records(templates)]
         for text in self.questions:
             if not is_text(text) or text.count(MARK) != 1 or text.count(self.place) != 1:
                 raise InputError(
@@ -52,16 +52,12 @@ class Task(FileData):
         super().__init__(path, image_dir or Path(path.partition(",")[0]).parent)
 
     def parse(self, record, where, index):
-        try:
-            name, text, answer, groups, *size = self.fields(record, where)
-            question = self.questions[index % len(self.questions)].replace(self.place, text)
-            both = question + answer
-            is_good = is_text(both) and both.count(MARK) == 1 and all(map(is_box, sum(groups, [])))
-            if not is_good or both.count("<boxes>") != len(groups):
-                raise LookupError(f"has text {both!r:.80} with boxes {groups!r:.80}")
-        except (LookupError, TypeError, AttributeError) as error:
-            form = type(self).__doc__.splitlines()[0]
-            raise InputError(f"{where}: should be {form} ({error!r})") from None
+        name, text, answer, groups, *size = self.fields(record, where)
+        question = self.questions[index % len(self.questions)].replace(self.place, text)
+        both = question + answer
+        is_good = is_text(both) and both.count(MARK) == 1 and all(map(is_box, sum(groups, [])))
+        if not is_good or both.count("<boxes>") != len(groups):
+            raise InputError(f"{where}: has text {both!r:.80} with boxes {groups!r:.80}")
         turn = [question, answer]
         if size:
             turn, groups = write_boxes(turn, groups, size, where), []
@@ -69,7 +65,7 @@ class Task(FileData):
         return *Sample(images, [turn], f"{printable(name)}#{index}", size=size or None), groups
 
     def __getitem__(self, index):
-        *fields, groups = self.samples[index]
+        *fields, groups = self.load(index)
         sample = Sample(*fields)
         if groups:
             image = open_image(sample.images[0])

@@ -18,13 +18,15 @@ import math
 import pkgutil
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from torch.overrides import TorchFunctionMode
 
+from common import timm
+from common.cli import find_class
 from common.errors import InputError
 from common.grid import views
 from common.layouts import LLAMA, ROPE_KEYS
@@ -63,25 +65,17 @@ def read_config(folder):
     return read_json(Path(folder) / "config.json")
 
 
-def fields_of(cls, config, folder):
-    """Make a dataclass from the keys of `config` that are its fields. Raises InputError.
+def fields_of(cls, config):
+    """Make a dataclass from the keys of `config` that are its fields.
 
     A key that is missing or null keeps the field's default. A field without default is required.
     """
-    fields = cls.__dataclass_fields__
-    values = {name: config[name] for name in fields if config.get(name) is not None}
-    for name, value in values.items():
-        # text or a list in place of a number
-        if isinstance(value, str | list) and not isinstance(value, fields[name].type):
-            raise InputError(f"{folder}/config.json: {name} cannot be {value!r}")
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise InputError(f"{folder}/config.json: {str(error).split('__init__() ')[-1]}") from None
+    names = cls.__dataclass_fields__
+    return cls(**{name: config[name] for name in names if config.get(name) is not None})
 
 
 def read_processor(folder):
-    """Read the image processor of a checkpoint -> (its file, dict). Without one: (None, {}).
+    """Read the image processor of a checkpoint -> (its file, dict). The dict is {} without one.
 
     It is preprocessor_config.json, or "image_processor" in transformers 5's processor_config.json.
     """
@@ -90,7 +84,7 @@ def read_processor(folder):
         if path.exists():
             config = read_json(path)
             return path, config.get("image_processor", config)
-    return None, {}
+    return folder, {}
 
 
 def read_statistics(folder):
@@ -156,28 +150,16 @@ def stored(folder_or_id):
 # --- its tensors in a module ---
 
 
-class NoRandomNumbers(TorchFunctionMode):
-    """Leave out the random initialization of tensors.
-
-    The first random number on the meta device would import torch's compiler, which takes longer
-    than loading a model.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
-
-
 @contextmanager
 def on_meta(where="a checkpoint"):
     """Build modules that have shapes but no storage; load_weights gives them their weights.
 
     A config that no module can be built from is an InputError, which names `where`.
     """
+    # normal_ on the meta device would import torch's compiler: that is slower than loading a model
+    no_normal = mock.patch.object(torch.Tensor, "normal_", lambda tensor, *_, **__: tensor)
     try:
-        with NoRandomNumbers(), torch.device("meta"):
+        with no_normal, torch.device("meta"):
             yield
     except InputError:
         raise
@@ -189,15 +171,11 @@ def on_meta(where="a checkpoint"):
 
 def import_class(classes, config, where):
     """Import the class of a config's model_type. classes: {"module.Class": model_types}."""
-    model_type = config.get("model_type")
-    if "architecture" in config:
-        # timm's name of the network, such as convnext_large_mlp
-        model_type = str(config["architecture"]).partition("_")[0]
-    for path, model_types in classes.items():
-        if model_type in model_types:
-            return pkgutil.resolve_name(path)
-    known = ", ".join(name for names in classes.values() for name in names if name)
-    raise InputError(f"{where}: model_type {model_type!r} is not one of {known}")
+    # timm names the network instead, such as convnext_large_mlp; LLaMA's first files name nothing
+    default = config.get("architecture", "llama").partition("_")[0]
+    paths = {name: path for path, names in classes.items() for name in names}
+    model_type = config.get("model_type", default)
+    return pkgutil.resolve_name(find_class(paths, model_type, f"{where}: model_type"))
 
 
 def build_part(classes, config, where, *statistics):
@@ -220,14 +198,11 @@ def match(module, shapes, rename, folder):
     """
     parameters = module.state_dict()
     source, left_over = {}, []
-    # lm_head comes last: of a tied LLM it is the embedding, if that is not in the file
-    for name in sorted(shapes, key=lambda name: "lm_head." in name):
+    for name in shapes:
         targets = rename(name) or []
         if isinstance(targets, str):
             targets = [targets]
         for part, target in enumerate(targets):
-            if target in source and "lm_head." in name:
-                continue
             if target not in parameters or target in source:
                 left_over.append(name)
             source[target] = (name, part, len(targets))
@@ -321,20 +296,15 @@ class PretrainedTower(Pretrained):
     @classmethod
     def from_config(cls, config, where, mean=None, std=None):
         """Build a tower from config.json's object, that of a whole CLIP too. Raises InputError."""
-        model_type = config.get("model_type")
-        if model_type not in cls.layouts:
-            raise InputError(f"{where}: model_type {model_type!r}, not {' or '.join(cls.layouts)}")
-        layout = cls.layouts[model_type]
+        layout = find_class(cls.layouts, config.get("model_type", ""), f"{where}: model_type")
         config = layout.defaults | config.get("vision_config", config) | layout.fixed
-        return cls(fields_of(cls.config_class, config, where), mean, std)
+        return cls(fields_of(cls.config_class, config), mean, std)
 
     @classmethod
     def from_folder(cls, folder):
         """Build the tower that a checkpoint describes."""
         config, statistics = read_config(folder), read_statistics(folder)
         if "architecture" in config:
-            from common import timm  # imported here: few checkpoints have this layout
-
             config, statistics = timm.read(config, folder)
         # the weights show whether there is a head; config.json omits the default, 2 classes
         names = tensor_files(folder)
@@ -407,8 +377,8 @@ def our_name(layout, name):
 def build_clip(cls, vision_class, text_class, folder):
     """Build a `cls`, which is clip.CLIP, with configs of these classes. Raises InputError."""
     config = read_config(folder)
-    vision = fields_of(vision_class, config.get("vision_config", {}), folder)
-    text = fields_of(text_class, config.get("text_config", {}), folder)
+    vision = fields_of(vision_class, config.get("vision_config", {}))
+    text = fields_of(text_class, config.get("text_config", {}))
     return cls(vision, text, config.get("projection_dim", 512), *read_statistics(folder))
 
 
@@ -437,18 +407,17 @@ class PretrainedLLM(Pretrained):
         return model
 
     def name_of(self, name):
-        if name == "lm_head.weight" and self.config.tie_word_embeddings:
-            return "embed_tokens.weight"
+        is_copy = name == "lm_head.weight" and self.config.tie_word_embeddings
         # early files also hold RoPE's frequencies
-        return None if name.endswith("rotary_emb.inv_freq") else name.removeprefix("model.")
+        if is_copy or name.endswith("rotary_emb.inv_freq"):
+            return None
+        return name.removeprefix("model.")
 
 
 def read_llama(cls, config, where):
     """Build llama.LlamaConfig, which `cls` is, from config.json's object. Raises InputError."""
     model_type = config.get("model_type", "llama")
-    if model_type not in LLAMA:
-        raise InputError(f"{where}: model_type is {model_type!r}, not one of {', '.join(LLAMA)}")
-    config = LLAMA[model_type] | config
+    config = find_class(LLAMA, model_type, f"{where}: model_type") | config
     config |= read_rope(config, where)
     has_window = model_type.startswith("qwen") and config.get("use_sliding_window")
     if model_type != "mistral" and not has_window:
@@ -460,24 +429,20 @@ def read_llama(cls, config, where):
     expected = ["full_attention"] * first + ["sliding_attention"] * len(types)
     if types != expected[: len(types)]:
         raise InputError(f"{where}: layer_types must give the window to all layers from {first} on")
-    return make_config(cls, config, where)
+    return make_config(cls, config)
 
 
 def read_rope(config, where):
     """Read {"rope_theta", "rope_scaling"} from config.json's object, of either age."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ROPE_KEYS:
-        raise InputError(f"{where}: rope_type is {rope_type!r}, not one of {', '.join(ROPE_KEYS)}")
-    theta = rope.get("rope_theta", config.get("rope_theta"))
-    if rope_type == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
     scaling = {"rope_type": rope_type}
-    for key in ROPE_KEYS[rope_type]:
+    for key in find_class(ROPE_KEYS, rope_type, f"{where}: rope_type"):
         if key not in rope:
             raise InputError(f"{where}: the config's {rope_type} rope lacks {key}")
         scaling[key] = rope[key]
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    return {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
 
 
 def longest_text(config):
@@ -488,9 +453,9 @@ def longest_text(config):
     return int(config.max_position_embeddings * factor)
 
 
-def make_config(cls, values, where):
+def make_config(cls, values):
     """Build the config dataclass `cls` from its fields."""
-    config = fields_of(cls, values, where)
+    config = fields_of(cls, values)
     # In the file, null means that no token ends a text.
     config.eos_token_id = values.get("eos_token_id", config.eos_token_id)
     return config

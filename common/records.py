@@ -4,8 +4,6 @@ A file is a JSON array, or JSONL (one object a line). Every error is an InputErr
 names the file, and the line or the number of the sample.
 """
 
-import difflib
-import functools
 import json
 import os
 import re
@@ -22,7 +20,6 @@ MARK = "<image>"  # an image in the text
 SURROGATE = re.compile("[\ud800-\udfff]")
 # LLaVA's names of the roles in other words
 ROLES = {"human": "user", "gpt": "assistant"}
-READ = "id image images conversations messages".split()
 # Keys that hold media or a system prompt elsewhere. Ignoring them would train on text alone.
 UNREAD = (
     "img img_path image_path image_file image_url picture photo video video_path frames audio "
@@ -41,8 +38,9 @@ class Sample(NamedTuple):
 class FileData:
     """The samples of a data file, which is checked as a whole. A subclass is a format.
 
-    It has parse(record, where, index) -> the fields of a Sample, and more if it likes. The images
-    are in image_dir; default: the folder of the file.
+    It has parse(record, where, index) -> the fields of a Sample, and more if it likes. The first
+    line of its docstring describes a record. The images are in image_dir; default: the folder of
+    the file.
     """
 
     # with boxes in the text, images have to be padded
@@ -50,41 +48,47 @@ class FileData:
 
     def __init__(self, path, image_dir=""):
         self.image_dir = os.path.abspath(image_dir or Path(path).parent)
-        records = enumerate(self.read(path))
-        samples = [self.parse(record, where, index) for index, (where, record) in records]
-        self.num_with_images = sum(bool(images) for images, *_ in samples)
+        self.num_with_images, texts, where = 0, [], path
+        try:
+            for index, (where, record) in enumerate(self.read(path)):
+                fields = self.parse(record, where, index)
+                self.num_with_images += bool(fields[0])
+                texts.append(json.dumps(fields).encode())
+        except (LookupError, TypeError, AttributeError) as error:
+            form = type(self).__doc__.splitlines()[0]
+            raise InputError(f"{where}: should be {form} ({error!r})") from None
         # now, not at the first image
         if self.num_with_images and not os.path.isdir(self.image_dir):
             raise InputError(
                 f"{self.image_dir}: no such folder; the images of {path} should be in it"
             )
-        self.samples = Packed(samples)
+        # One buffer of JSON: Python objects take several times as much memory. Forked workers count
+        # references in what they read, so each would come to hold a copy.
+        self.buffer = b"".join(texts)
+        self.ends = np.cumsum([0, *map(len, texts)])
 
     def read(self, path):
         return read_records(path)
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.ends) - 1
+
+    def load(self, index):
+        """Return what `parse` returned for a sample."""
+        # as in a list: -1 is the last, and IndexError ends a loop
+        index = range(len(self))[index]
+        return json.loads(self.buffer[self.ends[index] : self.ends[index + 1]])
 
     def __getitem__(self, index):
-        return Sample(*self.samples[index])
+        return Sample(*self.load(index))
 
     def length(self, index):
         """Estimate the length of a sample in characters; an image counts as 2000."""
-        images, turns, *_ = self.samples[index]
+        images, turns, *_ = self.load(index)
         return sum(len(text) for turn in turns for text in turn) + 2000 * len(images)
 
 
 def read_records(path, table=None):
-    """Read the objects of a data file -> [(where, object), ...]; see read_values."""
-    records = read_values(path, table)
-    for where, record in records:
-        if not isinstance(record, dict):
-            raise InputError(f"{where}: should be an object, is a {type(record).__name__}")
-    return records
-
-
-def read_values(path, table=None):
     """Read a JSON array or JSONL -> [(where, value), ...]; `where` names a value in messages.
 
     table: read this list of a file that is one object, such as COCO's "annotations".
@@ -120,36 +124,8 @@ def parse(text, path, number):
         ) from None
 
 
-class Packed:
-    """A list of JSON values, kept as text in one buffer.
-
-    Python objects take several times as much memory. Forked workers, which count references in
-    what they read, would even come to hold a copy each.
-    """
-
-    def __init__(self, values):
-        texts = [json.dumps(value).encode() for value in values]
-        self.buffer = b"".join(texts)
-        self.ends = np.cumsum([0, *map(len, texts)])
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, index):
-        # as in a list: -1 is the last, and IndexError ends a loop
-        index = range(len(self))[index]
-        return json.loads(self.buffer[self.ends[index] : self.ends[index + 1]])
-
-
 def is_text(value):
     return isinstance(value, str) and not SURROGATE.search(value)
-
-
-@functools.cache
-def looks_misplaced(key):
-    """Say whether a key that is not read looks like media, a system prompt or a misspelled key."""
-    names = READ[1:] + UNREAD
-    return key not in READ and bool(difflib.get_close_matches(key.lower(), names, 1, 0.8))
 
 
 def read_turns(record, where):
@@ -158,13 +134,8 @@ def read_turns(record, where):
     An answer before the first question is dropped, as in LLaVA, and a question after the last
     answer. Without a message from "system" the system prompt is "".
     """
-    messages = record.get("conversations") or record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{where}: no conversations")
     roles, texts = [], []
-    for message in messages:
-        if not isinstance(message, dict):
-            raise InputError(f"{where}: a message should be an object")
+    for message in record.get("messages") or record["conversations"]:
         role = str(message.get("from", message.get("role")))
         roles.append(ROLES.get(role, role))
         texts.append(message.get("value", message.get("content")))
@@ -189,10 +160,10 @@ def llava_fields(record, image_dir, where):
 
     There must be as many marks as images. Without images a mark may be text within a message.
     """
-    for key, value in record.items():
-        if value and looks_misplaced(key):
+    for key in UNREAD:
+        if record.get(key):
             raise InputError(
-                f'{where}: the key {key!r:.80} is not read: images belong under "image", texts '
+                f'{where}: the key {key} is not read: images belong under "image", texts '
                 'under "conversations", a system prompt into a message from "system"'
             )
     turns, system = read_turns(record, where)

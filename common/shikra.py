@@ -23,24 +23,21 @@ def write_boxes(turn, groups, size, where):
 def clip_box(box, width, height, where):
     """Cut off what is outside the image, as in some of Visual Genome's boxes. Raises BadImage."""
     x1, y1, x2, y2 = box
-    if not (x1 <= min(x2, width) and y1 <= min(y2, height) and min(x2, y2) >= 0):
+    is_inside = x1 <= min(x2, width) and y1 <= min(y2, height) and min(x2, y2) >= 0
+    is_normalized = max(box) <= 1 and any(value % 1 for value in box)
+    if not is_inside or is_normalized:
         raise BadImage(
-            f"{where}: bbox {box} is not x1, y1, x2, y2 inside an image of {width}x{height} pixels"
+            f"{where}: bbox {box} is not x1, y1, x2, y2 in pixels of an image of {width}x{height}"
         )
-    if max(box) <= 1 and any(value % 1 for value in box):
-        raise BadImage(f"{where}: bbox {box} is normalized, but Shikra's boxes are in pixels")
     limits = (width, height, width, height)
     return [min(max(value, 0), limit) for value, limit in zip(box, limits, strict=True)]
 
 
 def check_size(path, size, stated):
     """Refuse an image whose aspect ratio is not the one that its boxes were made for."""
-    (width, height), (stated_width, stated_height) = size, stated
-    if abs(width * stated_height - height * stated_width) > 0.02 * width * stated_height:
-        raise BadImage(
-            f"{printable(path, 300)}: is {width}x{height} upright, but its boxes are for "
-            f"{stated_width}x{stated_height}"
-        )
+    if abs(size[1] * stated[0] / (size[0] * stated[1]) - 1) > 0.02:
+        path = printable(path, 300)
+        raise BadImage(f"{path}: its size is {size} upright, but its boxes are for {stated}")
 
 
 def is_box(box):
@@ -54,10 +51,9 @@ def shikra_fields(record, where):
 
     {"img_path", "expression", "bbox": [x1, y1, x2, y2] in pixels, "width", "height"}.
     """
-    image, expression, box = (record.get(key) for key in ("img_path", "expression", "bbox"))
-    width, height = record.get("width"), record.get("height")
-    if not is_text(image) or not is_text(expression):
-        raise InputError(f"{where}: needs img_path, the name of an image, and an expression")
-    if not is_box(box) or not is_box([1, 1, width, height]) or min(width, height) < 1:
-        raise InputError(f"{where}: needs width and height in pixels, and a bbox of four numbers")
+    keys = ("img_path", "expression", "bbox", "width", "height")
+    image, expression, box, width, height = map(record.get, keys)
+    is_good = is_text(image) and is_text(expression) and is_box(box)
+    if not is_good or not is_box([1, 1, width, height]) or min(width, height) < 1:
+        raise InputError(f"{where}: needs {', '.join(keys)}; bbox has four numbers in pixels")
     return image, expression, clip_box(box, width, height, where), int(width), int(height)

@@ -110,9 +110,8 @@ def load_tokenizer_model(folder):
         raise InputError(f"{path}: not a sentencepiece model, or damaged ({error!r})") from None
     if trainer.get(3) != BPE or normalizer.get(2) or not normalizer.get(3, 1):
         raise InputError(f"{path}: not a sentencepiece BPE model: take one with a tokenizer.json")
-    unknown = next((piece for piece, _, type_ in pieces if type_ == UNKNOWN), None)
     ids = {piece: i for i, (piece, _, _) in enumerate(pieces)}
-    options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
+    options = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
     tokenizer = Tokenizer(models.BPE(ids, merges_of(pieces, ids), **options))
     steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence(steps)
@@ -122,18 +121,11 @@ def load_tokenizer_model(folder):
         if type_ in (UNKNOWN, CONTROL, USER_DEFINED):
             is_special = type_ != USER_DEFINED
             tokenizer.add_tokens([AddedToken(piece, normalized=False, special=is_special)])
-    add_tokens(tokenizer, path.with_name("added_tokens.json"))
+    path = path.with_name("added_tokens.json")
+    added = read_json(path) if path.exists() else {}
+    for token in sorted(added, key=added.get):
+        tokenizer.add_special_tokens([AddedToken(token, normalized=False)])
+        if tokenizer.token_to_id(token) != added[token]:
+            raise InputError(f"{path}: {token} does not follow the tokens of tokenizer.model")
     set_prefix(tokenizer, folder)
     return tokenizer
-
-
-def add_tokens(tokenizer, path):
-    """Add the special tokens {token: id} of an added_tokens.json, if there is one."""
-    added = read_json(path) if path.exists() else {}
-    for token, number in sorted(added.items(), key=lambda item: item[1]):
-        tokenizer.add_special_tokens([AddedToken(token, normalized=False)])
-        if tokenizer.token_to_id(token) != number:
-            raise InputError(
-                f"{path}: {token} is {number}, but after the tokens of tokenizer.model it would be "
-                f"{tokenizer.token_to_id(token)}"
-            )

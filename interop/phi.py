@@ -42,7 +42,7 @@ class PhiConfig(LlamaConfig):
     def from_dict(cls, config, where):
         """Read config.json's object. `where` names the folder in errors (InputError)."""
         rope = config.get("rope_parameters") or {}
-        return make_config(cls, config | rope | read_rope(config, where), where)
+        return make_config(cls, config | rope | read_rope(config, where))
 
     def to_dict(self):
         """Return what config.json holds for this model. transformers reads it, too."""

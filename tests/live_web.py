@@ -23,7 +23,6 @@ if not CHROMIUM:
 from playwright.sync_api import expect, sync_playwright
 
 from common.draw import COLORS
-from common.images import LARGEST_DOWNLOAD
 from data import Batches, Sample
 from toy.scenes import scene_to_ask
 
@@ -88,7 +87,7 @@ def wait_for_a_box(page, image):
 def test_a_question_gets_an_answer_and_its_box_from_each_model(page, server):
     assert page.title() == "nanoMLLM" and server.startswith("http://127.0.0.1:")
     config = page.request.get(f"{server}/config").json()
-    assert config["max_file_size"] == LARGEST_DOWNLOAD and not config["analytics_enabled"]
+    assert config["max_file_size"] == 50_000_000 and not config["analytics_enabled"]
     for tab, number in (("Ask", 1), ("Compare", 2)):
         page.get_by_role("tab", name=tab).click()
         page.get_by_role("button", name="Ask").locator("visible=true").click()

@@ -12,7 +12,7 @@
 
 The page is made with gradio (requirements-extra.txt) and needs no network. Nothing is sent or kept:
 gradio's telemetry, web fonts and history are off, and uploads are deleted at the end. An upload has
-at most LARGEST_DOWNLOAD bytes and Pillow's limit of pixels. One request is computed at a time.
+at most 50 MB and Pillow's limit of pixels. One request is computed at a time.
 """
 
 import os
@@ -26,7 +26,7 @@ from common import cli
 from common.cli import option
 from common.draw import COLORS
 from common.errors import InputError
-from common.images import LARGEST_DOWNLOAD, open_image, parse_boxes
+from common.images import open_image, parse_boxes
 from interop.load import load_to_answer
 from sample import stream_answer
 from tools.look import make_page, model_sections, with_boxes
@@ -152,7 +152,7 @@ def main(arguments):
             server_name=config.host,
             share=False,
             show_error=True,
-            max_file_size=LARGEST_DOWNLOAD,
+            max_file_size=50_000_000,
             run_history=False,
             footer_links=[],
             # Enlarge a scene, which has 64 x 64 pixels.
