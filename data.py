@@ -11,7 +11,6 @@ format is one class and one line in DATASETS, at the end of this file.
 """
 
 import math
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ class Batches:
         keys = []
         for image in sample.images:
             # an image in memory is named by a number
-            key = image if isinstance(image, str | os.PathLike) else len(images)
+            key = image if isinstance(image, str) else len(images)
             if key not in images:
                 images[key] = prepare(image, self.spec, self.tokens_per_image)
             if sample.size:
@@ -145,6 +144,10 @@ def collate(examples, skipped, images, spec, num_tokens):
 
 
 def parts_of(dataset):
+    """List the datasets that a ConcatDataset joins: one for each file of --data1.
+
+    Any other dataset is its only part.
+    """
     return dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
 
 

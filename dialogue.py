@@ -112,6 +112,7 @@ TEMPLATES["phi"] = replace(
 
 
 def named(template):
+    """Return a template by its name. Raises InputError."""
     return find_class(TEMPLATES, template, "template")
 
 

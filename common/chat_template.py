@@ -7,12 +7,15 @@ from common.pretrained import read_json
 
 def chat_template(folder):
     """Read a chat template, Jinja or a list of named ones; "" if the checkpoint has none."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    names = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
-    files = [folder / name for name in names if (folder / name).exists()]
-    chats = [read_json(file).get("chat_template") for file in files]
-    return next((str(chat) for chat in chats if chat), "")
+    jinja = folder / "chat_template.jinja"
+    if jinja.exists():
+        return jinja.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        file = folder / name
+        chat = read_json(file).get("chat_template") if file.exists() else None
+        if chat:
+            return str(chat)
+    return ""
 
 
 def recognize(folder, model_type):

@@ -38,8 +38,6 @@ def panel(image, boxes, lines, side=448):
     font = ImageFont.load_default(size=15)
     for i, (color, text) in enumerate(lines):
         text = " ".join(text.split())[:200]
-        while draw.textlength(text, font) > side:
-            text = text[:-4] + "..."
         draw.text((MARGIN, height + MARGIN + 4 + LINE * i), text, color, font)
     return canvas
 

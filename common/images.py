@@ -71,14 +71,13 @@ class ImageSpec:
         path, config = read_processor(folder)
         try:
             return cls.from_config(config)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except Exception as error:  # a wrong value raises many kinds
             raise InputError(f"{path}: no usable preprocessor_config.json ({error!r})") from None
 
     @classmethod
     def from_config(cls, config):
         # the first files of ViT and MAE do not name their processor
-        default = "CLIP" if "crop_size" in config else "ViT"
-        kind = config.get("image_processor_type") or config.get("feature_extractor_type") or default
+        kind = config.get("image_processor_type", config.get("feature_extractor_type", "ViT"))
         size = config["size"]
         # a number is the side of a square for these, else the shorter side
         is_square = kind.startswith(("ViT", "DeiT", "Siglip"))

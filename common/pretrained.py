@@ -41,7 +41,7 @@ LARGE = 1e9  # number of parameters from which a second copy in memory is avoide
 
 def locate(folder_or_id):
     """Return the folder of a checkpoint; a Hugging Face id is downloaded. Raises InputError."""
-    folder = Path(folder_or_id).expanduser()
+    folder = Path(folder_or_id)
     if folder.is_dir():
         return folder
     from common import hub  # imported here: it is slow, and folders do not need it
@@ -128,12 +128,10 @@ def headers(files):
                     yield name, header.get_shape(), header.get_dtype()
 
 
-@contextmanager
 def open_safetensors(path):
     """Open a safetensors file, whose tensors are memory-mapped. Raises InputError."""
     try:
-        with safe_open(path, framework="pt") as opened:
-            yield opened
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path}: not a readable safetensors file, truncated or damaged ({error})"

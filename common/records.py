@@ -94,33 +94,34 @@ def read_records(path, table=None):
     table: read this list of a file that is one object, such as COCO's "annotations".
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig").strip()
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
+    values = []
     if text.startswith("{") and ("\n{" in text or not table):
-        lines = enumerate(text.split("\n"), start=1)
-        values = [(f"{path}, line {i}", parse(line, path, i)) for i, line in lines if line.strip()]
+        for i, line in enumerate(text.split("\n"), start=1):
+            where = f"{path}, line {i}"
+            if line.strip():
+                values.append((where, parse(line, where)))
     else:
-        content = parse(text, path, 1)
+        content = parse(text, path)
         if isinstance(content, dict):
             content = content.get(table, [content])
-        content = content if isinstance(content, list) else [content]
         values = [(f"{path}, sample {i}", each) for i, each in enumerate(content)]
     if not values:
         raise InputError(f"{path}: holds no samples")
     return values
 
 
-def parse(text, path, number):
-    """Parse JSON that begins at line `number` of a file."""
+def parse(text, where):
+    """Parse JSON. Raises InputError."""
     try:
         return json.loads(text)
     # ValueError: also a number of thousands of digits; RecursionError: lists in lists in lists
     except (ValueError, RecursionError) as error:
-        number += getattr(error, "lineno", 1) - 1
         raise InputError(
-            f"{path}: not JSON, line {number}: {getattr(error, 'msg', error)} "
-            "(a file should be a JSON array, or JSONL: one object a line)"
+            f"{where}: not JSON ({error}); a file should be a JSON array, or JSONL: one object a "
+            "line"
         ) from None
 
 
@@ -135,8 +136,8 @@ def read_turns(record, where):
     answer. Without a message from "system" the system prompt is "".
     """
     roles, texts = [], []
-    for message in record.get("messages") or record["conversations"]:
-        role = str(message.get("from", message.get("role")))
+    for message in record.get("conversations") or record["messages"]:
+        role = message.get("from", message.get("role"))
         roles.append(ROLES.get(role, role))
         texts.append(message.get("value", message.get("content")))
     if not all(map(is_text, texts)):
@@ -183,7 +184,7 @@ def image_paths(names, folder, where):
     Links are followed: data sets are often linked into one folder.
     """
     names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(is_text(name) and "\0" not in name for name in names):
+    if not all(map(is_text, names)):
         raise InputError(f"{where}: image should be a file name or a list of them")
     paths = [os.path.normpath(os.path.join(folder, name)) for name in names]
     for path in paths:

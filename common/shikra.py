@@ -56,4 +56,4 @@ def shikra_fields(record, where):
     is_good = is_text(image) and is_text(expression) and is_box(box)
     if not is_good or not is_box([1, 1, width, height]) or min(width, height) < 1:
         raise InputError(f"{where}: needs {', '.join(keys)}; bbox has four numbers in pixels")
-    return image, expression, clip_box(box, width, height, where), int(width), int(height)
+    return image, expression, clip_box(box, width, height, where), width, height

@@ -33,8 +33,8 @@ def set_prefix(tokenizer, folder):
     other ids behind "</s>".
     """
     config = Path(folder) / "tokenizer_config.json"
-    legacy = read_json(config).get("legacy") if config.exists() else True
-    if legacy is False and '"type":"Prepend"' in tokenizer.to_str():
+    is_new = config.exists() and read_json(config).get("legacy") is False
+    if is_new and '"type":"Prepend"' in tokenizer.to_str():
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         # Texts have no spaces by now: the first step adds one at the start, the second replaces it.
         first = pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False)
@@ -63,11 +63,7 @@ def fields(message):
         elif wire_type == 5:
             yield number, struct.unpack("<f", stream.read(4))[0]
         else:
-            length = read_varint(stream)
-            value = stream.read(length)
-            if len(value) < length:
-                raise IndexError("ends within a field")
-            yield number, value
+            yield number, stream.read(read_varint(stream))
 
 
 def read_pieces(message):
@@ -102,12 +98,12 @@ def merges_of(pieces, ids):
 def load_tokenizer_model(folder):
     """Load the tokenizer.model of a folder, and its added_tokens.json. Raises InputError."""
     path = Path(folder) / "tokenizer.model"
-    if not path.exists():
-        raise InputError(f"{folder}: an LLM needs its tokenizer.json or tokenizer.model")
     try:
         pieces, trainer, normalizer = read_pieces(path.read_bytes())
     except (OSError, IndexError, KeyError, ValueError, struct.error) as error:
-        raise InputError(f"{path}: not a sentencepiece model, or damaged ({error!r})") from None
+        raise InputError(
+            f"{path}: missing or damaged ({error!r}); an LLM needs it, or a tokenizer.json"
+        ) from None
     if trainer.get(3) != BPE or normalizer.get(2) or not normalizer.get(3, 1):
         raise InputError(f"{path}: not a sentencepiece BPE model: take one with a tokenizer.json")
     ids = {piece: i for i, (piece, _, _) in enumerate(pieces)}

@@ -61,7 +61,12 @@ def open_video(path, choose):
     try:
         # Decoded twice: what a file says of its number of frames may be wrong, or nothing.
         chosen = choose(sum(1 for _ in decode(path)))
-        frames = [upright(frame) for i, frame in enumerate(decode(path)) if i in chosen]
+        # phones note in the file how to turn a frame
+        frames = [
+            frame.to_image().rotate(frame.rotation, expand=True)
+            for i, frame in enumerate(decode(path))
+            if i in chosen
+        ]
     except ImportError:
         raise InputError(
             f"{path}: video files need PyAV (pip install av), or a folder of frames in their place"
@@ -80,8 +85,3 @@ def decode(path):
 
     with open(path, "rb") as file, av.open(file, options=CONTAINERS) as video:
         yield from video.decode(video=0)
-
-
-def upright(frame):
-    """Convert a frame to a PIL image. Phones note in the file how to turn it."""
-    return frame.to_image().rotate(frame.rotation, expand=True)

@@ -67,7 +67,7 @@ def test_a_bad_record_or_file_is_named_in_one_line(tmp_path):
     for text, part in [
         (b'[{"id": 1},\n {"id": 2}\n {"id": 3}]', "line 3"),
         (b'{"id": 1}\n{"id": \n', "line 2"),
-        (b"[" * 100_000, "line 1"),
+        (b"[" * 100_000, "bad.json"),
         (b"[]", "bad.json"),
         (b"\xff", "bad.json"),
         (json.dumps([GOOD]).encode(), "nowhere"),
@@ -181,6 +181,7 @@ def assert_same(steps, others):
 def test_a_batch_packs_dialogues_with_their_images_and_no_padding(loader, tmp_path):
     black, shared = np.zeros((8, 8, 3), np.uint8), tmp_path / "shared.png"
     Image.new("RGB", (8, 8), (7, 7, 7)).save(shared)
+    shared = str(shared)
     samples = [
         Sample([shared], [("<image>q", "one")], "one"),
         Sample([], [("no image", "ok")], "text"),

@@ -6,7 +6,7 @@ import pytest
 from conftest import refused
 
 import eval as evaluation
-from eval import evaluate, exchange, score, table
+from eval import evaluate, exchange, score
 from toy import world
 from toy.scenes import object_f1, task_questions
 
