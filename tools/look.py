@@ -233,19 +233,11 @@ def tower_sections(tower, pixels, notes):
     return sections
 
 
-def untrained_like(llm):
-    """Make an LLM of the same size with random weights."""
-    torch.manual_seed(0)
-    with torch.device(llm.embed_tokens.weight.device):
-        return type(llm)(llm.config).to(llm.embed_tokens.weight.dtype)
-
-
 def draw_heads(maps, words, target, edges):
     """Draw each head's attention from the word that attends most to the target, bool (N,).
 
-    maps: (L, H, n, N or more). words: n. -> [(image, caption)] and shares, both of L·H heads.
+    maps: (L, H, n, N). words: n. -> [(image, caption)] and shares, both of L·H heads.
     """
-    maps = maps[..., : len(target)]
     shares, best = maps[..., target].sum(dim=-1).max(dim=-1)
     drawn = []
     for block, head in np.ndindex(*shares.shape):
@@ -259,7 +251,10 @@ def answer_sections(model, image, questions):
     """Ask questions [(text, true box or None)] -> a section each."""
     llms, found, sections = {"picked": model.llm}, [], []
     if sum(p.numel() for p in model.llm.parameters()) < LARGE:
-        llms["untrained"] = untrained_like(model.llm)
+        torch.manual_seed(0)
+        weight = model.llm.embed_tokens.weight
+        with torch.device(weight.device):
+            llms["untrained"] = type(model.llm)(model.llm.config).to(weight.dtype)
     totals = dict.fromkeys(llms, 0)
     edges = find_edges(to_pixels(image, model.spec))
     # The further tokens of `sti` have no place in the grid, `efficient` has a smaller grid.
@@ -274,7 +269,7 @@ def answer_sections(model, image, questions):
         heads = {}
         for name, llm in llms.items():
             maps, words = look_back(model, llm, image, question, ids)
-            heads[name], shares = draw_heads(maps, words, target, edges)
+            heads[name], shares = draw_heads(maps[..., : len(target)], words, target, edges)
             totals[name] += shares
         panels = [(with_boxes(image, boxes, SIDE), "solid: answer\ndashed: true")]
         found.append((question, answer, panels, heads))
