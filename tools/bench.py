@@ -152,7 +152,7 @@ def compare_decoding(config, folder):
         "first": (2 * blocks * PROMPT * config.batch, "FLOP/s"),
         "token": (DTYPES[config.dtype].itemsize * all_weights, "B/s"),
     }
-    ours = ["ours"] if config.device == "cpu" else ["ours", "ours_fast"]
+    ours = ["ours"] if config.device.type == "cpu" else ["ours", "ours_fast"]
     compare(config, ours, ["dynamic", "static"], work, folder)
 
 
@@ -233,7 +233,7 @@ def measure_training(config):
     """Build, warm up with three steps, then return the median seconds of three steps."""
     build = train_ours if config.contender.startswith("ours") else train_transformers
     model, loss_of = build(config)
-    device_type = torch.device(config.device).type
+    device_type = config.device.type
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     if device_type == "cuda":
         # The memory of the steps, not of loading.
@@ -337,8 +337,8 @@ def compare(config, ours, theirs, work, folder):
     for peer, name in contenders * config.repeats:
         tree = "." if peer in ("", "transformers") else peer
         printed = run(tree, "-m", "tools.bench", config.what, f"--contender={name}", *flags)
-        table, _, result = printed.rstrip().rpartition("\n")
-        print(table, end="")
+        *table, result = printed.splitlines(keepends=True)
+        sys.stdout.writelines(table)
         results[peer, name].append(json.loads(result))
     for (peer, name), found in results.items():
         texts = [f"{peer} {name}".strip()]
@@ -347,7 +347,7 @@ def compare(config, ours, theirs, work, folder):
             median = statistics.median(times)
             texts.append(f"{key} {median:.4g} ({min(times):.4g} to {max(times):.4g})")
             texts.append(f"{amount / median / 1e9:.4g} G{unit}")
-        texts.append(f"{found[0]['memory'] / 2**30:.1f} GiB")
+        texts.append(f"{max(one['memory'] for one in found) / 2**30:.1f} GiB")
         if "loss" in found[0]:
             texts.append(f"loss {found[0]['loss']:.4f}")
         print(", ".join(texts))
@@ -355,14 +355,14 @@ def compare(config, ours, theirs, work, folder):
 
 def wait(device):
     """Return the time when the device has finished its work."""
-    if device != "cpu":
+    if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 def peak_memory(device):
     """Return the peak bytes of the GPU, or of this process (0 without /proc)."""
-    if device.startswith("cuda"):
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
@@ -385,7 +385,7 @@ def main(arguments):
     config.batch, config.size = config.batch or batch, config.size or size
     cli.find_class(SIZES, config.size, "--size")
     cli.find_class(DTYPES, config.dtype, "--dtype")
-    config.device = str(cli.pick_device(config.device))
+    config.device = cli.pick_device(config.device)
     torch.manual_seed(0)
     if config.contender:
         print(json.dumps(measure(config) | {"memory": peak_memory(config.device)}))
