@@ -220,16 +220,12 @@ def compile_blocks(model, memory_budget):
             module.compile(dynamic=True)
 
 
-def compile_step(model, **options):
-    """Compile the LLM's decoding step into one CUDA graph.
-
-    options: of torch.compile; tests give another backend.
-    """
+def compile_step(model):
+    """Compile the LLM's decoding step into one CUDA graph."""
     (llm,) = (module for module in model.modules() if hasattr(module, "step"))
     # Tuning finds a kernel for single rows that reads at the memory's bandwidth.
-    graph = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
-    options = options or {"options": graph}
-    compiled = torch.compile(llm.step, fullgraph=True, **options)
+    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    compiled = torch.compile(llm.step, fullgraph=True, options=options)
 
     def step(token, positions, cache):
         for tensors in (cache.keys, cache.values):

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,7 +58,6 @@ from llama import Llama, LlamaConfig
 from mllm import MLLM
 from tools import plan
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPT, ANSWER = 700, 64
 # gpu-dry: FLOP/s of large bf16 matrix products on an H100 or H200, and the peak
 MATMULS, PEAK = 790e12, 989e12
@@ -70,10 +70,9 @@ GPUS = {"H100": 3.35e12, "H200": 4.8e12}
 # Text tokens of eight of LLaVA's dialogues, and the share of them that are answers.
 TEXTS = (212, 472, 154, 271, 310, 71, 211, 105)
 SUPERVISED = 0.6
-CLIP_B = {"image_size": 224, "patch_size": 16}
 CLIP_L = SHAPES["openai/clip-vit-large-patch14-336"]
 SIZES = {
-    "160m": (CLIP_B, SHAPES["JackFram/llama-160m"]),
+    "160m": ({"image_size": 224, "patch_size": 16}, SHAPES["JackFram/llama-160m"]),
     "1b": (CLIP_L, SHAPES["TinyLlama/TinyLlama-1.1B-Chat-v1.0"]),
     "7b": (CLIP_L, SHAPES["lmsys/vicuna-7b-v1.5"]),
 }
@@ -98,12 +97,12 @@ class Config:
 
 
 def load_ours(config):
-    """Return generate(tokens, length, put), which calls put(token) for each new token."""
+    """Return generate(tokens, put), which calls put(token) for each new token."""
     model = Llama.from_pretrained(config.folder, DTYPES[config.dtype], config.device)
     speed_up(model, "chat", compile=config.contender == "ours_fast")
 
-    def generate(tokens, length, put):
-        for token in model.stream(tokens, max_new_tokens=length, eos=[]):
+    def generate(tokens, put):
+        for token in model.stream(tokens, max_new_tokens=ANSWER, eos=[]):
             put(token)
 
     return generate
@@ -116,16 +115,15 @@ def load_transformers(config):
     load = transformers.LlamaForCausalLM.from_pretrained
     model = load(config.folder, dtype=DTYPES[config.dtype]).to(config.device)
     model.generation_config.eos_token_id = None
-    is_static = config.contender == "transformers_static"
 
-    def generate(tokens, length, put):
+    def generate(tokens, put):
         model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            max_new_tokens=length,
+            max_new_tokens=ANSWER,
             do_sample=False,
             streamer=SimpleNamespace(put=put, end=lambda: None),
-            cache_implementation="static" if is_static else None,
+            cache_implementation=config.contender,
         )
 
     return generate
@@ -136,16 +134,12 @@ def measure_decoding(config):
     load = load_ours if config.contender.startswith("ours") else load_transformers
     generate = load(config)
     tokens = torch.randint(3, 32000, (config.batch, PROMPT), device=config.device)
-
-    def answer():
-        times = [wait(config.device)]
-        generate(tokens, ANSWER, lambda _: times.append(wait(config.device)))
-        return times
-
-    answer()
-    times = answer()
-    token = (times[-1] - times[-ANSWER]) / (ANSWER - 1)
-    return {"first": times[-ANSWER] - times[0], "token": token}
+    times = []
+    for _ in range(2):
+        times.append(wait(config.device))
+        generate(tokens, lambda _: times.append(wait(config.device)))
+    first = times[-ANSWER] - times[len(times) // 2]
+    return {"first": first, "token": (times[-1] - times[-ANSWER]) / (ANSWER - 1)}
 
 
 def compare_decoding(config, folder):
@@ -158,8 +152,8 @@ def compare_decoding(config, folder):
         "first": (2 * blocks * PROMPT * config.batch, "FLOP/s"),
         "token": (DTYPES[config.dtype].itemsize * all_weights, "B/s"),
     }
-    ours = ["ours"] if config.device == "cpu" else ["ours", "ours_fast"]
-    compare(config, ours, ["transformers", "transformers_static"], work, folder=folder)
+    ours = ["ours"] if config.device.type == "cpu" else ["ours", "ours_fast"]
+    compare(config, ours, ["dynamic", "static"], work, folder)
 
 
 # ---- train ---------------------------------------------------------------------------------------
@@ -192,18 +186,22 @@ def make_batch(spec, tokens_per_image, size, text_only=False):
     return collate(rows, [], images, spec, tokens_per_image)
 
 
+def random_batch(config):
+    """Return the batch that all contenders get, and a model on the meta device."""
+    with on_meta():
+        model = make_model(config.size)
+    return make_batch(model.spec, model.tokens_per_image, config.batch), model
+
+
 def train_ours(config):
     """Return the model and a function that computes the loss."""
-    device = config.device
-    model = load_model(config.folder, device=device).train()
+    model = load_model(config.folder, device=config.device).train()
     if config.dtype == "bfloat16" and config.stage == 1:
         # As train.py does with a frozen LLM.
         model.llm.bfloat16()
     speed_up(model, "train", compile=config.contender == "ours_compiled")
     train.freeze(model, ["connector"] if config.stage == 1 else ["connector", "llm"])
-    batch = make_batch(model.spec, model.tokens_per_image, config.batch)
-    if device.startswith("cuda"):
-        batch = batch.pin_memory()
+    batch, _ = random_batch(config)
     return model, lambda: model(batch) / len(batch.supervised)
 
 
@@ -219,17 +217,14 @@ def train_transformers(config):
     if stage == 1 and config.dtype == "bfloat16":
         model.model.language_model.bfloat16()
         model.lm_head.bfloat16()
-    vision = model.config.vision_config
-    side, num_patches = vision.image_size, (vision.image_size // vision.patch_size) ** 2
-    batch = make_batch(ImageSpec(side), num_patches, config.batch)
+    batch, ours = random_batch(config)
     tokens = pad_sequence(batch.tokens[0].split(batch.lengths), True, 0).to(device)  # (B, T)
     labels = pad_sequence(batch.labels[0].split(batch.lengths), True, IGNORE).to(device)
     # No text token has the id 0.
     mask = (tokens != 0).long()
     tokens = tokens.masked_fill(tokens == IMAGE, model.config.image_token_index)
-    mean, std = torch.tensor([ImageSpec.mean, ImageSpec.std])[..., None, None]
     # without the black image of data.collate
-    pixels = ((batch.pixels[: config.batch] / 255 - mean) / std).to(device)
+    pixels = ours.vision[0].normalize(batch.pixels[: config.batch], torch.float32).to(device)
     inputs = {"input_ids": tokens, "attention_mask": mask, "labels": labels, "use_cache": False}
     return model, lambda: model(**inputs, pixel_values=pixels).loss
 
@@ -238,7 +233,7 @@ def measure_training(config):
     """Build, warm up with three steps, then return the median seconds of three steps."""
     build = train_ours if config.contender.startswith("ours") else train_transformers
     model, loss_of = build(config)
-    device_type = torch.device(config.device).type
+    device_type = config.device.type
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     if device_type == "cuda":
         # The memory of the steps, not of loading.
@@ -258,34 +253,26 @@ def measure_training(config):
         with torch.profiler.profile() as profile:
             step()
         order = f"self_{device_type}_time_total"
-        print(profile.key_averages().table(sort_by=order, row_limit=20))
+        print(config.contender, profile.key_averages().table(sort_by=order, row_limit=20))
     return {"seconds": statistics.median(times[3:]), "loss": losses[0]}
-
-
-def plan_step(config, stage):
-    """Return the plan of a step, for plan.flops and plan.memory."""
-    with on_meta():
-        model = make_model(config.size)
-    batch = make_batch(model.spec, model.tokens_per_image, config.batch)
-    squared = sum(length**2 for length in batch.lengths)
-    load = plan.Load(sum(batch.lengths), squared, len(batch.supervised), config.batch)
-    bf16 = config.dtype == "bfloat16"
-    return plan.Plan(plan.PlanConfig(gpus=1), model, stage == 2, load, 1, bf16)
 
 
 def compare_training(config, folder):
     with torch.device(config.device):
         make_model(config.size).save(f"{folder}/ours")
     # transformers and other checkouts read this layout.
-    run(ROOT, "-m", "interop.export", f"--model={folder}/ours", f"--to={folder}/llava")
+    run(".", "-m", "interop.export", f"--model={folder}/ours", f"--to={folder}/llava")
+    batch, model = random_batch(config)
+    squared = sum(length**2 for length in batch.lengths)
+    load = plan.Load(sum(batch.lengths), squared, len(batch.supervised), config.batch)
+    options, bf16 = plan.PlanConfig(gpus=1), config.dtype == "bfloat16"
     for stage in [config.stage] if config.stage else [1, 2]:
-        step = plan_step(config, stage)
-        parts = plan.flops(step)
+        config.stage = stage
+        parts = plan.flops(plan.Plan(options, model, stage == 2, load, 1, bf16))
         # Recomputed logits are not necessary work.
         work = {"seconds": (sum(parts.values()) - parts["again"], "FLOP/s")}
-        print(f"stage {stage}: {config.batch} dialogues, {step.load.tokens:,} tokens", flush=True)
-        options = {"folder": f"{folder}/llava", "stage": stage}
-        compare(config, ["ours", "ours_compiled"], ["transformers"], work, **options)
+        print(f"stage {stage}: {config.batch} dialogues, {load.tokens:,} tokens", flush=True)
+        compare(config, ["ours", "ours_compiled"], ["padded"], work, f"{folder}/llava")
 
 
 # ---- gpu-dry -------------------------------------------------------------------------------------
@@ -293,7 +280,7 @@ def compare_training(config, folder):
 
 def gpu_dry(arguments):
     """Print what a step of a recipe would launch, move, wait for, hold and take on GPUs."""
-    child = run(ROOT, "tests/fake_cuda.py", *arguments)
+    child = run(".", "tests/fake_cuda.py", *arguments)
     if "--help" in arguments:
         print(child)
         return
@@ -332,56 +319,50 @@ def run(tree, *arguments):
     return child.stdout
 
 
-def compare(config, ours, theirs, work, **options):
+def compare(config, ours, theirs, work, folder):
     """Run all contenders in turns and print the result.
 
     ours and theirs: the names of contenders, theirs for transformers. work: {what is timed: (its
-    FLOPs or bytes, the unit of the rate)}.
+    FLOPs or bytes, the unit of the rate)}. folder: the checkpoint.
     """
+    flags = [f"--folder={folder}"]
+    for key in ("stage", "batch", "size", "device", "dtype", "profile"):
+        flags.append(f"--{key}={getattr(config, key)}")
     # Peers first: a missing folder is an error at once.
-    turns = {}
+    contenders = []
     for peer in [*config.vs, ""]:
-        for name in theirs if peer == "transformers" else ours:
-            turns[peer, name] = []
-    for key in ("batch", "device", "dtype", "profile"):
-        options[key] = getattr(config, key)
-    flags = [f"--{key}={value}" for key, value in options.items()]
-    for _ in range(config.repeats):
-        for (peer, name), found in turns.items():
-            tree = ROOT if peer in ("", "transformers") else peer
-            printed = run(tree, "-m", "tools.bench", config.what, f"--contender={name}", *flags)
-            *table, result = printed.splitlines()
-            if table:
-                print(name, *table, sep="\n")
-            found.append(json.loads(result))
-    best = {}
-    for (peer, name), found in turns.items():
-        texts = [name if peer in ("", "transformers") else f"{name} of {peer}"]
+        names = theirs if peer == "transformers" else ours
+        contenders += [(peer, name) for name in names]
+    results = defaultdict(list)
+    for peer, name in contenders * config.repeats:
+        tree = "." if peer in ("", "transformers") else peer
+        printed = run(tree, "-m", "tools.bench", config.what, f"--contender={name}", *flags)
+        *table, result = printed.splitlines(keepends=True)
+        sys.stdout.writelines(table)
+        results[peer, name].append(json.loads(result))
+    for (peer, name), found in results.items():
+        texts = [f"{peer} {name}".strip()]
         for key, (amount, unit) in work.items():
             times = [one[key] for one in found]
             median = statistics.median(times)
-            best[peer, key] = min(median, best.get((peer, key), median))
             texts.append(f"{key} {median:.4g} ({min(times):.4g} to {max(times):.4g})")
             texts.append(f"{amount / median / 1e9:.4g} G{unit}")
-        texts.append(f"{statistics.median(one['memory'] for one in found) / 2**30:.1f} GiB")
+        texts.append(f"{max(one['memory'] for one in found) / 2**30:.1f} GiB")
         if "loss" in found[0]:
             texts.append(f"loss {found[0]['loss']:.4f}")
         print(", ".join(texts))
-    for peer in config.vs:
-        for key in work:
-            print(f"{key}: {best[peer, key] / best['', key]:.2f} times as fast as {peer}")
 
 
 def wait(device):
     """Return the time when the device has finished its work."""
-    if device != "cpu":
+    if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 def peak_memory(device):
     """Return the peak bytes of the GPU, or of this process (0 without /proc)."""
-    if device.startswith("cuda"):
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
@@ -404,9 +385,7 @@ def main(arguments):
     config.batch, config.size = config.batch or batch, config.size or size
     cli.find_class(SIZES, config.size, "--size")
     cli.find_class(DTYPES, config.dtype, "--dtype")
-    if min(config.repeats, config.batch) < 1:
-        raise InputError("--repeats and --batch must be 1 or more")
-    config.device = str(cli.pick_device(config.device))
+    config.device = cli.pick_device(config.device)
     torch.manual_seed(0)
     if config.contender:
         print(json.dumps(measure(config) | {"memory": peak_memory(config.device)}))

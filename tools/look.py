@@ -116,14 +116,14 @@ def recorded_attention(modules, rows):
         recorded.append(weights[:, :, rows].cpu())
         return F.scaled_dot_product_attention(q, k, v, **options)
 
-    former = [module.sdpa for module in modules]
+    former = modules[0].sdpa
     for module in modules:
         module.sdpa = sdpa
     try:
         yield recorded
     finally:
-        for module, function in zip(modules, former, strict=True):
-            module.sdpa = function
+        for module in modules:
+            module.sdpa = former
 
 
 @torch.no_grad()
@@ -133,8 +133,6 @@ def look_through(tower, pixels):
     -> all hidden states of the patches, (N, D) each, and the last block's attention from the prefix
     tokens, (prefix, H, S).
     """
-    if not hasattr(tower, "blocks"):
-        raise InputError(f"--vision: {type(tower).__name__} has no attention to look at")
     prefix = tower.num_prefix_tokens
     device = next(tower.parameters()).device
     with recorded_attention([tower.blocks[-1].attn], slice(prefix)) as recorded:
@@ -156,8 +154,8 @@ def look_back(model, llm, image, question, answer):
     rows = slice(is_image.nonzero().max().item() + 1, -1)
     with recorded_attention([block.self_attn for block in llm.layers], rows) as recorded:
         llm(embeds=model.embed(tokens, pixels.to(device), image_index), hidden_only=True)
-    texts = [model.tokenizer.decode([token]).strip() for token in tokens[0, rows].tolist()]
-    words = [text or "newline" for text in texts]
+    words = [model.tokenizer.decode([token]).strip() for token in tokens[0, rows].tolist()]
+    words = [word or "newline" for word in words]
     return torch.stack([x[0][..., is_image] for x in recorded]), words
 
 
@@ -189,7 +187,7 @@ def show(pixels):
 def find_edges(pixels):
     """Find the edges of an image uint8 (3, R, R) -> a mask, a PIL image."""
     image = show(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    smooth = np.asarray(image.filter(ImageFilter.GaussianBlur(1)), dtype=float)
+    smooth = np.array(image.filter(ImageFilter.GaussianBlur(1)), dtype=float)
     edges = np.hypot(*np.gradient(smooth, axis=(0, 1))).max(axis=2)
     return Image.fromarray(edges > max(0.2 * edges.max(), np.quantile(edges, 0.85)))
 
@@ -215,37 +213,32 @@ def with_boxes(image, boxes, side):
 
 def tower_sections(tower, pixels, notes):
     """Return a tower's hidden states and its class token; notes: {layer: what is added}."""
+    if not hasattr(tower, "blocks"):
+        # ConvNeXt has neither hidden states of patches nor attention.
+        return []
     name, edges = type(tower).__name__.removesuffix("Vision"), find_edges(pixels)
     hidden, attention = look_through(tower, pixels)
-    layers, heads, colors = [(show(pixels), "the image")], [(show(pixels), "the image")], None
+    layers, colors = [(show(pixels), "the image")], None
     for i, features in enumerate(hidden):
         colors, share = principal_colors(features, colors)
         layers.append((mosaic(colors), f"hidden[{i}] · {share:.0%}\n{notes.get(i, '')}"))
     sections = [(f"{name}: patches as colors", COLORS_NOTE, layers, None)]
     # SigLIP has no class token.
     for row in attention[:1]:
+        heads = layers[:1]
         for i, weights in enumerate([row.mean(dim=0), *row]):
             weights = weights[len(attention) :]
             caption = f"{f'head {i}' if i else 'mean'} · {weights.sum():.0%}"
             heads.append((heatmap(weights, edges), caption))
-        title = f"{name}: attention of the class token"
-        sections.append((title, ATTENTION_NOTE, heads, None))
+        sections.append((f"{name}: attention of the class token", ATTENTION_NOTE, heads, None))
     return sections
-
-
-def untrained_like(llm):
-    """Make an LLM of the same size with random weights."""
-    torch.manual_seed(0)
-    with torch.device(llm.embed_tokens.weight.device):
-        return type(llm)(llm.config).to(llm.embed_tokens.weight.dtype)
 
 
 def draw_heads(maps, words, target, edges):
     """Draw each head's attention from the word that attends most to the target, bool (N,).
 
-    maps: (L, H, n, N or more). words: n. -> [(image, caption)] and shares, both of L·H heads.
+    maps: (L, H, n, N). words: n. -> [(image, caption)] and shares, both of L·H heads.
     """
-    maps = maps[..., : len(target)]
     shares, best = maps[..., target].sum(dim=-1).max(dim=-1)
     drawn = []
     for block, head in np.ndindex(*shares.shape):
@@ -259,7 +252,10 @@ def answer_sections(model, image, questions):
     """Ask questions [(text, true box or None)] -> a section each."""
     llms, found, sections = {"picked": model.llm}, [], []
     if sum(p.numel() for p in model.llm.parameters()) < LARGE:
-        llms["untrained"] = untrained_like(model.llm)
+        torch.manual_seed(0)
+        weight = model.llm.embed_tokens.weight
+        with torch.device(weight.device):
+            llms["untrained"] = type(model.llm)(model.llm.config).to(weight.dtype)
     totals = dict.fromkeys(llms, 0)
     edges = find_edges(to_pixels(image, model.spec))
     # The further tokens of `sti` have no place in the grid, `efficient` has a smaller grid.
@@ -274,7 +270,7 @@ def answer_sections(model, image, questions):
         heads = {}
         for name, llm in llms.items():
             maps, words = look_back(model, llm, image, question, ids)
-            heads[name], shares = draw_heads(maps, words, target, edges)
+            heads[name], shares = draw_heads(maps[..., : len(target)], words, target, edges)
             totals[name] += shares
         panels = [(with_boxes(image, boxes, SIDE), "solid: answer\ndashed: true")]
         found.append((question, answer, panels, heads))
@@ -303,9 +299,6 @@ def model_sections(model, image, questions):
     """Return the sections of the answers to questions [(text, true box or None)], and of towers."""
     sections = answer_sections(model, image, questions)
     for tower, notes in zip(model.vision, layer_notes(model.connector), strict=True):
-        if not hasattr(tower, "blocks"):
-            # ConvNeXt has neither hidden states of patches nor attention.
-            continue
         sections += tower_sections(tower, to_pixels(image, model.spec), notes)
     return sections
 
@@ -377,13 +370,14 @@ def main(arguments):
         questions = [("Describe the image.", None)]
     if config.prompt:
         questions = [(config.prompt, None)]
-    name, sections = ", ".join(config.vision), []
-    for folder in map(locate, config.vision):
+    if config.vision:
+        name, sections = ", ".join(config.vision), []
         device = cli.pick_device(config.device)
-        dtype = dtype_to_answer(folder, device, config.bf16)
-        tower = load_part(TOWERS, folder, dtype, device)
-        sections += tower_sections(tower, to_pixels(image, ImageSpec(tower.config.image_size)), {})
-    if not sections:
+        for folder in map(locate, config.vision):
+            tower = load_part(TOWERS, folder, dtype_to_answer(folder, device, config.bf16), device)
+            pixels = to_pixels(image, ImageSpec(tower.config.image_size))
+            sections += tower_sections(tower, pixels, {})
+    else:
         name, model = load_to_answer(config)
         sections = model_sections(model, image, questions)
     title = f"{name}: {title}"

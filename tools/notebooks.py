@@ -36,9 +36,7 @@ def notebook(lesson):
     for text in parts:
         if text.strip():
             cells.append(cell("markdown", text))
-        if "### " in text:
-            changed = False
-        changed = changed or "```diff" in text
+        changed = "```diff" in text or (changed and "### " not in text)
         # Without the change its snippet fails. With this tag "Run all" continues.
         metadata = {"tags": ["raises-exception"]} if changed else {}
         kind, block = next(parts, ""), next(parts, "")

@@ -131,7 +131,7 @@ class Plan(NamedTuple):
 
     @property
     def llm_bytes(self):
-        return 2 if self.bf16 and not self.tunes_llm else 4
+        return 4 if self.tunes_llm else self.activation_bytes
 
     def adapters(self):
         """Count LoRA's parameters: rank · (in + out) for every linear layer of the blocks."""
@@ -149,7 +149,6 @@ class Plan(NamedTuple):
 
 def read_shape(name):
     """Return a checkpoint's config.json: from its folder, shapes.json or the hub."""
-    name = str(name)
     if Path(name).is_dir():
         return read_config(name)
     if name in SHAPES:
@@ -240,19 +239,11 @@ def block_memory(plan, e):
         channels += b * (inputs * C + F)
     if plan.tunes_llm and norms == 2:
         channels += 2 * e * C
-    if not plan.bf16:
+    if b == 4:
         channels += 4 * (c.num_attention_heads + W * plan.trains_llm)
     # The inputs of LoRA's second factors.
     channels += 7 * b * plan.lora_rank
     return plan.load.tokens * channels * (COMPILED if plan.is_compiled else 1)
-
-
-def kept_by_block(plan, e):
-    """Count the bytes that a block keeps until the backward reaches it."""
-    whole = block_memory(plan, e)
-    if not plan.config.activation_checkpointing:
-        return whole
-    return max(plan.load.tokens * e * plan.model.llm.config.hidden_size, plan.budget * whole)
 
 
 def memory(plan):
@@ -274,9 +265,11 @@ def memory(plan):
 
     e = b if sharded else plan.llm_bytes
     casts = 2 * (L * block_size + V * C) if e > b else 0
-    per_image = vision_costs(model, b)[1]
+    _, per_image = vision_costs(model, b)
     connector = load.images * per_image + 2 * size(model.connector) * plan.bf16
     block = block_memory(plan, e)
+    # What a block keeps until the backward reaches it.
+    kept = max(T * e * C, plan.budget * block) if recompute else block
     working = block + casts / L
     # What the final norm keeps and returns.
     head = T * (4 + e * plan.tunes_llm) * C + load.supervised * e * C
@@ -284,7 +277,7 @@ def memory(plan):
     flow = T * (e * C + 2 * b * c.intermediate_size)
     # With activation checkpointing the backward casts and computes one block at a time.
     casts_left, recomputed = (0, working) if recompute else (casts, 0)
-    stored = connector + L * kept_by_block(plan, e) + head
+    stored = connector + L * kept + head
     casts_at_end = casts if plan.tunes_llm else casts_left
     logits = min(load.supervised, max(1, MAX_LOGITS // V)) * V
     forward = max(

@@ -6,9 +6,8 @@
     python -m tools.web --host=0.0.0.0                             also for other computers
 
     an image or a scene, and a question
-      | Ask       the answer as it is written, and its boxes drawn on the image
+      | Ask       the answer of each model as it is written, and its boxes drawn on the image
       | Look      the page of tools/look.py: sliders over layers, and over blocks and heads
-      | Compare   the answer of each model
 
 The page is made with gradio (requirements-extra.txt) and needs no network. Nothing is sent or kept:
 gradio's telemetry, web fonts and history are off, and uploads are deleted at the end. An upload has
@@ -86,7 +85,7 @@ def draw_scene(index):
 
 
 def add_answers(models, inputs):
-    """Add a button, and for each of {name: MLLM} its answer and the image with its boxes."""
+    """Add a button, and for each of [(name, MLLM)] its answer and the image with its boxes."""
     button = gr.Button("Ask", variant="primary")
     with gr.Row():
         for name, model in models:
@@ -121,15 +120,11 @@ def build(models):
                 question = gr.Dropdown(label="Question", allow_custom_value=True)
             with gr.Column(scale=2):
                 with gr.Tab("Ask"):
-                    add_answers(models[:1], [image, question])
+                    add_answers(models, [image, question])
                 with gr.Tab("Look inside"):
                     button = gr.Button("Look inside", variant="primary")
                     frame = gr.HTML()
                     button.click(partial(look, *models[0]), [image, question], frame, **QUEUE)
-                with gr.Tab("Compare"):
-                    if len(models) == 1:
-                        gr.Markdown("`--model=A,B` loads two models.")
-                    add_answers(models, [image, question])
         for event in (page.load, scene.change):
             event(draw_scene, scene, [image, question])
     return page
