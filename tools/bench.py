@@ -196,9 +196,10 @@ def random_batch(config):
 def train_ours(config):
     """Return the model and a function that computes the loss."""
     model = load_model(config.folder, device=config.device).train()
-    if config.dtype == "bfloat16" and config.stage == 1:
-        # As train.py does with a frozen LLM.
-        model.llm.bfloat16()
+    if config.dtype == "bfloat16":
+        # As train.py does with frozen parts.
+        (model if config.stage == 1 else model.vision).bfloat16()
+        model.connector.float()
     speed_up(model, "train", compile=config.contender == "ours_compiled")
     train.freeze(model, ["connector"] if config.stage == 1 else ["connector", "llm"])
     batch, _ = random_batch(config)
@@ -214,9 +215,9 @@ def train_transformers(config):
     model.requires_grad_(stage == 2)
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
-    if stage == 1 and config.dtype == "bfloat16":
-        model.model.language_model.bfloat16()
-        model.lm_head.bfloat16()
+    if config.dtype == "bfloat16":
+        (model if stage == 1 else model.model.vision_tower).bfloat16()
+        model.model.multi_modal_projector.float()
     batch, ours = random_batch(config)
     tokens = pad_sequence(batch.tokens[0].split(batch.lengths), True, 0).to(device)  # (B, T)
     labels = pad_sequence(batch.labels[0].split(batch.lengths), True, IGNORE).to(device)

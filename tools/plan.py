@@ -5,14 +5,15 @@
 The model is built on the meta device (shapes without storage), so it needs config.json files only.
 common/shapes.json has those of the recipes in config/, which need no download. The plan follows
 train.py: packed dialogues without padding, float32 trained weights, AdamW's two moments in float32,
-bf16 autocast, a frozen LLM in bf16, and logits at supervised positions only.
+bf16 autocast, frozen towers and a frozen LLM in bf16, and logits at supervised positions only.
 
 Memory of one GPU in bytes. A forward has T tokens, n of them supervised, and I images. b is 2 under
 autocast, otherwise 4. e is the residual stream's: 2 for a bf16 LLM and with FSDP under autocast,
 otherwise 4. C is the LLM's width, F its MLP's, W that of all query heads, K that of all key heads,
 H the number of heads, L of blocks, V the vocabulary.
 
-    weights      4 a parameter, 2 in a frozen LLM. FSDP splits the LLM and all trained parameters.
+    weights      4 a parameter, b in the towers and a frozen LLM. FSDP splits the LLM and all
+                 trained parameters.
                  It gathers the embedding, lm_head and two blocks at a time, b a parameter.
     gradients    4 a trained parameter; DDP keeps them between the steps
     optimizer    8 a trained parameter
