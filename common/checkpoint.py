@@ -69,8 +69,8 @@ def save(run, model, optimizer, state, ranks):
         raise InputError(f"{folder}: could not be written ({reason(error)})") from None
     if ranks.is_main:
         sums = {path.name: checksum(path) for path in sorted(partial.iterdir())}
-        model_state = {"connector": model.connector.spec(), "changed": sorted(model.changed)}
-        write_json(partial / "state.json", state | model_state | {"files": sums})
+        more = {"connector": model.connector.spec(), "files": sums}
+        write_json(partial / "state.json", state | more)
         replace_folder(partial, folder)
         # a kill may also have left .partial and .old folders
         former = re.compile(rf"stage{state['stage']}-\d+(\.partial|\.old)?")
@@ -185,10 +185,6 @@ def newest(run, stage):
     return max(found, default=None)
 
 
-def is_checkpoint(folder):
-    return (Path(folder) / "state.json").exists()
-
-
 def resume(run, model, optimizer, state, ranks):
     """Load the newest checkpoint of the stage, if there is one, and continue `state` from it."""
     stage = state["stage"]
@@ -210,32 +206,15 @@ def resume(run, model, optimizer, state, ranks):
     ranks.print(f"resumed from {folder} at step {step}")
 
 
-def start_of(config, run):
-    """Return what stage 2 starts from: --init, else the checkpoint of stage 1."""
-    if config.init:
-        return None if config.init == "new" else config.init
+def load_stage_1(run, model):
+    """Load what stage 1 of a run trained, from which stage 2 starts. Raises InputError."""
     folder = newest(run, 1)
     if folder is None:
         raise InputError(
             f"{run}: has no checkpoint of stage 1, from which stage 2 starts: run stage 1, or "
-            "give --init=FOLDER or --init=new"
+            "give --init=MODEL or --init=new"
         )
-    return folder
-
-
-def load_start(config, folder, model):
-    """Load the checkpoint from which stage 2 starts. Raises InputError.
-
-    All that its run trained must be in it: an earlier stage may have trained more.
-    """
-    changed = load(folder, model)["changed"]
-    missing = set(changed) - names(folder)
-    if config.init and missing:
-        raise InputError(
-            f"{folder}: lacks {min(missing)}, which an earlier stage trained: use the checkpoint "
-            "of that stage, or --init=RUN/model, which is the whole model"
-        )
-    model.changed.update(changed)
+    load(folder, model)
 
 
 def check_run(config, run):

@@ -65,7 +65,7 @@ class Config:
     stage: int = option(
         0, "1, 2, or 0: both", section="stages (options that end in 1 or 2 belong to that stage)"
     )
-    init: str = option("", "stage 2 starts from this folder, or from 'new'; default: stage 1")
+    init: str = option("", "stage 2 starts from a model, a connector, or 'new'; default: stage 1")
     train1: list[str] = option(["connector"], "trainable parts: vision, connector, llm")
     train2: list[str] = option(["connector", "llm"], "the same for stage 2")
     data1: list[str] = option(["world"], "LLaVA's .json or .jsonl, world, or KIND:FILE (mix.py)")
