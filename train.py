@@ -181,7 +181,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
     # resume: `state` goes into the checkpoints
     state = {"stage": stage, "step": 0, "steps": steps, "config": asdict(config)}
     state |= {"data": fingerprint(dataset), "interval": dict(NO_STEPS)}
-    ranks.agree(state["data"], "their data")
+    ranks.agree(state["data"])
     if config.resume:
         checkpoint.resume(run, model, optimizer, state, ranks)
     start = state["step"]

@@ -60,7 +60,7 @@ def save(run, model, optimizer, state, ranks):
     tensors = named_tensors(trained_tensors(model), optimizer)
     file_index, size = {}, 0
     for name, tensor in tensors.items():
-        size += tensor.numel() * tensor.element_size()
+        size += tensor.nbytes
         file_index[name] = 1 + size // FILE_BYTES
     writer = dcp.HuggingFaceStorageWriter(str(partial), file_index, save_distributed=True)
     try:
@@ -134,7 +134,7 @@ def load(folder, model, optimizer=None):
             f"{folder}: tensor {min(mismatched)} does not fit: "
             "this is the checkpoint of another model or another stage"
         )
-    trained = {name: parameters[name] for name in sorted(saved)}
+    trained = {name: parameters[name] for name in saved}
     if optimizer:
         # AdamW has no state of a parameter that has had no gradient yet.
         stepped = names(folder, "optimizer.")
