@@ -256,7 +256,8 @@ class Ranks:
 def run_folder(config, ranks):
     """Make the folder of this run. An earlier run is never overwritten. Raises InputError."""
     run = Path(config.out or f"out/{config.connector}")
-    checkpoint.check_run(config, run)
+    if run.exists():
+        checkpoint.check_run(config, run)
     run.mkdir(parents=True, exist_ok=True)
     if ranks.is_main:
         ranks.lock = lock(run)  # kept open: closing the file would unlock it

@@ -239,7 +239,7 @@ WRONG += " batch1=0 steps1=-1 steps1=0,epochs1=0 workers=-1 lr1=nan warmup=5.0 a
 # no answer fits into 8 tokens
 WRONG += " data1=text.json max_length=8"
 # errors that name what to write instead
-SAYS = {"device=gpu": "=gpu: must be one of auto, cuda, mps, cpu", "data2=cap:a.json": "caption, v7w"}
+SAYS = {"device=gpu": "=gpu: must be one of auto, cuda", "data2=cap:a.json": "caption, v7w"}
 
 
 @pytest.mark.parametrize("options", [*WRONG.split(), *SAYS])
