@@ -201,7 +201,7 @@ def test_the_fingerprint_of_data_changes_with_a_text_but_not_with_the_folder():
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(flags, whole):
-    with refused("run: has no checkpoint of stage 1"):
+    with refused("run: has no stage 1"):
         train.main(flags(stage=2))
     start = Path("run/checkpoints/stage1-0000002")
     shutil.copytree(whole / "checkpoints" / start.name, start)
