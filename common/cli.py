@@ -97,7 +97,7 @@ def set_options(cls, values, flags, where=""):
         name, dot, inner_key = key.partition(".")
         if dot and f"{name}_options" in hints:
             values.setdefault(f"{name}_options", {})[inner_key] = text if equals else "true"
-        elif key not in hints or hints[key] is dict:
+        elif key not in hints:
             known = [known.replace("_options", ".KEY") for known in hints]
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
             raise InputError(f"{where}{flag}: unknown, the nearest is --{nearest} (see --help)")
@@ -216,7 +216,6 @@ def leave(status):
     atexit._run_exitfuncs()  # wandb sends its last lines, temporary folders are deleted
     with suppress(OSError):  # the reader of our output may be gone
         sys.stdout.flush()
-        sys.stderr.flush()
     os._exit(status)
 
 

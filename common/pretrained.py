@@ -132,9 +132,7 @@ def open_safetensors(path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: not a readable safetensors file, truncated or damaged ({error})"
-        ) from None
+        raise InputError(f"{path}: a truncated or damaged safetensors file ({error})") from None
 
 
 def stored(folder_or_id):
@@ -163,9 +161,7 @@ def on_meta(where="a checkpoint"):
     except InputError:
         raise
     except Exception as error:  # modules raise many kinds
-        raise InputError(
-            f"{where}: no model can be built from its config.json ({error!r})"
-        ) from None
+        raise InputError(f"{where}: no model fits its config.json ({error!r})") from None
 
 
 def import_class(classes, config, where):
@@ -216,10 +212,8 @@ def match(module, shapes, rename, folder):
             if len(targets) > 1:
                 expected[0] *= len(targets)
             if list(shapes[name]) != expected:
-                raise InputError(
-                    f"{folder}: tensor {name} has shape {shapes[name]}, "
-                    f"the config asks for {expected}"
-                )
+                shape = f"has shape {shapes[name]}, the config asks for {expected}"
+                raise InputError(f"{folder}: tensor {name} {shape}")
     return places
 
 
@@ -341,9 +335,7 @@ class PretrainedTower(Pretrained):
         """Raise InputError unless this tower takes images of side x side pixels."""
         R, P = self.config.image_size, self.config.patch_size
         if self.any_resolution and (side % P or not side):
-            raise InputError(
-                f"image size {side}: should be a multiple of this tower's patches of {P}"
-            )
+            raise InputError(f"image size {side}: must be a multiple of the patch size {P}")
         if not self.any_resolution and side != R and not (self.crops and side > R):
             raise InputError(f"image size {side}: this tower takes only {R}, as in its training")
 
@@ -431,11 +423,8 @@ def read_rope(config, where):
     """Read {"rope_theta", "rope_scaling"} from config.json's object, of either age."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    scaling = {"rope_type": rope_type}
-    for key in find_class(ROPE_KEYS, rope_type, f"{where}: rope_type"):
-        if key not in rope:
-            raise InputError(f"{where}: the config's {rope_type} rope lacks {key}")
-        scaling[key] = rope[key]
+    keys = find_class(ROPE_KEYS, rope_type, f"{where}: rope_type")
+    scaling = {"rope_type": rope_type} | {key: rope[key] for key in keys}
     theta = rope.get("rope_theta", config.get("rope_theta"))
     return {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
 
@@ -468,10 +457,6 @@ def read_parts(folder, towers, llms):
     towers, llms: see import_class. Raises InputError.
     """
     config, processor = read_config(folder), read_json(folder / "preprocessor_config.json")
-    if config.get("model_type") != "mllm":
-        raise InputError(
-            f"{folder}: model_type {config.get('model_type')!r} is not a multimodal model"
-        )
     built = []
     for fields, numbers in zip(config["vision"], processor["towers"], strict=True):
         built.append(build_part(towers, fields, folder, numbers["mean"], numbers["std"]))

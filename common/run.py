@@ -140,10 +140,8 @@ class Config:
         if self.wandb and not find_spec("wandb"):
             raise InputError("--wandb: not installed; pip install wandb")
         if self.memory_budget and self.lora_dropout:
-            raise InputError(
-                "--lora_dropout: needs --memory_budget=0. With a budget, compiled blocks would "
-                "repeat dropout with other random numbers"
-            )
+            # blocks that are computed again would draw other random numbers
+            raise InputError("--lora_dropout: needs --memory_budget=0")
         if self.init and self.stage != 2:
             raise InputError(f"--init={self.init}: names the start of stage 2, so add --stage=2")
 
@@ -316,7 +314,8 @@ class Log:
         self.stage = state["stage"]
         self.tokens = self.num_steps = self.num_printed = 0
         self.interval = state["interval"]
-        self.wandb = start_wandb(config, run) if config.wandb and ranks.is_main else None
+        has_wandb = config.wandb and ranks.is_main
+        self.wandb = start_wandb(config, run, self.stage) if has_wandb else None
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if ranks.is_main:
@@ -421,22 +420,15 @@ class Log:
             self.wandb.log({f"stage{self.stage}/{key}": record[key] for key in record})
 
 
-def start_wandb(config, run):
+def start_wandb(config, run, stage):
     """Start the curves of a run in Weights & Biases, or continue those of a resumed run."""
     import wandb
 
     name = run / "wandb.id"
     if not name.exists():
         name.write_text(secrets.token_hex(4))
-    board = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "nanoMLLM"),
-        id=name.read_text(),
-        resume="allow",
-        dir=run,
-        config=asdict(config),
-    )
-    for stage in ("stage1", "stage2"):
-        board.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+    board = wandb.init(id=name.read_text(), resume="allow", dir=run, config=asdict(config))
+    board.define_metric(f"stage{stage}/*", step_metric=f"stage{stage}/step")
     return board
 
 
