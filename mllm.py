@@ -75,8 +75,6 @@ class MLLM(Pretrained):
         self.template = template
         self.spec = spec
         self.tokens_per_image = self.connector.num_tokens  # M
-        # Names of the parameters that train.py has changed since they were loaded.
-        self.changed = set()
 
     # ---- forward ---------------------------------------------------------------------------------
 

@@ -69,20 +69,19 @@ def build_stage(config, stage, run, ranks):
     options, device = config.stage_options(stage), ranks.device
     ranks.is_sharded = options.fsdp and ranks.size > 1
     model = build_model(config, stage, device, ranks.is_sharded)
-    # A whole model or a connector comes before LoRA and FSDP, a run's checkpoint after them.
-    start = checkpoint.start_of(config, run) if stage == 2 else None
-    if start and not checkpoint.is_checkpoint(start):
+    # A whole model or a connector comes before LoRA and FSDP, stage 1's checkpoint after them.
+    if config.init not in ("", "new"):
         from interop.load import start_from
 
-        model = start_from(model, start, ranks.is_sharded)
+        model = start_from(model, config.init, ranks.is_sharded)
     if config.lora_rank and "llm" in options.train:
         lora.adapt(model.llm, config.lora_rank, config.lora_alpha, config.lora_dropout)
     if ranks.is_sharded:
         freeze(model, options.train)
         dtype, bf16 = config.dtype("llm", stage, device), config.uses_bf16(device)
         fsdp.shard(model, device, config.fsdp_replicas, dtype, bf16)
-    if start and checkpoint.is_checkpoint(start):
-        checkpoint.load_start(config, start, model)
+    if stage == 2 and not config.init:
+        checkpoint.load_stage_1(run, model)
     return model
 
 
@@ -178,12 +177,11 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
         groups, betas=(0.9, config.adam_beta), weight_decay=config.weight_decay, fused=True
     )
     parameters = [p for group in groups for p in group["params"]]
-    model.changed.update(name for name, p in model.named_parameters() if p.requires_grad)
 
     # resume: `state` goes into the checkpoints
     state = {"stage": stage, "step": 0, "steps": steps, "config": asdict(config)}
     state |= {"data": fingerprint(dataset), "interval": dict(NO_STEPS)}
-    ranks.agree(state["data"], "their data")
+    ranks.agree(state["data"])
     if config.resume:
         checkpoint.resume(run, model, optimizer, state, ranks)
     start = state["step"]

@@ -60,7 +60,7 @@ def save(run, model, optimizer, state, ranks):
     tensors = named_tensors(trained_tensors(model), optimizer)
     file_index, size = {}, 0
     for name, tensor in tensors.items():
-        size += tensor.numel() * tensor.element_size()
+        size += tensor.nbytes
         file_index[name] = 1 + size // FILE_BYTES
     writer = dcp.HuggingFaceStorageWriter(str(partial), file_index, save_distributed=True)
     try:
@@ -69,8 +69,8 @@ def save(run, model, optimizer, state, ranks):
         raise InputError(f"{folder}: could not be written ({reason(error)})") from None
     if ranks.is_main:
         sums = {path.name: checksum(path) for path in sorted(partial.iterdir())}
-        model_state = {"connector": model.connector.spec(), "changed": sorted(model.changed)}
-        write_json(partial / "state.json", state | model_state | {"files": sums})
+        more = {"connector": model.connector.spec(), "files": sums}
+        write_json(partial / "state.json", state | more)
         replace_folder(partial, folder)
         # a kill may also have left .partial and .old folders
         former = re.compile(rf"stage{state['stage']}-\d+(\.partial|\.old)?")
@@ -121,20 +121,14 @@ def load(folder, model, optimizer=None):
     state = read_json(folder / "state.json")
     check_files(folder, state["files"])
     if state["connector"] != model.connector.spec():
-        raise InputError(
-            f"{folder}: was trained with the connector {state['connector']}, "
-            f"the model has {model.connector.spec()}"
-        )
+        raise InputError(f"{folder}: its --connector was {state['connector']}")
     saved, trained = names(folder), trained_tensors(model)
     parameters = dict(model.named_parameters()) | trained
     expected = trained.keys() if optimizer else saved & parameters.keys()
     mismatched = saved ^ expected
     if mismatched:
-        raise InputError(
-            f"{folder}: tensor {min(mismatched)} does not fit: "
-            "this is the checkpoint of another model or another stage"
-        )
-    trained = {name: parameters[name] for name in sorted(saved)}
+        raise InputError(f"{folder}: {min(mismatched)} does not fit: it is of another model")
+    trained = {name: parameters[name] for name in saved}
     if optimizer:
         # AdamW has no state of a parameter that has had no gradient yet.
         stepped = names(folder, "optimizer.")
@@ -185,10 +179,6 @@ def newest(run, stage):
     return max(found, default=None)
 
 
-def is_checkpoint(folder):
-    return (Path(folder) / "state.json").exists()
-
-
 def resume(run, model, optimizer, state, ranks):
     """Load the newest checkpoint of the stage, if there is one, and continue `state` from it."""
     stage = state["stage"]
@@ -201,61 +191,30 @@ def resume(run, model, optimizer, state, ranks):
     folder = folder_of(run, stage, step)
     saved = load(folder, model, optimizer)
     if saved["data"] != state["data"]:
-        raise InputError(
-            f"{folder}: was trained on other data than --data{stage} now has: restore the files, "
-            "or start a new run with another --out"
-        )
+        raise InputError(f"{folder}: --data{stage} has changed: restore it, or use another --out")
     state["step"] = step
     state["interval"].update(saved["interval"])
     ranks.print(f"resumed from {folder} at step {step}")
 
 
-def start_of(config, run):
-    """Return what stage 2 starts from: --init, else the checkpoint of stage 1."""
-    if config.init:
-        return None if config.init == "new" else config.init
+def load_stage_1(run, model):
+    """Load what stage 1 of a run trained, from which stage 2 starts. Raises InputError."""
     folder = newest(run, 1)
     if folder is None:
-        raise InputError(
-            f"{run}: has no checkpoint of stage 1, from which stage 2 starts: run stage 1, or "
-            "give --init=FOLDER or --init=new"
-        )
-    return folder
-
-
-def load_start(config, folder, model):
-    """Load the checkpoint from which stage 2 starts. Raises InputError.
-
-    All that its run trained must be in it: an earlier stage may have trained more.
-    """
-    changed = load(folder, model)["changed"]
-    missing = set(changed) - names(folder)
-    if config.init and missing:
-        raise InputError(
-            f"{folder}: lacks {min(missing)}, which an earlier stage trained: use the checkpoint "
-            "of that stage, or --init=RUN/model, which is the whole model"
-        )
-    model.changed.update(changed)
+        raise InputError(f"{run}: has no stage 1: train it, or give --init=MODEL or --init=new")
+    load(folder, model)
 
 
 def check_run(config, run):
     """Raise InputError if a run would overwrite another one, or be resumed as another one."""
-    first = config.stage or 1
     saved = {stage: newest(run, stage) for stage in (1, 2)}
-    is_taken = saved[first] or saved[2] or (first == 1 and (run / "model").exists())
-    if config.resume:
-        if config.stage == 1 and saved[2]:
-            raise InputError(
-                f"{run}: --stage=1 cannot be resumed, because stage 2 started from it: "
-                "resume without --stage, or choose another --out"
-            )
-    elif is_taken:
-        raise InputError(
-            f"{run}: this stage was trained here: --resume continues the run, "
-            "--out=FOLDER starts another one"
-        )
+    is_taken = saved[2] or (config.stage != 2 and (saved[1] or (run / "model").exists()))
+    if is_taken and not config.resume:
+        raise InputError(f"{run}: has this stage: give --resume, or another --out for a new run")
+    if config.stage == 1 and saved[2]:
+        raise InputError(f"{run}: --stage=1 cannot be resumed after stage 2: drop --stage")
     for stage, folder in saved.items():
-        if config.resume and folder and config.stage in (0, stage):
+        if folder and config.stage in (0, stage):
             check_same(config, folder)
 
 
@@ -265,10 +224,7 @@ def check_same(config, folder):
     saved = asdict(type(config)()) | read_json(folder / "state.json")["config"]
     for key, value in asdict(config).items():
         if key.rstrip("12") not in FREE_OPTIONS and last_parts(saved[key]) != last_parts(value):
-            raise InputError(
-                f"{folder}: was trained with --{key}={saved[key]}, not {value}: "
-                "resume with the same options, or choose another --out"
-            )
+            raise InputError(f"{folder}: resume it with --{key}={saved[key]}, not {value}")
 
 
 def last_parts(value):

@@ -62,7 +62,7 @@ def parse(cls, arguments, about=""):
             flags.append(argument)
         elif argument.endswith(".toml"):
             set_options(cls, values, read_recipe(argument), f"{argument}: ")
-        elif words or argument.partition("=")[0] in typing.get_type_hints(cls):
+        elif words:
             raise InputError(f"{argument}: options are --key=value")
         else:
             words.append(argument)
@@ -97,7 +97,7 @@ def set_options(cls, values, flags, where=""):
         name, dot, inner_key = key.partition(".")
         if dot and f"{name}_options" in hints:
             values.setdefault(f"{name}_options", {})[inner_key] = text if equals else "true"
-        elif key not in hints or hints[key] is dict:
+        elif key not in hints:
             known = [known.replace("_options", ".KEY") for known in hints]
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
             raise InputError(f"{where}{flag}: unknown, the nearest is --{nearest} (see --help)")
@@ -141,10 +141,15 @@ def describe(config):
 # ---- classes by name, whose constructor's keywords are options -----------------------------------
 
 
+def check_name(name, names, flag):
+    """Raise InputError that lists all names unless `name` is one of them."""
+    if name not in names:
+        raise InputError(f"{flag}={name}: must be one of {', '.join(names)}")
+
+
 def find_class(classes, name, flag):
-    """Return classes[name], or raise InputError that lists all names."""
-    if name not in classes:
-        raise InputError(f"{flag}={name}: must be one of {', '.join(classes)}")
+    """Return classes[name]. Raises InputError."""
+    check_name(name, classes, flag)
     return classes[name]
 
 
@@ -192,8 +197,7 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if name.partition(":")[0] not in ("cuda", "mps", "cpu"):
-        raise InputError(f"--device={name}: must be auto, cuda, mps or cpu")
+    check_name(name.partition(":")[0], ("auto", "cuda", "mps", "cpu"), "--device")
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
@@ -212,7 +216,6 @@ def leave(status):
     atexit._run_exitfuncs()  # wandb sends its last lines, temporary folders are deleted
     with suppress(OSError):  # the reader of our output may be gone
         sys.stdout.flush()
-        sys.stderr.flush()
     os._exit(status)
 
 
@@ -232,8 +235,6 @@ def run(main):
     except BrokenPipeError:  # the reader (head, say) has seen enough
         status = 0
     except (InputError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is None:  # a bug, not the system's answer
-            raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
     except RuntimeError as error:
         advice = [REMEDIES[words] for words in REMEDIES if words in str(error)]

@@ -76,14 +76,14 @@ def draw_losses(run):
     """Draw the mean losses in a run's log.jsonl into its loss.png, one stage after the other."""
     lines = (run / "log.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if record.get("mean_loss")]
-    highest = max((record["mean_loss"] for record in records), default=1)
+    highest = max(record["mean_loss"] for record in records)
     steps = {record["stage"]: record["step"] + 1 for record in records}
     left, top, width, height = 60, 40, 620, 300
     canvas = Image.new("RGB", (left + width + 20, top + height + 40), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=15)
     draw.rectangle((left, top, left + width, top + height), outline="#dddddd")
     draw.text((left - 8, top), f"{highest:.2f}", "black", font, anchor="rm")
-    x, step_width = left, width / max(1, sum(steps.values()))
+    x, step_width = left, width / sum(steps.values())
     for color, stage in zip(STAGE_COLORS, steps, strict=False):
         points = []
         for record in records:

@@ -82,9 +82,8 @@ def detach_tensors(model, parts, llm_dtype):
 
 
 def full(tensor):
-    """Gather all rows of a tensor on every rank. All ranks must call it."""
-    is_sharded = hasattr(tensor, "full_tensor")  # PyTorch's DTensor
-    return tensor.full_tensor() if is_sharded else tensor
+    """Gather all rows of a tensor, if it is a DTensor, on every rank. All ranks must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @torch.no_grad()

@@ -49,7 +49,5 @@ def explain(error):
         return "no such folder or repository (a gated one needs its license accepted, and HF_TOKEN)"
     if constants.HF_HUB_OFFLINE:
         return "no such folder, not in the cache, and HF_HUB_OFFLINE forbids downloading: unset it"
-    while error.__cause__ is not None:
-        error = error.__cause__
     cause = " ".join(f"{type(error).__name__}: {error}".split())[:120]
     return f"no such folder, and downloading it failed ({cause}): try again, or name a folder"

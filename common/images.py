@@ -240,8 +240,12 @@ def to_pixels(image, spec):
     image = to_rgb(image)
     size = [spec.resize_to or spec.size] * 2
     if spec.mode == "pad":
-        check_area([max(image.size)] * 2, image)
-        image = pad_to_square(image, spec.mean)
+        side, (left, top, _, _) = padding(*image.size)
+        check_area([side, side], image)
+        # the mean color, as LLaVA's expand2square
+        square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in spec.mean))
+        square.paste(image, (left, top))
+        image = square
     elif spec.mode == "crop":
         size = [int(size[0] * edge / min(image.size)) for edge in image.size]
         check_area(size, image)
@@ -256,14 +260,6 @@ def check_area(size, image):
     """Raise BadImage if an image of this size, made of `image`, would not fit into memory."""
     if math.prod(size) > 2 * Image.MAX_IMAGE_PIXELS:
         raise BadImage(f"an image of {image.width}x{image.height} is too elongated")
-
-
-def pad_to_square(image, mean):
-    """Pad an image with the mean color, as LLaVA's expand2square."""
-    side, (left, top, _, _) = padding(*image.size)
-    square = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean))
-    square.paste(image, (left, top))
-    return square
 
 
 class Normalize(nn.Module):

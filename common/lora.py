@@ -40,7 +40,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
         nn.init.zeros_(self.lora_B.weight)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
         self.to(linear.weight.device)
 
     def forward(self, x):

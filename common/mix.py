@@ -45,10 +45,8 @@ class Task(FileData):
             self.questions = [text for _, text in read_records(templates)]
         for text in self.questions:
             if not is_text(text) or text.count(MARK) != 1 or text.count(self.place) != 1:
-                raise InputError(
-                    f"{templates}: {text!r:.80} should be a question with one {MARK} and one "
-                    f"{self.place}"
-                )
+                form = f"should have one {MARK} and one {self.place}"
+                raise InputError(f"{templates}: {text!r:.80} {form}")
         super().__init__(path, image_dir or Path(path.partition(",")[0]).parent)
 
     def parse(self, record, where, index):

@@ -118,14 +118,13 @@ def tensor_files(folder):
     return files
 
 
-def headers(files):
-    """Yield (tensor name, its shape, its dtype) from file headers; files: see tensor_files."""
+def entries(files):
+    """Yield (tensor name, its open file) of a checkpoint; files: see tensor_files."""
     for path in sorted(set(files.values())):
         with open_safetensors(path) as opened:
             for name in opened.keys():
                 if files.get(name) == path:
-                    header = opened.get_slice(name)
-                    yield name, header.get_shape(), header.get_dtype()
+                    yield name, opened
 
 
 def open_safetensors(path):
@@ -133,15 +132,15 @@ def open_safetensors(path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: not a readable safetensors file, truncated or damaged ({error})"
-        ) from None
+        raise InputError(f"{path}: a truncated or damaged safetensors file ({error})") from None
 
 
 def stored(folder_or_id):
     """Read file headers -> (number of parameters, whether the largest tensor has 16 bits)."""
-    found = headers(tensor_files(locate(folder_or_id)))
-    sizes = [(math.prod(shape), dtype) for _, shape, dtype in found]
+    sizes = []
+    for name, opened in entries(tensor_files(locate(folder_or_id))):
+        header = opened.get_slice(name)
+        sizes.append((math.prod(header.get_shape()), header.get_dtype()))
     return sum(size for size, _ in sizes), max(sizes)[1] in ("BF16", "F16")
 
 
@@ -162,9 +161,7 @@ def on_meta(where="a checkpoint"):
     except InputError:
         raise
     except Exception as error:  # modules raise many kinds
-        raise InputError(
-            f"{where}: no model can be built from its config.json ({error!r})"
-        ) from None
+        raise InputError(f"{where}: no model fits its config.json ({error!r})") from None
 
 
 def import_class(classes, config, where):
@@ -187,7 +184,7 @@ def load_part(classes, folder, dtype=torch.float32, device="cpu"):
 
 
 def match(module, shapes, rename, folder):
-    """Find the source of each parameter -> {parameter: (tensor name, part, number of parts)}.
+    """Find the place of each tensor -> {tensor name: names of the parameters, in order}.
 
     shapes: {tensor name: shape} of the checkpoint. The module may be on the meta device.
     rename(tensor name): the parameter's name; None to leave the tensor out; a list of names for a
@@ -195,32 +192,29 @@ def match(module, shapes, rename, folder):
     tensor that is missing, left over or of another shape.
     """
     parameters = module.state_dict()
-    source, left_over = {}, []
+    places, missing, left_over = {}, set(parameters), []
     for name in shapes:
         targets = rename(name) or []
-        if isinstance(targets, str):
-            targets = [targets]
-        for part, target in enumerate(targets):
-            if target not in parameters or target in source:
-                left_over.append(name)
-            source[target] = (name, part, len(targets))
-    missing = [target for target in parameters if target not in source]
+        places[name] = [targets] if isinstance(targets, str) else targets
+        # also a second tensor for one parameter
+        if not missing.issuperset(places[name]):
+            left_over.append(name)
+        missing.difference_update(places[name])
     for what, names in (("missing", missing), ("left over", left_over)):
         if names:
             raise InputError(
-                f"{folder}: {len(names)} tensor(s) {what}, such as {names[0]}: this checkpoint "
+                f"{folder}: {len(names)} tensor(s) {what}, such as {min(names)}: this checkpoint "
                 f"does not fit {type(module).__name__} as its config.json describes it"
             )
-    for target, (name, _, parts) in source.items():
-        expected = list(parameters[target].shape)
-        if parts > 1:
-            expected[0] *= parts
-        if list(shapes[name]) != expected:
-            raise InputError(
-                f"{folder}: tensor {name} has shape {tuple(shapes[name])}, "
-                f"the config asks for {tuple(expected)}"
-            )
-    return source
+    for name, targets in places.items():
+        for target in targets:
+            expected = list(parameters[target].shape)
+            if len(targets) > 1:
+                expected[0] *= len(targets)
+            if list(shapes[name]) != expected:
+                shape = f"has shape {shapes[name]}, the config asks for {expected}"
+                raise InputError(f"{folder}: tensor {name} {shape}")
+    return places
 
 
 def load_weights(module, folder, rename, dtype=torch.float32, device="cpu", files=None):
@@ -230,18 +224,15 @@ def load_weights(module, folder, rename, dtype=torch.float32, device="cpu", file
     are not loaded: modules compute them, and they move to `device` here. Raises InputError.
     """
     files = files or tensor_files(folder)
-    shapes = {name: shape for name, shape, _ in headers(files)}
-    source = match(module, shapes, rename, folder)
+    shapes = {name: opened.get_slice(name).get_shape() for name, opened in entries(files)}
+    places = match(module, shapes, rename, folder)
     loaded = {}
-    for path in sorted(set(files.values())):
-        with open_safetensors(path) as opened:
-            for target, (name, part, parts) in source.items():
-                if files[name] != path:
-                    continue
-                tensor = opened.get_tensor(name)
-                if parts > 1:
-                    tensor = tensor.chunk(parts)[part]
-                loaded[target] = tensor.to(device=device, dtype=dtype)
+    for name, opened in entries(files):
+        for part, target in enumerate(places[name]):
+            tensor = opened.get_tensor(name)
+            if len(places[name]) > 1:
+                tensor = tensor.chunk(len(places[name]))[part]
+            loaded[target] = tensor.to(device=device, dtype=dtype)
     # assigned only now, so that an error leaves the module as it was
     module.load_state_dict(loaded, assign=True)
     return module.to(device)
@@ -344,9 +335,7 @@ class PretrainedTower(Pretrained):
         """Raise InputError unless this tower takes images of side x side pixels."""
         R, P = self.config.image_size, self.config.patch_size
         if self.any_resolution and (side % P or not side):
-            raise InputError(
-                f"image size {side}: should be a multiple of this tower's patches of {P}"
-            )
+            raise InputError(f"image size {side}: must be a multiple of the patch size {P}")
         if not self.any_resolution and side != R and not (self.crops and side > R):
             raise InputError(f"image size {side}: this tower takes only {R}, as in its training")
 
@@ -434,11 +423,8 @@ def read_rope(config, where):
     """Read {"rope_theta", "rope_scaling"} from config.json's object, of either age."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    scaling = {"rope_type": rope_type}
-    for key in find_class(ROPE_KEYS, rope_type, f"{where}: rope_type"):
-        if key not in rope:
-            raise InputError(f"{where}: the config's {rope_type} rope lacks {key}")
-        scaling[key] = rope[key]
+    keys = find_class(ROPE_KEYS, rope_type, f"{where}: rope_type")
+    scaling = {"rope_type": rope_type} | {key: rope[key] for key in keys}
     theta = rope.get("rope_theta", config.get("rope_theta"))
     return {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
 
@@ -471,10 +457,6 @@ def read_parts(folder, towers, llms):
     towers, llms: see import_class. Raises InputError.
     """
     config, processor = read_config(folder), read_json(folder / "preprocessor_config.json")
-    if config.get("model_type") != "mllm":
-        raise InputError(
-            f"{folder}: model_type {config.get('model_type')!r} is not a multimodal model"
-        )
     built = []
     for fields, numbers in zip(config["vision"], processor["towers"], strict=True):
         built.append(build_part(towers, fields, folder, numbers["mean"], numbers["std"]))

@@ -57,11 +57,6 @@ class FileData:
         except (LookupError, TypeError, AttributeError) as error:
             form = type(self).__doc__.splitlines()[0]
             raise InputError(f"{where}: should be {form} ({error!r})") from None
-        # now, not at the first image
-        if self.num_with_images and not os.path.isdir(self.image_dir):
-            raise InputError(
-                f"{self.image_dir}: no such folder; the images of {path} should be in it"
-            )
         # One buffer of JSON: Python objects take several times as much memory. Forked workers count
         # references in what they read, so each would come to hold a copy.
         self.buffer = b"".join(texts)
@@ -119,10 +114,7 @@ def parse(text, where):
         return json.loads(text)
     # ValueError: also a number of thousands of digits; RecursionError: lists in lists in lists
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{where}: not JSON ({error}); a file should be a JSON array, or JSONL: one object a "
-            "line"
-        ) from None
+        raise InputError(f"{where}: neither a JSON array nor JSONL ({error})") from None
 
 
 def is_text(value):

@@ -21,7 +21,6 @@ import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from shutil import which
 from types import SimpleNamespace
@@ -31,7 +30,7 @@ import torch.distributed as dist
 from torch.utils.data import ConcatDataset
 
 from common import checkpoint, distributed, fsdp, lora
-from common.cli import option, pick_device
+from common.cli import check_name, option, pick_device
 from common.errors import InputError
 from common.pretrained import LARGE, stored
 
@@ -65,7 +64,7 @@ class Config:
     stage: int = option(
         0, "1, 2, or 0: both", section="stages (options that end in 1 or 2 belong to that stage)"
     )
-    init: str = option("", "stage 2 starts from this folder, or from 'new'; default: stage 1")
+    init: str = option("", "stage 2 starts from a model, a connector, or 'new'; default: stage 1")
     train1: list[str] = option(["connector"], "trainable parts: vision, connector, llm")
     train2: list[str] = option(["connector", "llm"], "the same for stage 2")
     data1: list[str] = option(["world"], "LLaVA's .json or .jsonl, world, or KIND:FILE (mix.py)")
@@ -135,24 +134,14 @@ class Config:
                 raise InputError(f"--{key}={value}: must be from {least:g} to {greatest:g}")
         for stage in (1, 2):
             options = self.stage_options(stage)
-            parts = options.train
-            if not parts or set(parts) - set(PARTS):
-                raise InputError(
-                    f"--train{stage}={','.join(parts)}: must be one or more of {', '.join(PARTS)}"
-                )
-            if options.image_mode not in IMAGE_MODES:
-                raise InputError(
-                    f"--image_mode={options.image_mode}: must be one of {', '.join(IMAGE_MODES)}"
-                )
+            check_name(options.image_mode, IMAGE_MODES, "--image_mode")
+            for part in options.train or [""]:
+                check_name(part, PARTS, f"--train{stage}")
         if self.wandb and not find_spec("wandb"):
             raise InputError("--wandb: not installed; pip install wandb")
-        if self.fsdp_replicas > 1 and not (self.fsdp or self.fsdp1 or self.fsdp2):
-            raise InputError(f"--fsdp_replicas={self.fsdp_replicas}: needs --fsdp")
         if self.memory_budget and self.lora_dropout:
-            raise InputError(
-                "--lora_dropout: needs --memory_budget=0. With a budget, compiled blocks would "
-                "repeat dropout with other random numbers"
-            )
+            # blocks that are computed again would draw other random numbers
+            raise InputError("--lora_dropout: needs --memory_budget=0")
         if self.init and self.stage != 2:
             raise InputError(f"--init={self.init}: names the start of stage 2, so add --stage=2")
 
@@ -245,10 +234,10 @@ class Ranks:
         dist.all_reduce(summed)
         return summed.to(tensor.device)
 
-    def agree(self, number, what):
-        """Raise InputError, on one rank at least, unless a number is the same on all ranks."""
-        if self.sum(torch.tensor(number)) != self.size * number:
-            raise InputError(f"the ranks differ in {what}: all nodes must see the same files")
+    def agree(self, fingerprint):
+        """Raise InputError, on one rank at least, unless all ranks have the same data."""
+        if self.sum(torch.tensor(fingerprint)) != self.size * fingerprint:
+            raise InputError("the ranks differ in their data: all nodes must see the same files")
 
     def barrier(self):
         if self.size > 1:
@@ -294,12 +283,11 @@ def fingerprint(dataset):
     """Return a CRC-32 of all samples of a ConcatDataset. The image folder does not count."""
     value = 0
     for part in dataset.datasets:
-        if not hasattr(part, "buffer"):
-            value = zlib.crc32(f"{type(part).__name__} {len(part)}".encode(), value)
-            continue
-        folder = json.dumps(part.image_dir)[1:-1].encode()
-        for start, end in pairwise(part.ends):
-            value = zlib.crc32(part.buffer[start:end].replace(folder, b""), value)
+        content = f"{type(part).__name__} {len(part)}".encode()
+        if hasattr(part, "buffer"):
+            folder = json.dumps(part.image_dir)[1:-1].encode()
+            content = part.buffer.replace(folder, b"")
+        value = zlib.crc32(content, value)
     return value
 
 
@@ -326,7 +314,8 @@ class Log:
         self.stage = state["stage"]
         self.tokens = self.num_steps = self.num_printed = 0
         self.interval = state["interval"]
-        self.wandb = start_wandb(config, run) if config.wandb and ranks.is_main else None
+        has_wandb = config.wandb and ranks.is_main
+        self.wandb = start_wandb(config, run, self.stage) if has_wandb else None
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if ranks.is_main:
@@ -334,9 +323,9 @@ class Log:
 
     def drop_lines(self):
         """Drop the lines of steps that will be trained again, and a line that a kill has cut."""
-        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        self.path.touch()
         kept = []
-        for line in lines:
+        for line in self.path.read_text(errors="replace").splitlines():
             with suppress(ValueError):
                 record = json.loads(line)
                 if record["stage"] != self.stage or record["step"] < self.start:
@@ -431,22 +420,15 @@ class Log:
             self.wandb.log({f"stage{self.stage}/{key}": record[key] for key in record})
 
 
-def start_wandb(config, run):
+def start_wandb(config, run, stage):
     """Start the curves of a run in Weights & Biases, or continue those of a resumed run."""
     import wandb
 
     name = run / "wandb.id"
     if not name.exists():
         name.write_text(secrets.token_hex(4))
-    board = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "nanoMLLM"),
-        id=name.read_text(),
-        resume="allow",
-        dir=run,
-        config=asdict(config),
-    )
-    for stage in ("stage1", "stage2"):
-        board.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+    board = wandb.init(id=name.read_text(), resume="allow", dir=run, config=asdict(config))
+    board.define_metric(f"stage{stage}/*", step_metric=f"stage{stage}/step")
     return board
 
 

@@ -26,9 +26,7 @@ def clip_box(box, width, height, where):
     is_inside = x1 <= min(x2, width) and y1 <= min(y2, height) and min(x2, y2) >= 0
     is_normalized = max(box) <= 1 and any(value % 1 for value in box)
     if not is_inside or is_normalized:
-        raise BadImage(
-            f"{where}: bbox {box} is not x1, y1, x2, y2 in pixels of an image of {width}x{height}"
-        )
+        raise BadImage(f"{where}: bbox {box} is not x1, y1, x2, y2 in pixels of {width}x{height}")
     limits = (width, height, width, height)
     return [min(max(value, 0), limit) for value, limit in zip(box, limits, strict=True)]
 

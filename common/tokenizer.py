@@ -101,9 +101,7 @@ def load_tokenizer_model(folder):
     try:
         pieces, trainer, normalizer = read_pieces(path.read_bytes())
     except (OSError, IndexError, KeyError, ValueError, struct.error) as error:
-        raise InputError(
-            f"{path}: missing or damaged ({error!r}); an LLM needs it, or a tokenizer.json"
-        ) from None
+        raise InputError(f"{path}: missing or damaged, and no tokenizer.json ({error!r})") from None
     if trainer.get(3) != BPE or normalizer.get(2) or not normalizer.get(3, 1):
         raise InputError(f"{path}: not a sentencepiece BPE model: take one with a tokenizer.json")
     ids = {piece: i for i, (piece, _, _) in enumerate(pieces)}

@@ -68,9 +68,7 @@ def open_video(path, choose):
             if i in chosen
         ]
     except ImportError:
-        raise InputError(
-            f"{path}: video files need PyAV (pip install av), or a folder of frames in their place"
-        ) from None
+        raise InputError(f"{path}: needs PyAV (pip install av), or a folder of frames") from None
     except Exception as error:  # on damaged files, decoders raise many kinds
         cause = printable(f"{type(error).__name__}: {error}", 200)
         raise BadImage(f"{printable(path, 300)}: not a readable video ({cause})") from None

@@ -77,9 +77,11 @@ def start_from(model, path, mapped=False):
     for file in folder.glob("*.safetensors"):
         with open_safetensors(file) as opened:
             places |= dict.fromkeys(opened.keys(), file)
-    if not places:
+    # a run's checkpoint lacks what its run did not train
+    if not places or (folder / "state.json").exists():
         raise InputError(
-            f"{path}: no safetensors here; a pickle (.bin, .pt) can run any code: convert it first"
+            f"{path}: no model or connector in safetensors; a run has its model in its folder "
+            "model, and a pickle (.bin, .pt) can run any code: convert it first"
         )
     device = next(model.connector.parameters()).device
     if not any(name.endswith("embed_tokens.weight") for name in places):

@@ -54,7 +54,7 @@ def test_flags_override_a_recipe_in_any_order(tmp_path, capsys):
 
 
 def test_a_wrong_option_is_an_error_that_names_it(tmp_path):
-    wrong = "--step=3 --=3 --conector.groups=3 --connector_options=3 steps=3 -steps=3 --steps"
+    wrong = "--step=3 --=3 --conector.groups=3 --connector_options=3 -steps=3 --steps"
     wrong = (wrong + " --steps=many --steps=1.5 --resume=2 --lr= missing.toml").split()
     recipes = ["stepz = 3", "steps = 1.5", "steps = true", "lr = [1, 2]", "steps =", "[a]\nb = 1"]
     for i, text in enumerate([*recipes, "\x89PNG\xff"]):

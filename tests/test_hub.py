@@ -54,7 +54,7 @@ def test_a_tensor_that_is_missing_left_over_or_of_another_kind_is_named(folder):
     change(folder, {"encoder.layer.9.mlp.fc1.weight": None, TENSOR: None})
     is_refused(folder, "blocks.1.mlp.fc1.weight", "missing")
     change(folder, {TENSOR: torch.zeros(33, 16)})
-    is_refused(folder, TENSOR, "(33, 16)", "(32, 16)")
+    is_refused(folder, TENSOR, "[33, 16]", "[32, 16]")
     # twice in the file, with and without its prefix
     change(folder, {"dinov2.layernorm.bias": torch.zeros(16)})
     is_refused(folder, "layernorm.bias", "left over")

@@ -198,7 +198,6 @@ def test_a_config_that_cannot_be_computed_is_one_line_that_names_the_key():
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": {"type": "yarn"}}, "yarn"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "factor"),
     ):
         with refused(f"somewhere.*{name}"):
             LlamaConfig.from_dict(SHAPE | change, "somewhere")
