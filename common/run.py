@@ -139,6 +139,8 @@ class Config:
                 check_name(part, PARTS, f"--train{stage}")
         if self.wandb and not find_spec("wandb"):
             raise InputError("--wandb: not installed; pip install wandb")
+        if self.fsdp_replicas > 1 and not (self.fsdp or self.fsdp1 or self.fsdp2):
+            raise InputError(f"--fsdp_replicas={self.fsdp_replicas}: needs --fsdp")
         if self.memory_budget and self.lora_dropout:
             # blocks that are computed again would draw other random numbers
             raise InputError("--lora_dropout: needs --memory_budget=0")
@@ -427,7 +429,13 @@ def start_wandb(config, run, stage):
     name = run / "wandb.id"
     if not name.exists():
         name.write_text(secrets.token_hex(4))
-    board = wandb.init(id=name.read_text(), resume="allow", dir=run, config=asdict(config))
+    board = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "nanoMLLM"),
+        id=name.read_text(),
+        resume="allow",
+        dir=run,
+        config=asdict(config),
+    )
     board.define_metric(f"stage{stage}/*", step_metric=f"stage{stage}/step")
     return board
 
