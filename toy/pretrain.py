@@ -135,14 +135,15 @@ def encode_patches(tower, pixels, parts, mask=None):
     return x[:, 0], x[:, 1:]
 
 
-def sincos_positions():
-    """Return sines and cosines of row and column, (64, D), to start position embeddings from."""
+def start_positions(embedding):
+    """Start position embeddings (..., 1 + 64, D) from sines and cosines of row and column."""
+    nn.init.normal_(embedding, std=POSITION_STD)
     frequency = 100 ** -(torch.arange(WIDTH // 4) * 4 / WIDTH)
     along = torch.arange(GRID)
     places = torch.cartesian_prod(along, along)[..., None] * frequency  # (64, 2, D / 4)
     x = torch.cat([places.sin(), places.cos()], dim=-1).flatten(1)
     x = x - x.mean(0)
-    return POSITION_STD * x / x.std()
+    embedding.data[..., 1:, :] = POSITION_STD * x / x.std()
 
 
 def share(right):
@@ -157,20 +158,17 @@ def pretrain_clip(config):
 
     The wrong words make the shapes necessary.
     """
-    tokenizer = language.make_tokenizer()
     text = CLIPTextConfig(
         num_hidden_layers=2,
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=language.TOKENIZER.get_vocab_size(),
         max_position_embeddings=64,
         eos_token_id=language.EOS,
         **BLOCK,
         **MLP,
     )
     clip = CLIP(CLIPVisionConfig(**TOWER, **MLP), text, WIDTH, MEAN, STD)
-    clip.tokenizer = tokenizer
-    nn.init.normal_(clip.vision.position_embedding, std=POSITION_STD)
-    clip.vision.position_embedding.data[1:] = sincos_positions()
-
+    clip.tokenizer = language.TOKENIZER
+    start_positions(clip.vision.position_embedding)
     target = torch.arange(config.batch)
 
     def loss_of(step):
@@ -203,25 +201,19 @@ def clip_scores(clip, count=256):
 # --- DINOv2 -------------------------------------------------------------------------------
 
 
-class Head(nn.Sequential):
-    """Project features (M, D) to unit vectors (M, 64), in which views are compared.
+def make_head():
+    """Make a projection of features (M, D) to vectors (M, 64), in which views are compared.
 
     At first all class tokens are alike. The batch norm separates them from the start.
     """
-
-    def __init__(self):
-        super().__init__(nn.Linear(WIDTH, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Linear(256, 64))
-
-    def forward(self, x):
-        return F.normalize(super().forward(x), dim=-1)
+    return nn.Sequential(nn.Linear(WIDTH, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Linear(256, 64))
 
 
 def pretrain_dinov2(config):
     """Match views. First they are 4 x 4 patches around one object, later up to five objects."""
     tower = DINOv2(DINOv2Config(**TOWER), MEAN, STD)
-    nn.init.normal_(tower.position_embeddings, std=POSITION_STD)
-    tower.position_embeddings.data[:, 1:] = sincos_positions()
-    student = nn.ModuleDict({"tower": tower, "cls": Head(), "patch": Head()})
+    start_positions(tower.position_embeddings)
+    student = nn.ModuleDict({"tower": tower, "cls": make_head(), "patch": make_head()})
     teacher = copy.deepcopy(student).requires_grad_(False)
     generator, rng = generators(config)
 
@@ -235,11 +227,12 @@ def pretrain_dinov2(config):
         with torch.no_grad():
             _, known = encode_patches(teacher["tower"], pixels, parts)
         # The class token must find that of the other view of its scene.
-        V, cls = len(pixels), student["cls"](cls)
+        V, cls = len(pixels), F.normalize(student["cls"](cls))
         loss_cls = contrast(cls, cls, torch.arange(V).roll(V // 2))
         # A masked patch must find what the teacher sees there, among all masked patches.
         some = torch.randperm(int(mask.sum()), generator=generator)[:512]
-        hidden, target = student["patch"](patches[mask]), teacher["patch"](known[mask])
+        hidden = F.normalize(student["patch"](patches[mask]))
+        target = F.normalize(teacher["patch"](known[mask]))
         loss_patch = contrast(hidden[some], target[some], torch.arange(len(some)))
         return loss_cls + (1 if whole else 0.5) * loss_patch
 
@@ -379,9 +372,10 @@ def pad(rows, value):
     return pad_sequence([torch.tensor(row) for row in rows], True, value)
 
 
-def encode_scene(tokenizer, text, turns, template):
+def encode_scene(text, turns, template):
     """Encode turns about a scene in text, which takes the place of the image -> ids, labels."""
     (question, answer), *rest = turns
+    tokenizer = language.TOKENIZER
     ids, labels = encode(tokenizer, [(f"<image>\n{question}", answer), *rest], template)
     place, scene = ids.index(IMAGE), tokenizer.encode(text, add_special_tokens=False).ids
     ids[place : place + 1] = scene
@@ -391,28 +385,24 @@ def encode_scene(tokenizer, text, turns, template):
 
 def pretrain_llama(config):
     """Predict the answers: scenes and questions are random, and nobody can predict them."""
-    tokenizer = language.make_tokenizer()
-    llama = Llama(
-        LlamaConfig(
-            vocab_size=tokenizer.get_vocab_size(),
-            intermediate_size=352,
-            num_hidden_layers=4,
-            max_position_embeddings=512,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=True,
-            bos_token_id=language.BOS,
-            eos_token_id=language.EOS,
-            **BLOCK,
-        )
+    llm = LlamaConfig(
+        vocab_size=language.TOKENIZER.get_vocab_size(),
+        intermediate_size=352,
+        num_hidden_layers=4,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=language.BOS,
+        eos_token_id=language.EOS,
+        **BLOCK,
     )
-    llama.tokenizer = tokenizer
+    llama = Llama(llm)
 
     def loss_of(step):
         rows, targets = [], []
         for index, objects in scenes_of(config, step, 0.04, 0.1):
             rng = world.generator("train", index, 4)
-            scene = language.text_scene(objects, rng, step % 4 == 0)
-            ids, labels = encode_scene(tokenizer, *scene)
+            ids, labels = encode_scene(*language.text_scene(objects, rng, step % 4 == 0))
             rows.append(ids)
             targets.append(labels)
         tokens, labels = pad(rows, language.PAD), pad(targets, IGNORE)[:, 1:]
@@ -429,18 +419,17 @@ def llama_scores(llama, count=200):
 
     A drawing shows boxes only to an eighth of the image.
     """
-    tokenizer, scores = language.make_tokenizer(), {}
+    scores = {}
     for task in world.TASKS:
         scores[task] = []
         for describe in (language.drawing, world.listing):
             prompts, targets = [], []
             for _, objects, question, target in itertools.islice(questions(task), count):
-                turns = [(question, None)]
-                prompts.append(encode_scene(tokenizer, describe(objects), turns, "tiny")[0])
+                prompts.append(encode_scene(describe(objects), [(question, None)], "tiny")[0])
                 targets.append(target)
             lengths = torch.tensor([len(prompt) for prompt in prompts])
             answers = llama.generate(pad(prompts, language.PAD), 48, lengths=lengths)
-            texts = [tokenizer.decode(answer.tolist()).strip() for answer in answers]
+            texts = language.TOKENIZER.decode_batch(answers.tolist())
             first, *_ = score(task, texts, targets).values()
             scores[task].append(round(first, 3))
     return scores
@@ -464,8 +453,9 @@ def save(model, folder):
     """Save in Hugging Face layout and half precision: 14 MB for all five."""
     model.half().save_pretrained(folder)
     if isinstance(model, CLIP | Llama):
-        model.tokenizer.save(str(folder / "tokenizer.json"))
-        tokens = language.SPECIAL | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        language.TOKENIZER.save(str(folder / "tokenizer.json"))
+        tokens = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>"}
+        tokens |= {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
         if isinstance(model, CLIP):
             tokens["model_max_length"] = model.text.config.max_position_embeddings
         write_json(folder / "tokenizer_config.json", tokens)
