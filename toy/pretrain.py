@@ -19,9 +19,9 @@ checkpoints in the repository.
 """
 
 import copy
-import itertools
 import math
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ from dinov2 import DINOv2, DINOv2Config
 from eval import score
 from llama import Llama, LlamaConfig
 from toy import language, views, world
+from toy.language import BOS, EOS, PAD, TOKENIZER
 from toy.scenes import questions
 from toy.views import GRID, PATCH, object_of_patch, pixels_of
 from vit import Block, ViT, ViTConfig, prepend
@@ -160,14 +161,14 @@ def pretrain_clip(config):
     """
     text = CLIPTextConfig(
         num_hidden_layers=2,
-        vocab_size=language.TOKENIZER.get_vocab_size(),
+        vocab_size=TOKENIZER.get_vocab_size(),
         max_position_embeddings=64,
-        eos_token_id=language.EOS,
+        eos_token_id=EOS,
         **BLOCK,
         **MLP,
     )
     clip = CLIP(CLIPVisionConfig(**TOWER, **MLP), text, WIDTH, MEAN, STD)
-    clip.tokenizer = language.TOKENIZER
+    clip.tokenizer = TOKENIZER
     start_positions(clip.vision.position_embedding)
     target = torch.arange(config.batch)
 
@@ -367,33 +368,27 @@ def probe_scores(tower, count=1000):
 # --- LLaMA --------------------------------------------------------------------------------
 
 
-def pad(rows, value):
-    """Pad rows of unequal length at the end -> (B, longest)."""
-    return pad_sequence([torch.tensor(row) for row in rows], True, value)
-
-
 def encode_scene(text, turns, template):
     """Encode turns about a scene in text, which takes the place of the image -> ids, labels."""
     (question, answer), *rest = turns
-    tokenizer = language.TOKENIZER
-    ids, labels = encode(tokenizer, [(f"<image>\n{question}", answer), *rest], template)
-    place, scene = ids.index(IMAGE), tokenizer.encode(text, add_special_tokens=False).ids
+    ids, labels = encode(TOKENIZER, [(f"<image>\n{question}", answer), *rest], template)
+    place, scene = ids.index(IMAGE), TOKENIZER.encode(text, add_special_tokens=False).ids
     ids[place : place + 1] = scene
     labels[place : place + 1] = [IGNORE] * len(scene)
-    return ids, labels
+    return torch.tensor(ids), torch.tensor(labels)
 
 
 def pretrain_llama(config):
     """Predict the answers: scenes and questions are random, and nobody can predict them."""
     llm = LlamaConfig(
-        vocab_size=language.TOKENIZER.get_vocab_size(),
+        vocab_size=TOKENIZER.get_vocab_size(),
         intermediate_size=352,
         num_hidden_layers=4,
         max_position_embeddings=512,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        bos_token_id=language.BOS,
-        eos_token_id=language.EOS,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
         **BLOCK,
     )
     llama = Llama(llm)
@@ -405,7 +400,7 @@ def pretrain_llama(config):
             ids, labels = encode_scene(*language.text_scene(objects, rng, step % 4 == 0))
             rows.append(ids)
             targets.append(labels)
-        tokens, labels = pad(rows, language.PAD), pad(targets, IGNORE)[:, 1:]
+        tokens, labels = pad_sequence(rows, True, PAD), pad_sequence(targets, True, IGNORE)[:, 1:]
         answers = labels >= 0
         logits = llama.logits(llama(tokens[:, :-1], hidden_only=True)[answers])
         return F.cross_entropy(logits, labels[answers])
@@ -424,12 +419,12 @@ def llama_scores(llama, count=200):
         scores[task] = []
         for describe in (language.drawing, world.listing):
             prompts, targets = [], []
-            for _, objects, question, target in itertools.islice(questions(task), count):
+            for _, objects, question, target in islice(questions(task), count):
                 prompts.append(encode_scene(describe(objects), [(question, None)], "tiny")[0])
                 targets.append(target)
             lengths = torch.tensor([len(prompt) for prompt in prompts])
-            answers = llama.generate(pad(prompts, language.PAD), 48, lengths=lengths)
-            texts = language.TOKENIZER.decode_batch(answers.tolist())
+            answers = llama.generate(pad_sequence(prompts, True, PAD), 48, lengths=lengths)
+            texts = TOKENIZER.decode_batch(answers.tolist())
             first, *_ = score(task, texts, targets).values()
             scores[task].append(round(first, 3))
     return scores
@@ -453,7 +448,7 @@ def save(model, folder):
     """Save in Hugging Face layout and half precision: 14 MB for all five."""
     model.half().save_pretrained(folder)
     if isinstance(model, CLIP | Llama):
-        language.TOKENIZER.save(str(folder / "tokenizer.json"))
+        TOKENIZER.save(str(folder / "tokenizer.json"))
         tokens = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>"}
         tokens |= {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
         if isinstance(model, CLIP):
