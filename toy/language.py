@@ -65,7 +65,7 @@ def text_scene(objects, rng, whole):
         task = ("caption", "listing")[rng.integers(2)]
         turn = world.question(task, objects, rng)
         return text, [turn], ("plain", "tiny")[rng.integers(2)]
-    tasks = ["presence", "rec", "reg"] * 3 + ["relation", "count"] * 2 + ["attribute"]
+    tasks = ("presence rec reg " * 3 + "relation count " * 2 + "attribute").split()
     turns = []
     while len(turns) < 6:
         task, about = tasks[rng.integers(len(tasks))], int(rng.integers(len(objects)))

@@ -39,10 +39,10 @@ from dialogue import IGNORE, IMAGE, encode
 from dinov2 import DINOv2, DINOv2Config
 from eval import score
 from llama import Llama, LlamaConfig
-from toy import language, views, world
+from toy import language, world
 from toy.language import BOS, EOS, PAD, TOKENIZER
 from toy.scenes import questions
-from toy.views import GRID, PATCH, object_of_patch, pixels_of
+from toy.views import GRID, PATCH, crops, make_views, object_of_patch, pixels_of
 from vit import Block, ViT, ViTConfig, prepend
 
 # Mean and standard deviation of the world's pixels.
@@ -223,7 +223,7 @@ def pretrain_dinov2(config):
             average.lerp_(parameter.detach(), 0.02)
         whole = step >= 0.6 * config.steps
         scenes = scenes_of(config, step, 0.3, 0.6)[: 48 if whole else None]
-        pixels, parts, mask = views.make_views(scenes, whole, rng, generator)
+        pixels, parts, mask = make_views(scenes, whole, rng, generator)
         cls, patches = encode_patches(tower, pixels, parts, mask)
         with torch.no_grad():
             _, known = encode_patches(teacher["tower"], pixels, parts)
@@ -292,7 +292,7 @@ def pretrain_mae(config):
     generator, rng = generators(config)
 
     def loss_of(step):
-        pixels = views.crops(scenes_of(config, step, 0.3, 0.6), generator, rng)
+        pixels = crops(scenes_of(config, step, 0.3, 0.6), generator, rng)
         normal = tower.normalize(pixels, torch.float32)
         target = F.unfold(normal, PATCH, stride=PATCH).transpose(1, 2)  # (B, N, 3 P²)
         order = torch.rand(target.shape[:2], generator=generator).argsort(1)
@@ -314,7 +314,7 @@ def pretrain_deit(config):
     def loss_of(step):
         scenes = scenes_of(config, step, 0, 1)
         classes = torch.tensor([objects[0].kind for _, objects in scenes])
-        logits = tower.classify(views.crops(scenes, generator, rng))
+        logits = tower.classify(crops(scenes, generator, rng))
         return F.cross_entropy(logits, classes, label_smoothing=0.1)
 
     train(tower, loss_of, config)
@@ -394,13 +394,12 @@ def pretrain_llama(config):
     llama = Llama(llm)
 
     def loss_of(step):
-        rows, targets = [], []
+        dialogues = []
         for index, objects in scenes_of(config, step, 0.04, 0.1):
-            rng = world.generator("train", index, 4)
-            ids, labels = encode_scene(*language.text_scene(objects, rng, step % 4 == 0))
-            rows.append(ids)
-            targets.append(labels)
-        tokens, labels = pad_sequence(rows, True, PAD), pad_sequence(targets, True, IGNORE)[:, 1:]
+            scene = language.text_scene(objects, world.generator("train", index, 4), step % 4 == 0)
+            dialogues.append(encode_scene(*scene))
+        tokens, labels = zip(*dialogues, strict=True)
+        tokens, labels = pad_sequence(tokens, True, PAD), pad_sequence(labels, True, IGNORE)[:, 1:]
         answers = labels >= 0
         logits = llama.logits(llama(tokens[:, :-1], hidden_only=True)[answers])
         return F.cross_entropy(logits, labels[answers])
@@ -412,7 +411,7 @@ def pretrain_llama(config):
 def llama_scores(llama, count=200):
     """Score answers to eval.py's questions: {task: [drawn in letters, listed]}.
 
-    A drawing shows boxes only to an eighth of the image.
+    A language.drawing shows boxes only to an eighth of the image.
     """
     scores = {}
     for task in world.TASKS:
@@ -422,7 +421,7 @@ def llama_scores(llama, count=200):
             for _, objects, question, target in islice(questions(task), count):
                 prompts.append(encode_scene(describe(objects), [(question, None)], "tiny")[0])
                 targets.append(target)
-            lengths = torch.tensor([len(prompt) for prompt in prompts])
+            lengths = torch.tensor(list(map(len, prompts)))
             answers = llama.generate(pad_sequence(prompts, True, PAD), 48, lengths=lengths)
             texts = TOKENIZER.decode_batch(answers.tolist())
             first, *_ = score(task, texts, targets).values()
