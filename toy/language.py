@@ -28,7 +28,7 @@ def clip_caption(objects, rng):
 
 def wrong_caption(caption, rng):
     """Exchange one shape, or else one color."""
-    words = caption.split(" ")
+    words = caption.split()
     kinds = world.SHAPES if rng.random() < 0.7 else world.NAMES
     place = rng.choice([i for i, word in enumerate(words) if word in kinds])
     words[place] = rng.choice([kind for kind in kinds if kind != words[place]])

@@ -252,10 +252,9 @@ def contrast(queries, keys, target):
 # --- MAE and DeiT: one ViT, trained in two ways -------------------------------------------
 
 
-def plain_vit(model_type, num_labels=0):
+def plain_vit(**options):
     """Make an untrained ViT of the other towers' size."""
-    config = ViTConfig(model_type=model_type, num_labels=num_labels, **TOWER, **MLP)
-    tower = ViT(config, MEAN, STD)
+    tower = ViT(ViTConfig(**options, **TOWER, **MLP), MEAN, STD)
     nn.init.normal_(tower.position_embeddings, std=POSITION_STD)
     return tower
 
@@ -288,7 +287,7 @@ def pretrain_mae(config):
     Pixels are not normalized patch by patch: most patches here are flat but for noise, which would
     count as much as an edge.
     """
-    tower, decoder = plain_vit("vit_mae"), Decoder()
+    tower, decoder = plain_vit(model_type="vit_mae"), Decoder()
     generator, rng = generators(config)
 
     def loss_of(step):
@@ -301,14 +300,13 @@ def pretrain_mae(config):
         prediction, hidden = decoder(patches, seen), hidden[..., None]
         return F.mse_loss(prediction.take_along_dim(hidden, 1), target.take_along_dim(hidden, 1))
 
-    train(nn.ModuleDict({"tower": tower, "decoder": decoder}), loss_of, config)
+    train(nn.ModuleList([tower, decoder]), loss_of, config)
     return tower
 
 
 def pretrain_deit(config):
     """Classify images of one large object, as on ImageNet: 4 shapes x 8 colors."""
-    # The model_type of facebook/deit-small-*.
-    tower = plain_vit("vit", num_labels=32)
+    tower = plain_vit(num_labels=32)
     generator, rng = generators(config)
 
     def loss_of(step):
