@@ -104,7 +104,6 @@ COMM | video-comm | comm
 }
 # Scores of the best constant answer: one box, or always yes.
 GUESS = {"rec": 8.5, "presence": 52.0}
-PAPER = ["paper: REC average, POPE"]
 
 
 @dataclass
@@ -229,7 +228,7 @@ def markdown(config, name):
     arms = results(config, name)
     _, [first, *_], paper = arms[0]
     headings = [TASKS.get(key, key) for key in first["scores"]]
-    rows = [["", *headings, "tokens", "seeds", *PAPER[: len(paper)]]]
+    rows = [["", *headings, "tokens", "seeds", *["paper: REC average, POPE"] * len(paper)]]
     for label, runs, paper in arms:
         cells = []
         for key in first["scores"]:
@@ -274,8 +273,8 @@ def chart(config, name):
                 if number != "–":
                     x = left + 2.5 * float(number)
                     shapes.append(f'<circle cx="{x}" cy="{y}" r="5" fill="none" stroke="red"/>')
-        line = f'd="M{left + 2.5 * guess} 30V{bottom}"'
-        shapes.append(f'<path {line} stroke="black" stroke-dasharray="4"/>')
+        x = left + 2.5 * guess
+        shapes.append(f'<path d="M{x} 30V{bottom}" stroke="black" stroke-dasharray="4"/>')
     size = f'width="800" height="{bottom + 24}" font-family="sans-serif" font-size="13"'
     text = "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', *shapes, "</svg>\n"])
     Path(config.out, f"{name}.svg").write_text(text, encoding="utf-8")

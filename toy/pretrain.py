@@ -19,9 +19,9 @@ checkpoints in the repository.
 """
 
 import copy
-import itertools
 import math
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +39,10 @@ from dialogue import IGNORE, IMAGE, encode
 from dinov2 import DINOv2, DINOv2Config
 from eval import score
 from llama import Llama, LlamaConfig
-from toy import language, views, world
+from toy import language, world
+from toy.language import BOS, EOS, PAD, TOKENIZER
 from toy.scenes import questions
-from toy.views import GRID, PATCH, object_of_patch, pixels_of
+from toy.views import GRID, PATCH, crops, make_views, object_of_patch, pixels_of
 from vit import Block, ViT, ViTConfig, prepend
 
 # Mean and standard deviation of the world's pixels.
@@ -135,14 +136,15 @@ def encode_patches(tower, pixels, parts, mask=None):
     return x[:, 0], x[:, 1:]
 
 
-def sincos_positions():
-    """Return sines and cosines of row and column, (64, D), to start position embeddings from."""
+def start_positions(embedding):
+    """Start position embeddings (..., 1 + 64, D) from sines and cosines of row and column."""
+    nn.init.normal_(embedding, std=POSITION_STD)
     frequency = 100 ** -(torch.arange(WIDTH // 4) * 4 / WIDTH)
     along = torch.arange(GRID)
     places = torch.cartesian_prod(along, along)[..., None] * frequency  # (64, 2, D / 4)
     x = torch.cat([places.sin(), places.cos()], dim=-1).flatten(1)
     x = x - x.mean(0)
-    return POSITION_STD * x / x.std()
+    embedding.data[..., 1:, :] = POSITION_STD * x / x.std()
 
 
 def share(right):
@@ -157,20 +159,17 @@ def pretrain_clip(config):
 
     The wrong words make the shapes necessary.
     """
-    tokenizer = language.make_tokenizer()
     text = CLIPTextConfig(
         num_hidden_layers=2,
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=TOKENIZER.get_vocab_size(),
         max_position_embeddings=64,
-        eos_token_id=language.EOS,
+        eos_token_id=EOS,
         **BLOCK,
         **MLP,
     )
     clip = CLIP(CLIPVisionConfig(**TOWER, **MLP), text, WIDTH, MEAN, STD)
-    clip.tokenizer = tokenizer
-    nn.init.normal_(clip.vision.position_embedding, std=POSITION_STD)
-    clip.vision.position_embedding.data[1:] = sincos_positions()
-
+    clip.tokenizer = TOKENIZER
+    start_positions(clip.vision.position_embedding)
     target = torch.arange(config.batch)
 
     def loss_of(step):
@@ -203,25 +202,19 @@ def clip_scores(clip, count=256):
 # --- DINOv2 -------------------------------------------------------------------------------
 
 
-class Head(nn.Sequential):
-    """Project features (M, D) to unit vectors (M, 64), in which views are compared.
+def make_head():
+    """Make a projection of features (M, D) to vectors (M, 64), in which views are compared.
 
     At first all class tokens are alike. The batch norm separates them from the start.
     """
-
-    def __init__(self):
-        super().__init__(nn.Linear(WIDTH, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Linear(256, 64))
-
-    def forward(self, x):
-        return F.normalize(super().forward(x), dim=-1)
+    return nn.Sequential(nn.Linear(WIDTH, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Linear(256, 64))
 
 
 def pretrain_dinov2(config):
     """Match views. First they are 4 x 4 patches around one object, later up to five objects."""
     tower = DINOv2(DINOv2Config(**TOWER), MEAN, STD)
-    nn.init.normal_(tower.position_embeddings, std=POSITION_STD)
-    tower.position_embeddings.data[:, 1:] = sincos_positions()
-    student = nn.ModuleDict({"tower": tower, "cls": Head(), "patch": Head()})
+    start_positions(tower.position_embeddings)
+    student = nn.ModuleDict({"tower": tower, "cls": make_head(), "patch": make_head()})
     teacher = copy.deepcopy(student).requires_grad_(False)
     generator, rng = generators(config)
 
@@ -230,16 +223,17 @@ def pretrain_dinov2(config):
             average.lerp_(parameter.detach(), 0.02)
         whole = step >= 0.6 * config.steps
         scenes = scenes_of(config, step, 0.3, 0.6)[: 48 if whole else None]
-        pixels, parts, mask = views.make_views(scenes, whole, rng, generator)
+        pixels, parts, mask = make_views(scenes, whole, rng, generator)
         cls, patches = encode_patches(tower, pixels, parts, mask)
         with torch.no_grad():
             _, known = encode_patches(teacher["tower"], pixels, parts)
         # The class token must find that of the other view of its scene.
-        V, cls = len(pixels), student["cls"](cls)
+        V, cls = len(pixels), F.normalize(student["cls"](cls))
         loss_cls = contrast(cls, cls, torch.arange(V).roll(V // 2))
         # A masked patch must find what the teacher sees there, among all masked patches.
         some = torch.randperm(int(mask.sum()), generator=generator)[:512]
-        hidden, target = student["patch"](patches[mask]), teacher["patch"](known[mask])
+        hidden = F.normalize(student["patch"](patches[mask]))
+        target = F.normalize(teacher["patch"](known[mask]))
         loss_patch = contrast(hidden[some], target[some], torch.arange(len(some)))
         return loss_cls + (1 if whole else 0.5) * loss_patch
 
@@ -258,10 +252,9 @@ def contrast(queries, keys, target):
 # --- MAE and DeiT: one ViT, trained in two ways -------------------------------------------
 
 
-def plain_vit(model_type, num_labels=0):
+def plain_vit(**options):
     """Make an untrained ViT of the other towers' size."""
-    config = ViTConfig(model_type=model_type, num_labels=num_labels, **TOWER, **MLP)
-    tower = ViT(config, MEAN, STD)
+    tower = ViT(ViTConfig(**options, **TOWER, **MLP), MEAN, STD)
     nn.init.normal_(tower.position_embeddings, std=POSITION_STD)
     return tower
 
@@ -294,11 +287,11 @@ def pretrain_mae(config):
     Pixels are not normalized patch by patch: most patches here are flat but for noise, which would
     count as much as an edge.
     """
-    tower, decoder = plain_vit("vit_mae"), Decoder()
+    tower, decoder = plain_vit(model_type="vit_mae"), Decoder()
     generator, rng = generators(config)
 
     def loss_of(step):
-        pixels = views.crops(scenes_of(config, step, 0.3, 0.6), generator, rng)
+        pixels = crops(scenes_of(config, step, 0.3, 0.6), generator, rng)
         normal = tower.normalize(pixels, torch.float32)
         target = F.unfold(normal, PATCH, stride=PATCH).transpose(1, 2)  # (B, N, 3 P²)
         order = torch.rand(target.shape[:2], generator=generator).argsort(1)
@@ -307,20 +300,19 @@ def pretrain_mae(config):
         prediction, hidden = decoder(patches, seen), hidden[..., None]
         return F.mse_loss(prediction.take_along_dim(hidden, 1), target.take_along_dim(hidden, 1))
 
-    train(nn.ModuleDict({"tower": tower, "decoder": decoder}), loss_of, config)
+    train(nn.ModuleList([tower, decoder]), loss_of, config)
     return tower
 
 
 def pretrain_deit(config):
     """Classify images of one large object, as on ImageNet: 4 shapes x 8 colors."""
-    # The model_type of facebook/deit-small-*.
-    tower = plain_vit("vit", num_labels=32)
+    tower = plain_vit(num_labels=32)
     generator, rng = generators(config)
 
     def loss_of(step):
         scenes = scenes_of(config, step, 0, 1)
         classes = torch.tensor([objects[0].kind for _, objects in scenes])
-        logits = tower.classify(views.crops(scenes, generator, rng))
+        logits = tower.classify(crops(scenes, generator, rng))
         return F.cross_entropy(logits, classes, label_smoothing=0.1)
 
     train(tower, loss_of, config)
@@ -374,48 +366,38 @@ def probe_scores(tower, count=1000):
 # --- LLaMA --------------------------------------------------------------------------------
 
 
-def pad(rows, value):
-    """Pad rows of unequal length at the end -> (B, longest)."""
-    return pad_sequence([torch.tensor(row) for row in rows], True, value)
-
-
-def encode_scene(tokenizer, text, turns, template):
+def encode_scene(text, turns, template):
     """Encode turns about a scene in text, which takes the place of the image -> ids, labels."""
     (question, answer), *rest = turns
-    ids, labels = encode(tokenizer, [(f"<image>\n{question}", answer), *rest], template)
-    place, scene = ids.index(IMAGE), tokenizer.encode(text, add_special_tokens=False).ids
+    ids, labels = encode(TOKENIZER, [(f"<image>\n{question}", answer), *rest], template)
+    place, scene = ids.index(IMAGE), TOKENIZER.encode(text, add_special_tokens=False).ids
     ids[place : place + 1] = scene
     labels[place : place + 1] = [IGNORE] * len(scene)
-    return ids, labels
+    return torch.tensor(ids), torch.tensor(labels)
 
 
 def pretrain_llama(config):
     """Predict the answers: scenes and questions are random, and nobody can predict them."""
-    tokenizer = language.make_tokenizer()
-    llama = Llama(
-        LlamaConfig(
-            vocab_size=tokenizer.get_vocab_size(),
-            intermediate_size=352,
-            num_hidden_layers=4,
-            max_position_embeddings=512,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=True,
-            bos_token_id=language.BOS,
-            eos_token_id=language.EOS,
-            **BLOCK,
-        )
+    llm = LlamaConfig(
+        vocab_size=TOKENIZER.get_vocab_size(),
+        intermediate_size=352,
+        num_hidden_layers=4,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        **BLOCK,
     )
-    llama.tokenizer = tokenizer
+    llama = Llama(llm)
 
     def loss_of(step):
-        rows, targets = [], []
+        dialogues = []
         for index, objects in scenes_of(config, step, 0.04, 0.1):
-            rng = world.generator("train", index, 4)
-            scene = language.text_scene(objects, rng, step % 4 == 0)
-            ids, labels = encode_scene(tokenizer, *scene)
-            rows.append(ids)
-            targets.append(labels)
-        tokens, labels = pad(rows, language.PAD), pad(targets, IGNORE)[:, 1:]
+            scene = language.text_scene(objects, world.generator("train", index, 4), step % 4 == 0)
+            dialogues.append(encode_scene(*scene))
+        tokens, labels = zip(*dialogues, strict=True)
+        tokens, labels = pad_sequence(tokens, True, PAD), pad_sequence(labels, True, IGNORE)[:, 1:]
         answers = labels >= 0
         logits = llama.logits(llama(tokens[:, :-1], hidden_only=True)[answers])
         return F.cross_entropy(logits, labels[answers])
@@ -427,20 +409,19 @@ def pretrain_llama(config):
 def llama_scores(llama, count=200):
     """Score answers to eval.py's questions: {task: [drawn in letters, listed]}.
 
-    A drawing shows boxes only to an eighth of the image.
+    A language.drawing shows boxes only to an eighth of the image.
     """
-    tokenizer, scores = language.make_tokenizer(), {}
+    scores = {}
     for task in world.TASKS:
         scores[task] = []
         for describe in (language.drawing, world.listing):
             prompts, targets = [], []
-            for _, objects, question, target in itertools.islice(questions(task), count):
-                turns = [(question, None)]
-                prompts.append(encode_scene(tokenizer, describe(objects), turns, "tiny")[0])
+            for _, objects, question, target in islice(questions(task), count):
+                prompts.append(encode_scene(describe(objects), [(question, None)], "tiny")[0])
                 targets.append(target)
-            lengths = torch.tensor([len(prompt) for prompt in prompts])
-            answers = llama.generate(pad(prompts, language.PAD), 48, lengths=lengths)
-            texts = [tokenizer.decode(answer.tolist()).strip() for answer in answers]
+            lengths = torch.tensor(list(map(len, prompts)))
+            answers = llama.generate(pad_sequence(prompts, True, PAD), 48, lengths=lengths)
+            texts = TOKENIZER.decode_batch(answers.tolist())
             first, *_ = score(task, texts, targets).values()
             scores[task].append(round(first, 3))
     return scores
@@ -464,8 +445,9 @@ def save(model, folder):
     """Save in Hugging Face layout and half precision: 14 MB for all five."""
     model.half().save_pretrained(folder)
     if isinstance(model, CLIP | Llama):
-        model.tokenizer.save(str(folder / "tokenizer.json"))
-        tokens = language.SPECIAL | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        TOKENIZER.save(str(folder / "tokenizer.json"))
+        tokens = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>"}
+        tokens |= {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
         if isinstance(model, CLIP):
             tokens["model_max_length"] = model.text.config.max_position_embeddings
         write_json(folder / "tokenizer_config.json", tokens)

@@ -63,7 +63,7 @@ def named_objects(caption):
     """Count the objects of a caption: "a red circle, a ..." -> Counter of "red circle", ..."""
     parts = re.split(r",|\band\b|\.", caption.lower())
     names = [re.sub(r"^(a|an|the)\s+", "", " ".join(part.split())) for part in parts]
-    return Counter(name for name in names if name)
+    return Counter(filter(None, names))
 
 
 def object_f1(answer, target):

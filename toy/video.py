@@ -10,6 +10,7 @@ one after the other, never two in a frame. The questions are those that the tiny
 `python -m toy.findings --table=video` trains the models and asks them.
 """
 
+from collections import defaultdict
 from itertools import count
 
 from common.pool import pool_tokens
@@ -41,7 +42,7 @@ def evaluate(model, number):
         pool_tokens(model, "grid")
     scores = {}
     for task in ("presence", "count"):
-        ways, turns = {"one frame": [], "eight frames": [], "one image": []}, []
+        ways, turns = defaultdict(list), []
         for index in range(number):
             objects = choose_objects(index)
             turns.append(world.any_question(task, objects, world.generator("test", index, 2)))

@@ -50,7 +50,7 @@ def crops(scenes, generator, rng):
         squares.append(image[:, y : y + side, x : x + side].float())
     scale = torch.empty(B).uniform_(0.7, 1.0, generator=generator)
     center = (torch.rand(B, 2, generator=generator) * 2 - 1) * (1 - scale)[:, None]
-    flip = torch.randint(0, 2, (B,), generator=generator) * 2 - 1
+    flip = torch.randint(2, (B,), generator=generator) * 2 - 1
     affine = torch.zeros(B, 2, 3)
     affine[:, 0, 0] = scale * flip
     affine[:, 1, 1] = scale

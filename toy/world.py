@@ -100,7 +100,7 @@ def scene(split, index, most=5):
     """
     rng = generator(split, index, 0)
     while True:
-        count = min(most, rng.choice([1, 2, 3, 4, 5], p=[0.15, 0.2, 0.2, 0.2, 0.25]))
+        count = min(most, 1 + rng.choice(5, p=[0.15, 0.2, 0.2, 0.2, 0.25]))
         kinds = rng.choice(32, size=count, replace=False)
         # Without this, nearly every count of a color or a shape is 0 or 1.
         if count > 1 and rng.random() < 0.7:
@@ -206,7 +206,7 @@ def listing(objects):
     return "; ".join(f"{o.name} {o.box_text}" for o in objects)
 
 
-def ask_presence(objects, o, rng, hard=0.5):
+def ask_presence(objects, o, rng, hard):
     """Ask for an object, or for one that is not there.
 
     The share `hard` of the negatives is adversarial: the object's color or its shape is exchanged.
