@@ -25,11 +25,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.nn as nn
 
 from clip import SigLIPVision
-from common.errors import InputError
 from common.images import ImageSpec
 from common.layouts import FILE, SHAPES
 from common.pretrained import (
@@ -37,7 +35,6 @@ from common.pretrained import (
     load_weights,
     locate,
     on_meta,
-    open_safetensors,
     read_config,
     read_statistics,
     tensor_files,
@@ -54,8 +51,6 @@ TOWER = "model.vision_tower.vision_tower."
 def load(folder, config, dtype, device):
     """Load a folder of either layout, ready to generate. Raises InputError."""
     names = tensor_files(folder)
-    if config.get("projector_hidden_act") == "linear":
-        check_identity(names)
     model, rename, tower_folder = read(folder, config, names)
     tower, module = model.vision[0], model
     if tower_folder:
@@ -95,11 +90,6 @@ def expect(config, key, default, *others):
 def rename(model, name):
     """Translate a tensor's name in either layout into ours. None: a tensor that is not loaded."""
     name = name.removeprefix("model.")
-    if model.connector.name == "linear":
-        if "linear_2" in name:
-            # the identity
-            return None
-        name = name.replace("multi_modal_projector.linear_1", "mm_projector")
     if name.startswith("vision_tower."):
         part, rest = "vision.0", model.vision[0].name_of(name.replace("vision_tower.", ""))
     elif name.startswith("vision_tower_aux."):
@@ -131,7 +121,7 @@ def read_llava_hf(folder, config):
         text = FILE["text_config"] | text
     # This key may be the whole model's.
     text = {"tie_word_embeddings": config.get("tie_word_embeddings")} | text
-    act = expect(config, "projector_hidden_act", "gelu", "linear")
+    expect(config, "projector_hidden_act", "gelu")
     vision = {"model_type": "clip_vision_model"} | vision
     tower = build_part(TOWERS, vision, folder, spec.mean, spec.std)
     depth = len(tower.blocks)
@@ -142,24 +132,8 @@ def read_llava_hf(folder, config):
     template = find_template(folder) or "vicuna_v1"
     if spec.mode == "anyres" and template == "chatml":
         template = "chatml_direct"
-    connector = "linear" if act == "linear" else "mlp"
-    if isinstance(layers, list):
-        connector = "sci"
+    connector = "sci" if isinstance(layers, list) else "mlp"
     return MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
-
-
-def check_identity(files):
-    """Raise InputError unless linear_2 is the identity.
-
-    interop.export writes a single linear layer so, since the layout has two.
-    """
-    for name, file in files.items():
-        if "multi_modal_projector.linear_2." in name:
-            with open_safetensors(file) as opened:
-                tensor = opened.get_tensor(name)
-            identity = torch.eye(len(tensor)) if tensor.dim() == 2 else 0
-            if (tensor != identity).any():
-                raise InputError(f"{file}: {name} is not the identity; it cannot be read")
 
 
 # ---- LLaVA's own ---------------------------------------------------------------------------------
