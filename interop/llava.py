@@ -71,11 +71,9 @@ def read(folder, config, names):
 
     names: the tensors in the file. If the tower is among them, its folder is None.
     """
+    reader = read_llava if "mm_vision_tower" in config else read_llava_hf
     with on_meta(folder):
-        if "mm_vision_tower" in config:
-            model, tower_folder = read_llava(folder, config, names)
-        else:
-            model, tower_folder = read_llava_hf(folder, config), None
+        model, tower_folder = reader(folder, config, names)
     return model, partial(rename, model), tower_folder
 
 
@@ -90,15 +88,16 @@ def expect(config, key, default, *others):
 def rename(model, name):
     """Translate a tensor's name in either layout into ours. None: a tensor that is not loaded."""
     name = name.removeprefix("model.")
-    if name.startswith("vision_tower."):
-        part, rest = "vision.0", model.vision[0].name_of(name.replace("vision_tower.", ""))
-    elif name.startswith("vision_tower_aux."):
-        part, rest = "vision.1", model.vision[-1].name_of(name.replace("vision_tower_aux.", ""))
-    elif connector_name(name) or name == "image_newline":
-        part, rest = "connector", connector_name(name) or name
-    else:
-        part, rest = "llm", model.llm.name_of(name.removeprefix("language_model."))
-    return rest and f"{part}.{rest}"
+    prefixes = ("vision_tower.", "vision_tower_aux.")
+    for i, (tower, prefix) in enumerate(zip(model.vision, prefixes, strict=False)):
+        if name.startswith(prefix):
+            ours = tower.name_of(name.replace(prefix, ""))
+            return ours and f"vision.{i}.{ours}"
+    ours = connector_name(name)
+    if ours or name == "image_newline":
+        return f"connector.{ours or name}"
+    ours = model.llm.name_of(name.removeprefix("language_model."))
+    return ours and f"llm.{ours}"
 
 
 def connector_name(name):
@@ -114,7 +113,7 @@ def connector_name(name):
 # ---- llava-hf ------------------------------------------------------------------------------------
 
 
-def read_llava_hf(folder, config):
+def read_llava_hf(folder, config, names):
     spec = ImageSpec.from_folder(folder)
     text, vision = config["text_config"], config["vision_config"]
     if text.get("model_type", "llama") in ("llama", "mistral"):
@@ -133,7 +132,7 @@ def read_llava_hf(folder, config):
     if spec.mode == "anyres" and template == "chatml":
         template = "chatml_direct"
     connector = "sci" if isinstance(layers, list) else "mlp"
-    return MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
+    return MLLM([tower], llm, connector, load_tokenizer(folder), template, spec), None
 
 
 # ---- LLaVA's own ---------------------------------------------------------------------------------
