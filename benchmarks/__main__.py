@@ -88,7 +88,6 @@ def main(arguments):
     share = [item for item in items if item.id not in known][rank::size]
     if share:
         answer_all(config, folder, share, rank)
-    # All answers are written.
     barrier()
     if rank == 0:
         report(config, task, folder, items, merge(folder, items), total)
@@ -149,8 +148,7 @@ def report(config, task, folder, items, answers, total):
     if task.score:
         results = score(task.score, [item for item in items if item.target], answers)
     summary = {"task": config.task, "model": config.model, "results": results}
-    summary["lower bound"] = bool(task.judge)
-    write_json(folder / "scores.json", summary)
+    write_json(folder / "scores.json", summary | {"lower bound": bool(task.judge)})
     print(f"{config.model}: {config.task}, {len(items):,} of {total:,} questions answered\n")
     print_scores(results)
     if task.judge:

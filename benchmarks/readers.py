@@ -207,7 +207,6 @@ def read_scienceqa(path, config):
         yield Item(record.id, image, question.replace(MARK, ""), target, groups=groups)
 
 
-# What an empty cell of a table may hold.
 EMPTY = (None, "", "nan", "NaN", "None", "none")
 
 

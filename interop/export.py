@@ -29,7 +29,7 @@ from common import checkpoint, cli, lora
 from common.cli import option
 from common.errors import InputError
 from common.layouts import SHAPES
-from common.pretrained import locate, read_json
+from common.pretrained import fields_of, locate, read_json
 from common.run import Ranks
 from common.save import (
     dtype_name,
@@ -264,9 +264,7 @@ def chat_template(template, has_bos):
 def read_checkpoint(folder):
     """Load a run's checkpoint as a whole MLLM in float32, LoRA adapters merged."""
     state = read_json(folder / "state.json")
-    # A later version may have dropped options.
-    options = state["config"].keys() & train.Config.__annotations__
-    config = train.Config(**{key: state["config"][key] for key in options})
+    config = fields_of(train.Config, state["config"])
     run = folder.resolve().parents[1]
     model = train.build_stage(config, state["stage"], run, Ranks("cpu"))
     checkpoint.load(folder, model)
@@ -300,11 +298,9 @@ def main(arguments):
     if not config.to or Path(config.to).exists():
         raise InputError(f"--to={config.to}: give the name of a new folder")
     source = locate(config.model or newest_model())
-    if (source / "state.json").exists():
-        model = read_checkpoint(source)
-    else:
-        # in the dtype that it is stored in
-        model = load_model(source, None)
+    is_checkpoint = (source / "state.json").exists()
+    # None: in the dtype that it is stored in.
+    model = read_checkpoint(source) if is_checkpoint else load_model(source, None)
     format = export(model, config.to, config.format)
     print(f"wrote {config.to} ({format})")
 
