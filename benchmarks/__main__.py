@@ -82,13 +82,12 @@ def main(arguments):
     name = config.model.strip("/").replace("/", "-")
     folder = Path(config.out or f"out/eval/{name}/{config.task}")
     check_same_run(config, folder, rank)
-    known = read_answers(folder, items)
+    known = read_answers(folder)
     # All processes have read before one writes.
     barrier()
     share = [item for item in items if item.id not in known][rank::size]
     if share:
         answer_all(config, folder, share, rank)
-    # All answers are written.
     barrier()
     if rank == 0:
         report(config, task, folder, items, merge(folder, items), total)
@@ -126,7 +125,8 @@ def answer_all(config, folder, items, rank):
 
 def check_same_run(config, folder, rank):
     """Refuse a folder with answers of another model, data or options, recorded in run.json."""
-    run = {key: getattr(config, key) for key in ("image_dir", "max_new_tokens", "frames", "pool")}
+    options = ("image_dir", "prompt", "max_new_tokens", "frames", "pool")
+    run = {key: getattr(config, key) for key in options}
     for file in [*config.data, *locate(config.model).glob("*.safetensors")]:
         run[str(file)] = Path(file).stat().st_mtime_ns
     path = folder / "run.json"
@@ -148,15 +148,14 @@ def report(config, task, folder, items, answers, total):
     if task.score:
         results = score(task.score, [item for item in items if item.target], answers)
     summary = {"task": config.task, "model": config.model, "results": results}
-    summary["lower bound"] = bool(task.judge)
-    write_json(folder / "scores.json", summary)
+    write_json(folder / "scores.json", summary | {"lower bound": bool(task.judge)})
     print(f"{config.model}: {config.task}, {len(items):,} of {total:,} questions answered\n")
     print_scores(results)
     if task.judge:
         print("A score without the judge's file (--judged=FILE) is only a lower bound.")
-    print(f"\n{folder}: answers.jsonl, scores.json")
+    print(f"\n{folder}: answers.jsonl, scores.json, and a submission if a server or a judge scores")
     if task.submit:
-        print(f"{task.submit(folder, items, answers)}: for the server or the judge")
+        task.submit(folder, items, answers)
 
 
 def report_judged(config, task, items):

@@ -6,7 +6,6 @@ After every batch each process appends lines {"id", "prompt", "answer", "target"
 import json
 from contextlib import suppress
 
-from benchmarks.prompts import SECOND
 from benchmarks.scores import mmbench_letter, mmmu_parse
 from common.errors import InputError
 from common.save import write_json
@@ -14,19 +13,18 @@ from common.save import write_json
 # --- of a run -----------------------------------------------------------------------------
 
 
-def read_answers(folder, items):
-    """Read all earlier answers -> {id: line}, except to questions whose prompt has changed.
+def read_answers(folder):
+    """Read all earlier answers -> {id: line}.
 
     A line that cannot be read is skipped, so its question is asked again: a run that is stopped may
     leave half a line.
     """
-    prompts, known = {item.id: item.prompt for item in items}, {}
+    known = {}
     for path in sorted(folder.glob("answers*.jsonl")):
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             with suppress(ValueError, KeyError, TypeError):
                 line = json.loads(text)
-                if prompts.get(line["id"], line["prompt"]) == line["prompt"]:
-                    known[line["id"]] = line
+                known[line["id"]] = line
     return known
 
 
@@ -40,7 +38,7 @@ def merge(folder, items):
 
     Answers beyond --limit are kept at the end. -> {id: answer} of the questions that have one.
     """
-    known = read_answers(folder, items)
+    known = read_answers(folder)
     lines = {item.id: known[item.id] for item in items if item.id in known}
     write_lines(folder / "answers.partial", (lines | known).values(), "w")
     (folder / "answers.partial").replace(folder / "answers.jsonl")
@@ -66,30 +64,27 @@ def answer_file(key, name="", form="list", normalize=str):
             row = {"id": item.id, "answer_id": item.id, "prompt": item.prompt, "query": item.prompt}
             row |= {"model_id": "", "metadata": {}, **item.record}
             row = {name: item.record.id} if name else row
-            # The two questions of a pair share a row.
-            row = rows.setdefault(item.id.removesuffix(SECOND), row)
+            # The two questions of a pair of Video-ChatGPT share a row.
+            row = rows.setdefault(item.id.removesuffix("#2") if item.key else item.id, row)
             row[item.key or key] = normalize(answers[item.id])
-        path = folder / ("submission.jsonl" if form == "lines" else "submission.json")
         if form == "lines":
-            write_lines(path, rows.values(), "w")
+            write_lines(folder / "submission.jsonl", rows.values(), "w")
         else:
-            write_json(path, rows if form == "object" else list(rows.values()))
-        return path
+            rows = rows if form == "object" else list(rows.values())
+            write_json(folder / "submission.json", rows)
 
     return write
 
 
 def texts_by_id(folder, items, answers):
     """Write {question's id: answer} for MM-Vet."""
-    path = folder / "submission.json"
-    write_json(path, answers)
-    return path
+    write_json(folder / "submission.json", answers)
 
 
 def mmmu_file(folder, items, answers):
     """Write {question's id: letter, or answer to an open question} for main_eval_only.py."""
     parsed = mmmu_parse(answers.values(), [item.record for item in items])
-    return texts_by_id(folder, items, dict(zip(answers, parsed, strict=True)))
+    texts_by_id(folder, items, dict(zip(answers, parsed, strict=True)))
 
 
 def mmbench_sheet(folder, items, answers):
@@ -102,7 +97,7 @@ def mmbench_sheet(folder, items, answers):
             "(the answers are saved)"
         ) from None
     columns = ["index", "question", *"ABCD", "answer", "split", "prediction"]
-    workbook, path = Workbook(), folder / "submission.xlsx"
+    workbook = Workbook()
     workbook.active.append(columns)
     for item in items:
         answer = answers[item.id]
@@ -111,5 +106,4 @@ def mmbench_sheet(folder, items, answers):
         prediction = letter or "".join(filter(str.isprintable, answer))
         row = {**item.record, "prediction": prediction}
         workbook.active.append([row.get(key) for key in columns])
-    workbook.save(path)
-    return path
+    workbook.save(folder / "submission.xlsx")

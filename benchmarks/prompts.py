@@ -15,9 +15,6 @@ from common.records import read_records
 from common.video import open_frames
 from dialogue import MARK
 
-# Ends the id of the second question of a pair, which Video-ChatGPT judges together.
-SECOND = "/2"
-
 
 class Item(NamedTuple):
     # Names the answer: text, once readers.read has it.
@@ -28,10 +25,10 @@ class Item(NamedTuple):
     prompt: str
     # What the score compares with. Empty: not published.
     target: object
-    # Question types that are scored together. Empty: all questions of the file.
-    groups: tuple = ()
     # The question in the file, of which the server or the judge wants parts.
-    record: dict | None = None
+    record: dict = {}
+    # Question types that are scored together. Empty: those of the record, or all of the file.
+    groups: tuple = ()
     # The answer's column there, if it is not that of the benchmark.
     key: str = ""
 
@@ -97,7 +94,7 @@ def find_images(items, folder):
         image = item.image
         if isinstance(image, list):
             paths = [Path(folder, str(name)) for name in image]
-            image = next((path for path in paths if path.exists()), None)
+            image = next(filter(Path.exists, paths), None)
         if image or not item.image:
             found.append(item._replace(image=image))
         else:
@@ -105,10 +102,10 @@ def find_images(items, folder):
     return found, missing
 
 
-def open_question(item, frames=0):
+def open_question(item, frames):
     """Open the image or video of a question -> list of PIL images, prompt. Raises BadImage.
 
-    frames: to show of a video, in front of the question, without text between them.
+    frames: to show of a video, or 0, in front of the question, without text between them.
     """
     if frames:
         images = open_frames(item.image, frames)

@@ -14,14 +14,14 @@ import csv
 import io
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import answers, judged, scores
+from benchmarks import judged, scores
+from benchmarks.answers import answer_file, mmbench_sheet, mmmu_file, texts_by_id
 from benchmarks.captions import caption_scores
-from benchmarks.prompts import SECOND, Item, Record, ask, read_object, records
-from benchmarks.scores import LETTERS
+from benchmarks.prompts import Item, ask, read_object, records
+from benchmarks.scores import LETTERS, accuracy, exact
 from common.cli import find_class
 from common.errors import InputError
 from common.images import format_box, pad_box
@@ -89,7 +89,7 @@ def read_caption(path, config):
         if "caption" in record:
             captions[name].append(record["caption"])
         image = [f"{record.get('filepath', '.')}/{image}", image]
-        items[name] = Item(name, image, "", captions[name], record=record)
+        items[name] = Item(name, image, "", captions[name], record)
     return items.values()
 
 
@@ -111,13 +111,13 @@ def read_questions(path, config):
     for record in records(path):
         text = record.question
         # LLaVA's file for TextVQA: the id is the image's, and OCR tokens follow the question.
-        by_text = annotations.get((record.id, text.split("\n")[0].lower()))
-        record |= by_text or annotations.get(record.id, {})
+        key = record.id, text.split("\n")[0].lower()
+        record |= annotations.get(key) or annotations.get(record.id, {})
         # Ten people's, unless they are not published.
         answers = record.get("answers", [])
         people = [answer["answer"] if isinstance(answer, dict) else answer for answer in answers]
         target = people or record.get("label") or record.get("answer")
-        yield Item(record.id, names_of(record), text, target, types_of(record), record)
+        yield Item(record.id, names_of(record), text, target, record)
 
 
 def names_of(record):
@@ -150,9 +150,8 @@ def read_video_chatgpt(path, config):
         counts[video] += 1
         for key in ("Q", "Q1", "Q2"):
             if key in record:
-                end, pred = SECOND if key == "Q2" else "", key.replace("Q", "pred")
-                names, target = names_of(record), record["A"]
-                yield Item(name + end, names, record[key], target, (), record, pred)
+                pred = key.replace("Q", "pred")
+                yield Item(name, names_of(record), record[key], record["A"], record, key=pred)
 
 
 def read_mme(path, config):
@@ -168,7 +167,7 @@ def read_mme(path, config):
         target = {"answer": answer, "image": name, "category": category} if answer else None
         names = [image, f"{category}/images/{Path(image).name}"]
         ability = "perception" if category in scores.MME_PERCEPTION else "cognition"
-        yield Item(name, names, record.question, target, (category, ability))
+        yield Item(name, names, record.question, target, groups=(category, ability))
 
 
 def mme_answers(folder):
@@ -201,22 +200,14 @@ def read_scienceqa(path, config):
     A list of {"id", "image", "conversations": [{"value": question}, {"value": answer}]}.
     """
     for record in records(path):
-        question, *answers = [turn["value"] for turn in record["conversations"]]
-        target = scores.scienceqa_letter(answers[0]) if answers else None
+        question, answer = [turn["value"] for turn in record["conversations"]]
+        target = scores.scienceqa_letter(answer)
         image = [record["image"]] if record.get("image") else None
         groups = ("image", "all") if image else ("all",)
-        yield Item(record.id, image, question.replace(MARK, ""), target, groups)
+        yield Item(record.id, image, question.replace(MARK, ""), target, groups=groups)
 
 
 EMPTY = (None, "", "nan", "NaN", "None", "none")
-
-
-def read_table(path):
-    """Yield the rows of a table with tabs as Records, without empty cells."""
-    csv.field_size_limit(1 << 30)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            yield Record({key: cell for key, cell in row.items() if cell not in EMPTY})
 
 
 def read_mmbench(path, config):
@@ -225,11 +216,15 @@ def read_mmbench(path, config):
     The published files have a row for each rotation of a question's options. The index of a
     rotation is that of the question plus some millions.
     """
-    rows = list(read_table(path))
+    rows = []
+    csv.field_size_limit(1 << 30)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            rows.append({key: cell for key, cell in row.items() if cell not in EMPTY})
     # A row may name another one that has the image.
     encoded = {row["index"]: row["image"] for row in rows}
     for row in rows:
-        options = [row[letter] for letter in takewhile(row.__contains__, LETTERS)]
+        options = [row[letter] for letter in LETTERS if letter in row]
         target = None
         if "answer" in row:
             target = {"letter": row["answer"], "options": options, "index": int(row["index"])}
@@ -237,7 +232,7 @@ def read_mmbench(path, config):
         hint = f"{row['hint']}\n" if "hint" in row else ""
         text = hint + row["question"] + lettered(options)
         row["options"] = options
-        yield Item(row["index"], image, text, target, types_of(row), row)
+        yield Item(row["index"], image, text, target, row)
 
 
 def read_mmmu(path, config):
@@ -251,12 +246,12 @@ def read_mmmu(path, config):
         options, letter, image = record["options"], record.get("answer"), record["image"]
         # The published list is text, as Python writes it.
         options = ast.literal_eval(options) if isinstance(options, str) else options
+        record["options"] = options
         end = lettered(options, "({}) {}\n") + f"\n\n{BY_LETTER}" if options else SHORTLY
-        question = {"letter": letter, "options": options}
-        target = question if options and letter else None
+        target = {"letter": letter, "options": options} if options and letter else None
         names = image if isinstance(image, list) else [image]
         text = f"{record.question}\n\n{end}"
-        yield Item(record.id, names[:1], text, target, types_of(record), question)
+        yield Item(record.id, names[:1], text, target, record)
 
 
 # MathVista's hints, by the type of the answer and its decimals.
@@ -282,7 +277,7 @@ def read_mathvista(path, config):
         if record["choices"]:
             text += "\nChoices:" + lettered(record["choices"], "\n({}) {}")
         target = record if record.get("answer") else None
-        yield Item(record.id, [record["image"]], text, target, types_of(record), record)
+        yield Item(record.id, names_of(record), text, target, record)
 
 
 # --- all of them --------------------------------------------------------------------------
@@ -291,7 +286,7 @@ def read_mathvista(path, config):
 class Benchmark(NamedTuple):
     # (answers, targets) -> {metric: value}; None: only a judge scores
     score: Callable | None
-    # (folder, items, {id: answer}) -> path of the file for the server or the judge's script
+    # (folder, items, {id: answer}) writes the file for the server or the judge's script
     submit: Callable | None = None
     # (path, config) -> items
     read: Callable = read_questions
@@ -311,17 +306,17 @@ LETTER, LETTER_CN = f"{BARE}\n{BY_LETTER}", f"{BARE}\n请直接回答选项字�
 VIZWIZ = f"""{BARE}
 When the provided information is insufficient, respond with 'Unanswerable'.
 {SHORTLY}"""
-VQA = scores.accuracy(scores.submitted_vqa_accuracy)
-EVALAI, TABLE = scores.evalai_normalize, answers.mmbench_sheet
-RULE, EXTRACTED = map(scores.accuracy, (judged.mathvista_rule, judged.mathvista_match))
+VQA = accuracy(scores.submitted_vqa_accuracy)
+EVALAI = scores.evalai_normalize
+RULE, EXTRACTED = accuracy(judged.mathvista_rule), accuracy(judged.mathvista_match)
 # LLaVA normalizes the answers that it submits.
-TO_VQA = answers.answer_file("answer", "question_id", normalize=EVALAI)
-TO_VIZWIZ = answers.answer_file("answer", "image", normalize=EVALAI)
-TO_GQA = answers.answer_file("prediction", "questionId", normalize=scores.gqa_normalize)
-TO_COCO = answers.answer_file("caption", "image_id")
-TO_MATHVISTA = answers.answer_file("response", form="object")
-TO_LLAVA_BENCH = answers.answer_file("text", form="lines")
-TO_VIDEO = answers.answer_file("pred", form="lines")
+TO_VQA = answer_file("answer", "question_id", normalize=EVALAI)
+TO_VIZWIZ = answer_file("answer", "image", normalize=EVALAI)
+TO_GQA = answer_file("prediction", "questionId", normalize=scores.gqa_normalize)
+TO_COCO = answer_file("caption", "image_id")
+TO_MATHVISTA = answer_file("response", form="object")
+TO_LLAVA_BENCH = answer_file("text", form="lines")
+TO_VIDEO = answer_file("pred", form="lines")
 
 BENCHMARKS = {
     "rec": Benchmark(scores.box_scores, None, read_rec, REC),
@@ -330,24 +325,22 @@ BENCHMARKS = {
     "pope": Benchmark(scores.pope_scores),
     "vqav2": Benchmark(VQA, TO_VQA),
     "okvqa": Benchmark(VQA, TO_VQA),
-    "vizwiz": Benchmark(scores.accuracy(scores.vizwiz_accuracy), TO_VIZWIZ, prompt=VIZWIZ),
-    "textvqa": Benchmark(scores.accuracy(scores.textvqa_accuracy), TO_VQA),
-    "gqa": Benchmark(scores.exact(scores.gqa_normalize), TO_GQA),
-    "scienceqa": Benchmark(scores.exact(scores.scienceqa_letter), None, read_scienceqa, LETTER),
-    "mmbench": Benchmark(scores.mmbench_scores, TABLE, read_mmbench, LETTER),
-    "mmbench_cn": Benchmark(scores.mmbench_scores, TABLE, read_mmbench, LETTER_CN),
+    "vizwiz": Benchmark(accuracy(scores.vizwiz_accuracy), TO_VIZWIZ, prompt=VIZWIZ),
+    "textvqa": Benchmark(accuracy(scores.textvqa_accuracy), TO_VQA),
+    "gqa": Benchmark(exact(scores.gqa_normalize), TO_GQA),
+    "scienceqa": Benchmark(exact(scores.scienceqa_letter), None, read_scienceqa, LETTER),
+    "mmbench": Benchmark(scores.mmbench_scores, mmbench_sheet, read_mmbench, LETTER),
+    "mmbench_cn": Benchmark(scores.mmbench_scores, mmbench_sheet, read_mmbench, LETTER_CN),
     "mme": Benchmark(scores.mme_scores, None, read_mme),
-    "mmmu": Benchmark(scores.mmmu_scores, answers.mmmu_file, read_mmmu, BARE),
+    "mmmu": Benchmark(scores.mmmu_scores, mmmu_file, read_mmmu, BARE),
     "mathvista": Benchmark(RULE, TO_MATHVISTA, read_mathvista, BARE, 1024, "extraction", EXTRACTED),
     "mm_vet": Benchmark(
-        None, answers.texts_by_id, read_questions, BARE, 1024, "score", judged.mm_vet_scores
+        None, texts_by_id, read_questions, BARE, 1024, "score", judged.mm_vet_scores
     ),
     "llava_bench": Benchmark(
         None, TO_LLAVA_BENCH, read_questions, BARE, 1024, "tuple", judged.llava_bench_scores
     ),
-    "video": Benchmark(
-        scores.exact(EVALAI), TO_VIDEO, read_questions, BARE, 512, 0, judged.video_scores
-    ),
+    "video": Benchmark(exact(EVALAI), TO_VIDEO, read_questions, BARE, 512, 0, judged.video_scores),
     "video_chatgpt": Benchmark(
         None, TO_VIDEO, read_video_chatgpt, BARE, 512, 0, judged.video_points
     ),
@@ -375,5 +368,6 @@ def read(config):
             if seen[name] > 1:
                 name += f"#{seen[name]}"
             prompt = ask(config.prompt or benchmark.prompt, item.prompt)
-            items.append(item._replace(id=name, prompt=prompt, groups=item.groups or [stem]))
+            groups = item.groups or types_of(item.record) or [stem]
+            items.append(item._replace(id=name, prompt=prompt, groups=groups))
     return items

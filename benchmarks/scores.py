@@ -98,11 +98,10 @@ def mme_scores(answers, targets):
 
 # --- ten people's answers: VQAv2, OK-VQA, VizWiz, TextVQA ---------------------------------
 
-NUMBERS = "none=0 zero=0 one=1 two=2 three=3 four=4 five=5 six=6 seven=7 eight=8 nine=9 ten=10"
-NUMBERS = dict(pair.split("=") for pair in NUMBERS.split())
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# The official list of words without their apostrophe, with its own slips.
-CONTRACTIONS = """
+# Number words, and the official list of words without their apostrophe, with its own slips.
+WORDS = """
+    none=0 zero=0 one=1 two=2 three=3 four=4 five=5 six=6 seven=7 eight=8 nine=9 ten=10
     'ow'sat='ow's'at 'ows'at='ow's'at aint=ain't arent=aren't cant=can't couldn'tve=couldn't've
     couldnt've=couldn't've couldnt=couldn't couldve=could've didnt=didn't doesnt=doesn't
     dont=don't hadn'tve=hadn't've hadnt've=hadn't've hadnt=hadn't hasnt=hasn't havent=haven't
@@ -126,7 +125,7 @@ CONTRACTIONS = """
     y'alld've=y'all'd've y'allll=y'all'll yall'd've=y'all'd've yall'll=y'all'll yall=y'all
     you'dve=you'd've youd've=you'd've youd=you'd youll=you'll youre=you're youve=you've
 """
-CONTRACTIONS = dict(pair.split("=") for pair in CONTRACTIONS.split())
+WORDS = dict(pair.split("=") for pair in WORDS.split())
 
 
 def one_line(text):
@@ -147,9 +146,8 @@ def vqa_normalize(text):
         stripped = stripped.replace(sign, "" if vanishes else " ")
     # The official scorer passes a flag, re.UNICODE = 32, as the count.
     stripped = re.sub(r"\.(?!\d)", "", stripped, count=32)
-    words = [NUMBERS.get(word, word) for word in stripped.lower().split()]
-    words = [word for word in words if word not in ("a", "an", "the")]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words)
+    words = [word for word in stripped.lower().split() if word not in ("a", "an", "the")]
+    return " ".join(WORDS.get(word, word) for word in words)
 
 
 def evalai_normalize(text):
@@ -219,13 +217,6 @@ def mmbench_letter(answer, options):
     return named[0] if len(named) == 1 else None
 
 
-def last_of(text, parts):
-    """Return the index of the part that appears last in a text, or None."""
-    positions = [text.rfind(part) for part in parts]
-    last = max(positions)
-    return positions.index(last) if last >= 0 else None
-
-
 def mmmu_letter(answer, options):
     """Read an answer by MMMU's rule (arXiv 2311.16502): a letter or None.
 
@@ -236,12 +227,18 @@ def mmmu_letter(answer, options):
     for sign in ",.!?;:'":
         answer = answer.strip(sign)
     answer = f" {answer} "
-    choice = last_of(answer, [f"({letter})" for letter in letters])
-    if choice is None:
-        choice = last_of(answer, [f" {letter} " for letter in letters])
-    if choice is None and len(answer.split()) > 5:
-        choice = last_of(answer.lower(), [text.lower() for text in options])
-    return None if choice is None else letters[choice]
+    searches = [
+        (answer, [f"({letter})" for letter in letters]),
+        (answer, [f" {letter} " for letter in letters]),
+    ]
+    if len(answer.split()) > 5:
+        searches.append((answer.lower(), [text.lower() for text in options]))
+    for text, parts in searches:
+        positions = [text.rfind(part) for part in parts]
+        last = max(positions)
+        if last >= 0:
+            return letters[positions.index(last)]
+    return None
 
 
 def mmmu_parse(answers, questions):

@@ -102,8 +102,7 @@ class ConvNeXt(PretrainedTower):
         self.normalize = Normalize(*self.statistics(mean, std))
         P = config.patch_size
         self.stem = nn.Sequential(nn.Conv2d(3, widths[0], P, stride=P), ChannelNorm(widths[0], eps))
-        in_widths = [None, *widths[:-1]]
-        shapes = zip(in_widths, widths, config.depths, strict=True)
+        shapes = zip([None, *widths], widths, config.depths, strict=False)
         self.stages = nn.ModuleList(stage(*shape, eps) for shape in shapes)
 
     def forward(self, pixels, layers=None):

@@ -1,7 +1,7 @@
 """Write a trained model in a layout that other programs read.
 
-    python -m interop.export --model=out/mlp/model --to=FOLDER        linear, mlp, sci: llava-hf
-    python -m interop.export --model=out/dense/model --to=FOLDER      sti, dense, efficient: llava
+    python -m interop.export --model=out/mlp/model --to=FOLDER        mlp, sci: llava-hf
+    python -m interop.export --model=out/dense/model --to=FOLDER      the others: llava
     python -m interop.export --model=out/dense/model --to=FOLDER --format=llama
     python -m interop.export --model=out/dense/checkpoints/stage2-0001500 --to=FOLDER
 
@@ -29,7 +29,7 @@ from common import checkpoint, cli, lora
 from common.cli import option
 from common.errors import InputError
 from common.layouts import SHAPES
-from common.pretrained import locate, read_json
+from common.pretrained import fields_of, locate, read_json
 from common.run import Ranks
 from common.save import (
     dtype_name,
@@ -46,7 +46,7 @@ from interop.llava import DENSE, TOWER
 from interop.load import load_model, newest_model
 
 # Connectors that transformers' LLaVA has.
-LLAVA_HF = ("linear", "mlp", "sci")
+LLAVA_HF = ("mlp", "sci")
 
 
 @dataclass
@@ -60,11 +60,11 @@ class Config:
 
 
 def llava_hf(model):
-    """Write linear, mlp or sci for transformers.
+    """Write mlp or sci for transformers.
 
     <image> becomes a token if the tokenizer lacks it.
     """
-    tower, name = model.vision[0], model.connector.name
+    tower = model.vision[0]
     check_connector(model, "llava-hf", LLAVA_HF)
     llm = llm_tensors(model.llm)
     # transformers drops one prefix token, and some of MAE's patches; it has no bias in lm_head
@@ -88,22 +88,16 @@ def llava_hf(model):
             tensor = torch.cat([tensor, mean.expand(missing, -1)])
         tensors[f"language_model.{key}"] = tensor
     for key, tensor in model.connector.state_dict().items():
-        key = key.replace("mm_projector.2", "multi_modal_projector.linear_2")
-        key = key.replace("mm_projector.0", "mm_projector")
-        tensors[key.replace("mm_projector", "multi_modal_projector.linear_1")] = tensor
-    if name == "linear":
-        # LlavaForConditionalGeneration has two linear layers: make the second one the identity.
-        bias = model.connector.mm_projector.bias
-        tensors["multi_modal_projector.linear_2.weight"] = torch.eye(len(bias)).to(bias)
-        tensors["multi_modal_projector.linear_2.bias"] = torch.zeros_like(bias)
+        key = key.replace("mm_projector.0", "multi_modal_projector.linear_1")
+        tensors[key.replace("mm_projector.2", "multi_modal_projector.linear_2")] = tensor
     strategy = "default" if tower.num_prefix_tokens else "full"
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "image_token_index": image_id,
         "image_seq_length": tower.num_patches(model.spec.size),
-        "projector_hidden_act": "linear" if name == "linear" else "gelu",
-        "vision_feature_layer": model.connector.layers[0] if name == "sci" else -2,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": model.connector.layers[0] if model.connector.name == "sci" else -2,
         "vision_feature_select_strategy": strategy,
         "text_config": text_config,
         "tie_word_embeddings": text_config["tie_word_embeddings"],
@@ -270,9 +264,7 @@ def chat_template(template, has_bos):
 def read_checkpoint(folder):
     """Load a run's checkpoint as a whole MLLM in float32, LoRA adapters merged."""
     state = read_json(folder / "state.json")
-    # A later version may have dropped options.
-    options = state["config"].keys() & train.Config.__annotations__
-    config = train.Config(**{key: state["config"][key] for key in options})
+    config = fields_of(train.Config, state["config"])
     run = folder.resolve().parents[1]
     model = train.build_stage(config, state["stage"], run, Ranks("cpu"))
     checkpoint.load(folder, model)
@@ -306,11 +298,9 @@ def main(arguments):
     if not config.to or Path(config.to).exists():
         raise InputError(f"--to={config.to}: give the name of a new folder")
     source = locate(config.model or newest_model())
-    if (source / "state.json").exists():
-        model = read_checkpoint(source)
-    else:
-        # in the dtype that it is stored in
-        model = load_model(source, None)
+    is_checkpoint = (source / "state.json").exists()
+    # None: in the dtype that it is stored in.
+    model = read_checkpoint(source) if is_checkpoint else load_model(source, None)
     format = export(model, config.to, config.format)
     print(f"wrote {config.to} ({format})")
 

@@ -25,11 +25,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.nn as nn
 
 from clip import SigLIPVision
-from common.errors import InputError
 from common.images import ImageSpec
 from common.layouts import FILE, SHAPES
 from common.pretrained import (
@@ -37,7 +35,6 @@ from common.pretrained import (
     load_weights,
     locate,
     on_meta,
-    open_safetensors,
     read_config,
     read_statistics,
     tensor_files,
@@ -54,8 +51,6 @@ TOWER = "model.vision_tower.vision_tower."
 def load(folder, config, dtype, device):
     """Load a folder of either layout, ready to generate. Raises InputError."""
     names = tensor_files(folder)
-    if config.get("projector_hidden_act") == "linear":
-        check_identity(names)
     model, rename, tower_folder = read(folder, config, names)
     tower, module = model.vision[0], model
     if tower_folder:
@@ -76,11 +71,9 @@ def read(folder, config, names):
 
     names: the tensors in the file. If the tower is among them, its folder is None.
     """
+    reader = read_llava if "mm_vision_tower" in config else read_llava_hf
     with on_meta(folder):
-        if "mm_vision_tower" in config:
-            model, tower_folder = read_llava(folder, config, names)
-        else:
-            model, tower_folder = read_llava_hf(folder, config), None
+        model, tower_folder = reader(folder, config, names)
     return model, partial(rename, model), tower_folder
 
 
@@ -95,20 +88,16 @@ def expect(config, key, default, *others):
 def rename(model, name):
     """Translate a tensor's name in either layout into ours. None: a tensor that is not loaded."""
     name = name.removeprefix("model.")
-    if model.connector.name == "linear":
-        if "linear_2" in name:
-            # the identity
-            return None
-        name = name.replace("multi_modal_projector.linear_1", "mm_projector")
-    if name.startswith("vision_tower."):
-        part, rest = "vision.0", model.vision[0].name_of(name.replace("vision_tower.", ""))
-    elif name.startswith("vision_tower_aux."):
-        part, rest = "vision.1", model.vision[-1].name_of(name.replace("vision_tower_aux.", ""))
-    elif connector_name(name) or name == "image_newline":
-        part, rest = "connector", connector_name(name) or name
-    else:
-        part, rest = "llm", model.llm.name_of(name.removeprefix("language_model."))
-    return rest and f"{part}.{rest}"
+    prefixes = ("vision_tower.", "vision_tower_aux.")
+    for i, (tower, prefix) in enumerate(zip(model.vision, prefixes, strict=False)):
+        if name.startswith(prefix):
+            ours = tower.name_of(name.replace(prefix, ""))
+            return ours and f"vision.{i}.{ours}"
+    ours = connector_name(name)
+    if ours or name == "image_newline":
+        return f"connector.{ours or name}"
+    ours = model.llm.name_of(name.removeprefix("language_model."))
+    return ours and f"llm.{ours}"
 
 
 def connector_name(name):
@@ -124,14 +113,14 @@ def connector_name(name):
 # ---- llava-hf ------------------------------------------------------------------------------------
 
 
-def read_llava_hf(folder, config):
+def read_llava_hf(folder, config, names):
     spec = ImageSpec.from_folder(folder)
     text, vision = config["text_config"], config["vision_config"]
     if text.get("model_type", "llama") in ("llama", "mistral"):
         text = FILE["text_config"] | text
     # This key may be the whole model's.
     text = {"tie_word_embeddings": config.get("tie_word_embeddings")} | text
-    act = expect(config, "projector_hidden_act", "gelu", "linear")
+    expect(config, "projector_hidden_act", "gelu")
     vision = {"model_type": "clip_vision_model"} | vision
     tower = build_part(TOWERS, vision, folder, spec.mean, spec.std)
     depth = len(tower.blocks)
@@ -142,24 +131,8 @@ def read_llava_hf(folder, config):
     template = find_template(folder) or "vicuna_v1"
     if spec.mode == "anyres" and template == "chatml":
         template = "chatml_direct"
-    connector = "linear" if act == "linear" else "mlp"
-    if isinstance(layers, list):
-        connector = "sci"
-    return MLLM([tower], llm, connector, load_tokenizer(folder), template, spec)
-
-
-def check_identity(files):
-    """Raise InputError unless linear_2 is the identity.
-
-    interop.export writes a single linear layer so, since the layout has two.
-    """
-    for name, file in files.items():
-        if "multi_modal_projector.linear_2." in name:
-            with open_safetensors(file) as opened:
-                tensor = opened.get_tensor(name)
-            identity = torch.eye(len(tensor)) if tensor.dim() == 2 else 0
-            if (tensor != identity).any():
-                raise InputError(f"{file}: {name} is not the identity; it cannot be read")
+    connector = "sci" if isinstance(layers, list) else "mlp"
+    return MLLM([tower], llm, connector, load_tokenizer(folder), template, spec), None
 
 
 # ---- LLaVA's own ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from common.errors import InputError
 from common.pool import pool_tokens
 from common.pretrained import load_weights, locate, open_safetensors, read_config, stored
 from common.speed import speed_up
+from interop import llava
 from mllm import MLLM
 
 
@@ -46,8 +47,6 @@ def load_model(folder_or_id, dtype=torch.float32, device="cpu"):
     folder = locate(folder_or_id)
     config = read_config(folder)
     if "mm_vision_tower" in config or config.get("model_type") in ("llava", "llava_next"):
-        from interop import llava
-
         return llava.load(folder, config, dtype, device)
     return MLLM.from_pretrained(folder, dtype, device)
 
@@ -85,11 +84,9 @@ def start_from(model, path, mapped=False):
         )
     device = next(model.connector.parameters()).device
     if not any(name.endswith("embed_tokens.weight") for name in places):
-        from interop.llava import connector_name
-
         # its modules, without image_newline, which LLaVA-NeXT's stage 1 does not train
         modules = torch.nn.ModuleDict(model.connector.named_children())
-        load_weights(modules, folder, connector_name, torch.float32, device, places)
+        load_weights(modules, folder, llava.connector_name, torch.float32, device, places)
         print(f"starting from the connector {path}")
         return model
     llm = model.llm.embed_tokens.weight

@@ -153,11 +153,11 @@ def test_transformers_llava_gives_the_logits_of_what_we_trained(tmp_path):
     without_image = Tokenizer.from_str(make_tokenizer().to_str().replace("<image>", "<other>"))
     cases = [
         ("sci", "siglip", {"num_key_value_heads": 1}),
-        ("linear", "dinov2", {}),
+        ("mlp", "dinov2", {}),
         ("mlp", "vit", {}),
         ("mlp", "clip", {"tie_word_embeddings": True}),
         ("sci", "clip", {"sliding_window": 9}),
-        ("linear", "clip", {"qk_norm": True}),
+        ("mlp", "clip", {"qk_norm": True}),
     ]
     for i, (connector, tower, options) in enumerate(cases):
         llm, folder = LlamaConfig(**LLM | options | {"vocab_size": VOCABULARY}), tmp_path / str(i)

@@ -78,7 +78,7 @@ def test_other_formats_and_prompts(here):
     assert prompt == "<image><image><image>\nwhat moves?"
 
 
-def test_a_run_resumes_asks_changed_questions_again_and_refuses_others(here, capsys):
+def test_a_run_resumes_and_refuses_other_options(here, capsys):
     main(command("pope", "--limit=2"))
     # Answers of a second process that was killed while writing.
     Path("scored/answers.rank0.jsonl").write_text('[1]\n{"id": "3", "prompt": "Is th')
@@ -86,10 +86,10 @@ def test_a_run_resumes_asks_changed_questions_again_and_refuses_others(here, cap
     main(command("pope"))
     assert "1 of 1 questions" in capsys.readouterr().out
     assert [line["id"] for line in answers()] == ["1", "2", "3"]
-    main(command("pope", "--prompt=Tell me: <question>"))
-    assert answers()[0]["prompt"] == "Tell me: Is there a dog?"
-    with refused("run.json"):
-        main(command("pope", "--max_new_tokens=3"))
+    assert answers()[0]["prompt"].startswith("Is there a dog?")
+    for flag in ("--prompt=Tell me: <question>", "--max_new_tokens=3"):
+        with refused("run.json"):
+            main(command("pope", flag))
     os.utime("pope.jsonl", (0, 0))
     with refused("run.json"):
         main(command("pope"))

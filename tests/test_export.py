@@ -74,7 +74,7 @@ def test_the_authors_layout_is_read_back(tmp_path):
 def test_transformers_layout_is_read_back_and_written_again(tmp_path):
     for connector, tower, template, mode in (
         ("mlp", "clip", "vicuna_v1", "pad"),
-        ("linear", "siglip", "llama_2", "stretch"),
+        ("mlp", "siglip", "llama_2", "stretch"),
         ("sci", "dinov2", "plain", "crop"),
         ("mlp", "vit", "mistral_instruct", "anyres"),
     ):
@@ -137,7 +137,8 @@ def test_what_a_format_cannot_represent_is_an_error(tmp_path):
         (comm, "llava-hf"),
         (comm, "llava"),
         (comm, ""),
-        (build({"name": "linear", "layer": 2}), "llava-hf"),
+        (build("linear"), "llava-hf"),
+        (build({"name": "mlp", "layer": 2}), "llava-hf"),
         (build({"name": "mlp", "layer": 6}), "llava"),
         (build("dense"), "llava-hf"),
         (build({"name": "dense", "groups": 3}), "llava"),

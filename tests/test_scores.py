@@ -116,8 +116,9 @@ def test_letters_are_read_by_the_rule_of_the_official_scorer():
 
 
 def test_groups_are_scored_apart_and_items_without_an_answer_left_out():
-    items = [Item("a", [], "", "x", ("all", "odd")), Item("b", [], "", "x", ("all",))]
-    items.append(Item("c", [], "", None, ("all",)))
+    targets = {"a": "x", "b": "x", "c": None}
+    items = [Item(name, [], "", targets[name], groups=["all"]) for name in targets]
+    items[0].groups.append("odd")
     found = scores.score(BENCHMARKS["gqa"].score, items, {"a": "x", "b": "y"})
     assert found["all"] == {"samples": 2, "scores": {"accuracy": 0.5}}
     assert found["odd"] == {"samples": 1, "scores": {"accuracy": 1}}
