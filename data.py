@@ -246,9 +246,7 @@ class Loader(Batches):
         bad = [pair for pair in self.skipped.values() if isinstance(pair[1], BadImage)]
         if len(bad) > max(3, 0.01 * min(max(self.seen, 20_000), len(self.lengths))):
             name, error = bad[-1]
-            raise InputError(
-                f"{len(bad)} samples have bad images, more than 1%; the last: {name} ({error})"
-            )
+            raise InputError(f"{len(bad)} bad images, more than 1%; the last: {name} ({error})")
 
 
 # --- datasets: len(dataset), dataset[i] -> Sample, dataset.length(i), dataset.num_with_images ---

@@ -151,9 +151,8 @@ class MLLM(Pretrained):
     def end_ids(self):
         """Return the ids that end an answer: the template's, and those of the LLM's checkpoint."""
         ids = self.llm.config.eos_token_id
-        if not isinstance(ids, list):
-            ids = [] if ids is None else [ids]
-        return sorted({*end_ids(self.tokenizer, self.template), *ids})
+        ids = ids if isinstance(ids, list) else [ids]
+        return sorted({*end_ids(self.tokenizer, self.template), *ids} - {None})
 
     @torch.no_grad()
     def stream(self, images, prompts, max_new_tokens=256, **sampling):

@@ -96,8 +96,7 @@ def read_data(config, stage, names, split="train"):
         if name == "world":
             from toy.world import World
 
-            size = options.steps * options.batch or 20_000
-            size = size if split == "train" else 200
+            size = 200 if split == "test" else options.steps * options.batch or 20_000
             datasets.append(World(split, size, "caption" if stage == 1 else "dialogue"))
             continue
         if not colon:
@@ -308,11 +307,8 @@ def main(arguments):
     stages = [config.stage] if config.stage else [1, 2]
     ranks, began = Ranks(config.device), time.time()
     config.compile = config.uses_compile(ranks.device)
-    replicas = config.fsdp_replicas
-    if ranks.size % replicas:
-        raise InputError(
-            f"--fsdp_replicas={replicas}: must divide the number of ranks, {ranks.size}"
-        )
+    if ranks.size % config.fsdp_replicas:
+        raise InputError(f"--fsdp_replicas: must divide the number of ranks, {ranks.size}")
     run = run_folder(config, ranks)
     ranks.print(f"{config.connector} connector, run folder {run}")
     data = {}
