@@ -122,13 +122,11 @@ class CLIPText(nn.Module):
         self.blocks = make_blocks(c, c.intermediate_size)
         self.norm_final = nn.LayerNorm(D, eps=c.layer_norm_eps)
 
-    def forward(self, tokens, layers=None):
-        """Compute the hidden states of `layers`. Raises InputError for a text that is too long."""
-        T, longest = tokens.shape[1], self.config.max_position_embeddings
-        if T > longest:
-            raise InputError(f"a text of {T} tokens: this CLIP reads at most {longest}")
-        x = self.token_embedding(tokens) + self.position_embedding[:T]  # (B, T, D)
-        return run_blocks(self.blocks, x, layers, is_causal=True)
+    def forward(self, tokens):
+        """Compute all hidden states of texts of at most max_position_embeddings tokens."""
+        positions = self.position_embedding[: tokens.shape[1]]  # (T, D)
+        x = self.token_embedding(tokens) + positions  # (B, T, D)
+        return run_blocks(self.blocks, x, is_causal=True)
 
 
 class CLIP(Pretrained):

@@ -111,9 +111,6 @@ class MLP(Channels):
         layer = towers[0].depth - 1 if layer is None else layer
         super().__init__(towers, llm_width, [layer])
 
-    def forward(self, hidden):
-        return self.mm_projector(hidden[0][0])  # (B, N, D) -> (B, N, C)
-
 
 @register("linear")
 class Linear(MLP):
@@ -171,8 +168,8 @@ class Efficient(DenseChannels):
 
 # ---- Two towers: COMM's learned weights over layers, and Mini-Gemini's search for detail ---------
 
-MERGES = {"lln": norm_linear, "conv": ConvNorm, "layerscale": nn.Identity}
-MERGES |= {"mean_half": nn.Identity, "mean_all": nn.Identity}
+MERGES = {"lln": norm_linear, "conv": ConvNorm}
+MERGES |= dict.fromkeys(("layerscale", "mean_half", "mean_all"), nn.Identity)
 
 
 class LayerMerge(nn.Module):

@@ -11,7 +11,6 @@ format is one class and one line in DATASETS, at the end of this file.
 """
 
 import math
-import re
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +18,7 @@ from itertools import islice
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from common import mix
 from common.errors import InputError, printable
@@ -93,8 +92,9 @@ class Batches:
 
         Adds its images to those of the batch so far.
         """
-        options = {"images": bool(sample.images), "system": sample.system}
-        ids, labels = encode(self.tokenizer, sample.turns, self.template, **options)
+        ids, labels = encode(
+            self.tokenizer, sample.turns, self.template, bool(sample.images), system=sample.system
+        )
         keys = []
         for image in sample.images:
             # an image in memory is named by a number
@@ -116,9 +116,8 @@ class Batches:
 def collate(examples, skipped, images, spec, num_tokens):
     """Pack examples [(id, tokens and labels (2, T), keys of images), ...] into a Batch."""
     ids, rows, keys = zip(*examples, strict=True) if examples else ([], [], [])
-    marks = [key for its_keys in keys for key in its_keys]
     # an image whose sample was skipped is left out
-    pixels, image_index = join(images, marks, spec, num_tokens)
+    pixels, image_index = join(images, sum(keys, []), spec, num_tokens)
     blank = pixels.new_zeros(max(0, 2 - len(pixels)), *pixels.shape[1:])
     rows = rows or [np.array([[0, 0], [IGNORE, IGNORE]])]
     for row in rows:
@@ -141,19 +140,6 @@ def collate(examples, skipped, images, spec, num_tokens):
 
 
 # --- the order of the samples ---
-
-
-def parts_of(dataset):
-    """List the datasets that a ConcatDataset joins: one for each file of --data1.
-
-    Any other dataset is its only part.
-    """
-    return dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
-
-
-def num_with_images(dataset):
-    """Count the samples with images. A dataset that does not say has images everywhere."""
-    return sum(getattr(part, "num_with_images", len(part)) for part in parts_of(dataset))
 
 
 def order(lengths, seed, epoch, global_batch):
@@ -199,7 +185,10 @@ class Loader(Batches):
     start: int = 0
 
     def __post_init__(self):
-        self.lengths = [part.length(i) for part in parts_of(self.dataset) for i in range(len(part))]
+        self.lengths = []
+        # a ConcatDataset has a part for each file of --data1
+        for part in getattr(self.dataset, "datasets", [self.dataset]):
+            self.lengths += [part.length(i) for i in range(len(part))]
         # forward passes per step, the same number on every rank
         self.forwards = math.ceil(math.ceil(self.global_batch / self.world_size) / self.micro_batch)
         self.seen, self.skipped = 0, {}
@@ -257,9 +246,7 @@ class Loader(Batches):
         bad = [pair for pair in self.skipped.values() if isinstance(pair[1], BadImage)]
         if len(bad) > max(3, 0.01 * min(max(self.seen, 20_000), len(self.lengths))):
             name, error = bad[-1]
-            raise InputError(
-                f"{len(bad)} samples have bad images, more than 1%; the last: {name} ({error})"
-            )
+            raise InputError(f"{len(bad)} bad images, more than 1%; the last: {name} ({error})")
 
 
 # --- datasets: len(dataset), dataset[i] -> Sample, dataset.length(i), dataset.num_with_images ---
@@ -289,8 +276,3 @@ DATASETS = {
     "v7w": mix.Visual7W,
     "rd": mix.ShikraRD,
 }
-
-
-def whole_names(names):
-    """Join vqa:QUESTIONS and ANNOTATIONS again, which the command line splits at the comma."""
-    return re.findall("vqa:[^,]+,[^,]+|[^,]+", ",".join(names))

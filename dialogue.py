@@ -111,11 +111,6 @@ TEMPLATES["phi"] = replace(
 )
 
 
-def named(template):
-    """Return a template by its name. Raises InputError."""
-    return find_class(TEMPLATES, template, "template")
-
-
 def render(turns, template, system=""):
     """Write turns [(question, answer), ...] as text -> text, spans.
 
@@ -123,7 +118,7 @@ def render(turns, template, system=""):
     An empty answer has none. The last answer may be None: the text is then the prompt for it.
     system: a system prompt in place of the template's; InputError if there is no place for one.
     """
-    layout = named(template)
+    layout = find_class(TEMPLATES, template, "template")
     if system and "{system}" not in layout.first:
         raise InputError(f"the template {template} has no place for the system text {system!r:.80}")
     text, spans = "", []
@@ -180,7 +175,7 @@ def encode(tokenizer, turns, template, images=True, system=""):
     sentencepiece tokenizer also puts a space before the first word after an image.
     images=False: "<image>" is text. Raises InputError if the tokenizer lacks a template's token.
     """
-    layout = named(template)
+    layout = find_class(TEMPLATES, template, "template")
     for token in layout.special:
         if tokenizer.token_to_id(token) is None:
             raise InputError(
@@ -208,7 +203,7 @@ def encode(tokenizer, turns, template, images=True, system=""):
 
 def end_ids(tokenizer, template):
     """List the tokens that end an answer: the template's own, or all that hold a newline."""
-    layout = named(template)
+    layout = find_class(TEMPLATES, template, "template")
     end = layout.end.strip(" ")
     if end in layout.special:
         return [tokenizer.token_to_id(end)]

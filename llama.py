@@ -348,12 +348,12 @@ class Llama(PretrainedLLM):
         tokens (B, T) or embeds (B, T, C): prompts. lengths: (B,), if they are padded on the right.
         eos: id or ids that end a row; None: the config's; []: none. An ended row repeats eos.
         sampling: temperature, top_k, top_p, generator of `sample`. Raises InputError for an empty
-        or too long prompt, a token id outside the vocabulary, or a wrong option.
+        or too long prompt, or a wrong option.
         """
         B, T = (tokens if embeds is None else embeds).shape[:2]
         device = self.embed_tokens.weight.device
         lengths = torch.as_tensor([T] * B if lengths is None else lengths, device=device)
-        check_request(self.config, tokens, lengths, T, max_new_tokens, **sampling)
+        check_request(self.config, lengths, max_new_tokens, **sampling)
         embeds = self.embed(tokens.to(device)) if embeds is None else embeds  # (B, T, C)
         eos = self.config.eos_token_id if eos is None else eos
         # No token has the id -1.

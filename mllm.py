@@ -18,11 +18,13 @@ tokenizer.json and preprocessor_config.json.
 """
 
 from dataclasses import replace
+from itertools import takewhile
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from common import anyres, layouts
 from common.errors import InputError
@@ -82,10 +84,7 @@ class MLLM(Pretrained):
         """Turn pixels uint8 (I, 3, R, R) into visual tokens (I, M, C)."""
         hidden = []
         for tower, layers in zip(self.vision, self.connector.layers, strict=True):
-            # A frozen tower runs without gradients.
-            is_trained = any(p.requires_grad for p in tower.parameters())
-            with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
-                states = tower(pixels, layers)  # (I, S, D) each
+            states = tower(pixels, layers)  # (I, S, D) each
             hidden.append([x[:, tower.num_prefix_tokens :] for x in states])  # (I, N, D) each
         return self.connector(hidden)
 
@@ -105,8 +104,6 @@ class MLLM(Pretrained):
             visual = visual[image_index]  # (V, C)
         if places is None:
             places = is_image.flatten().nonzero()[:, 0]
-        if len(places) != len(visual):
-            raise InputError(f"{len(visual)} visual tokens for {len(places)} places in the text")
         rows = embeds.flatten(0, 1).index_copy(0, places, visual.to(embeds.dtype))  # (B * T, C)
         return rows.view_as(embeds)
 
@@ -146,16 +143,14 @@ class MLLM(Pretrained):
         images = [prepare(image, self.spec, self.tokens_per_image) for image in images]
         ids = np.repeat(ids, repeats(ids, [len(image.rows) for image in images]))
         check_tokens(self.llm.config, ids)
-        marks = range(len(images))
-        pixels, image_index = join(images, marks, self.spec, self.tokens_per_image)
+        pixels, image_index = join(images, range(len(images)), self.spec, self.tokens_per_image)
         return pixels, ids.tolist(), image_index
 
     def end_ids(self):
         """Return the ids that end an answer: the template's, and those of the LLM's checkpoint."""
         ids = self.llm.config.eos_token_id
-        if not isinstance(ids, list):
-            ids = [] if ids is None else [ids]
-        return sorted({*end_ids(self.tokenizer, self.template), *ids})
+        ids = ids if isinstance(ids, list) else [ids]
+        return sorted({*end_ids(self.tokenizer, self.template), *ids} - {None})
 
     @torch.no_grad()
     def stream(self, images, prompts, max_new_tokens=256, **sampling):
@@ -163,8 +158,6 @@ class MLLM(Pretrained):
 
         The arguments and errors are those of `generate`.
         """
-        if len(images) != len(prompts) or not prompts:
-            raise InputError(f"{len(prompts)} prompts, {len(images)} entries of images: one each")
         pixels, rows, image_index, num_visual = [], [], [], 0
         for image, prompt in zip(images, prompts, strict=True):
             if not isinstance(image, list | tuple):
@@ -172,15 +165,14 @@ class MLLM(Pretrained):
             turns = [(prompt, None)] if isinstance(prompt, str) else prompt
             row_pixels, row, row_index = self.prompt(image, turns)
             pixels.append(row_pixels)
-            rows.append(row)
+            rows.append(torch.tensor(row))
             image_index.append(row_index + num_visual)
             num_visual += len(row_pixels) * self.tokens_per_image
         device = self.llm.embed_tokens.weight.device
         lengths = torch.tensor([len(row) for row in rows], device=device)
-        longest = max(len(row) for row in rows)
-        rows = [row + [0] * (longest - len(row)) for row in rows]
-        tokens, pixels = torch.tensor(rows, device=device), torch.cat(pixels).to(device)
-        embeds = self.embed(tokens, pixels, torch.cat(image_index).to(device))
+        tokens = pad_sequence(rows, batch_first=True).to(device)
+        pixels, image_index = torch.cat(pixels).to(device), torch.cat(image_index).to(device)
+        embeds = self.embed(tokens, pixels, image_index)
         sampling |= {"max_new_tokens": max_new_tokens, "eos": self.end_ids()}
         yield from self.llm.stream(embeds=embeds, lengths=lengths, **sampling)
 
@@ -199,8 +191,8 @@ class MLLM(Pretrained):
     def text(self, ids):
         """Decode generated ids up to the end token."""
         ends = self.end_ids()
-        stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-        return self.tokenizer.decode(ids[:stop]).strip()
+        answer = takewhile(lambda token: token not in ends, ids)
+        return self.tokenizer.decode(list(answer)).strip()
 
     # ---- from checkpoints, to one folder ---------------------------------------------------------
 
@@ -216,13 +208,13 @@ class MLLM(Pretrained):
         device="cpu",
         vision_dtype=torch.float32,
         llm_dtype=torch.float32,
-        llm_mapped=False,
     ):
         """Load towers and LLM from public checkpoints and add a new connector.
 
         vision: a list of folders or Hugging Face ids. Defaults: template, the one that the LLM's
         checkpoint names, else vicuna_v1; image_size, the first tower's.
-        llm_mapped: leave the LLM in its memory-mapped files (common/fsdp.py). Raises InputError.
+        llm_dtype None: leave the LLM in its memory-mapped files (common/fsdp.py).
+        Raises InputError.
         """
         folders, folder = [locate(name) for name in vision], locate(llm)
         tokenizer = load_tokenizer(folder)
@@ -234,10 +226,7 @@ class MLLM(Pretrained):
         if read_processor(folders[0])[1]:
             stated = ImageSpec.from_folder(folders[0])
             spec = replace(spec, mean=stated.mean, std=stated.std, resample=stated.resample)
-        if llm_mapped:
-            llm = load_part(LLMS, folder, None, "cpu")
-        else:
-            llm = load_part(LLMS, folder, llm_dtype, device)
+        llm = load_part(LLMS, folder, llm_dtype, device if llm_dtype else "cpu")
         model = cls(towers, llm, connector, tokenizer, template, spec)
         model.connector.to(device)
         return model

@@ -13,6 +13,7 @@ optimizer; for --resume and the next stage), model/ (for sample.py and eval.py),
 
 import gc
 import math
+import re
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -42,25 +43,24 @@ from common.run import (
 )
 from common.speed import speed_up
 from connector import CONNECTORS
-from data import DATASETS, Loader, num_with_images, parts_of, whole_names
+from data import DATASETS, Loader
 from mllm import MLLM
 
 # ---- model and data ------------------------------------------------------------------------------
 
 
-def build_model(config, stage, device, mapped=False):
-    """Load towers and LLM and add a new connector. mapped: the LLM stays in its files (FSDP)."""
+def build_model(config, stage, device, is_sharded=False):
+    """Load towers and LLM and add a new connector. With FSDP the LLM stays in its files."""
     torch.manual_seed(config.seed)
     return MLLM.assemble(
         *config.checkpoints(),
         {"name": config.connector, **config.connector_options},
-        template=config.template or None,
-        image_size=config.image_size or None,
+        template=config.template,
+        image_size=config.image_size,
         image_mode=config.stage_options(stage).image_mode,
         device=device,
         vision_dtype=config.dtype("vision", stage, device),
-        llm_dtype=config.dtype("llm", stage, device),
-        llm_mapped=mapped,
+        llm_dtype=None if is_sharded else config.dtype("llm", stage, device),
     )
 
 
@@ -89,13 +89,13 @@ def read_data(config, stage, names, split="train"):
     """Open the files of --data1 or another such option. Errors name file and line."""
     options = config.stage_options(stage)
     datasets = []
-    for name in whole_names(names):
+    # The command line has split vqa:QUESTIONS,ANNOTATIONS at the comma: join them again.
+    for name in re.findall("vqa:[^,]+,[^,]+|[^,]+", ",".join(names)):
         kind, colon, path = name.partition(":")
         if name == "world":
             from toy.world import World
 
-            size = options.steps * options.batch or 20_000
-            size = size if split == "train" else 200
+            size = 200 if split == "test" else options.steps * options.batch or 20_000
             datasets.append(World(split, size, "caption" if stage == 1 else "dialogue"))
             continue
         if not colon:
@@ -112,7 +112,8 @@ def build_dataset(config, stage):
     """Return the training data of a stage."""
     options = config.stage_options(stage)
     datasets = read_data(config, stage, options.data)
-    if "llm" not in options.train and not any(num_with_images(each) for each in datasets):
+    has_images = any(getattr(dataset, "num_with_images", True) for dataset in datasets)
+    if not has_images and "llm" not in options.train:
         raise InputError(f"--data{stage}: has no images, so --train{stage} must contain llm")
     if options.equal:
         largest = max(len(dataset) for dataset in datasets)
@@ -150,7 +151,7 @@ def learning_rate(step, steps, warmup):
     warmup_steps = max(1, round(steps * warmup))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    progress = (step - warmup_steps) / (steps - warmup_steps)
     return (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -161,7 +162,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
     """Train one stage. Return False if the run was asked to stop before the end."""
     options = config.stage_options(stage)
     device = ranks.device
-    has_boxes = any(getattr(part, "has_boxes", False) for part in parts_of(dataset))
+    has_boxes = any(getattr(part, "has_boxes", False) for part in dataset.datasets)
     if has_boxes and model.spec.mode != "pad":
         # With --init the image mode is the model's.
         raise InputError(f"--data{stage}: has boxes, which need pad, not {model.spec.mode}")
@@ -228,9 +229,8 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
         num_tokens = sum(batch.tokens.numel() for batch in micro_batches if batch.ids)
         num_skipped = sum(len(batch.skipped) for batch in micro_batches)
         # ranks.stop is summed too: all ranks stop at the same step.
-        counts = [num_supervised, num_tokens, num_skipped, ranks.stop]
-        counts = ranks.sum(torch.tensor(counts))
-        num_supervised, num_tokens, num_skipped, stop = counts.tolist()
+        counts = torch.tensor([num_supervised, num_tokens, num_skipped, ranks.stop])
+        num_supervised, num_tokens, num_skipped, stop = ranks.sum(counts).tolist()
 
         # forward and backward
         losses = []
@@ -305,11 +305,8 @@ def main(arguments):
     stages = [config.stage] if config.stage else [1, 2]
     ranks, began = Ranks(config.device), time.time()
     config.compile = config.uses_compile(ranks.device)
-    replicas = config.fsdp_replicas
-    if ranks.size % replicas:
-        raise InputError(
-            f"--fsdp_replicas={replicas}: must divide the number of ranks, {ranks.size}"
-        )
+    if ranks.size % config.fsdp_replicas:
+        raise InputError(f"--fsdp_replicas: must divide the number of ranks, {ranks.size}")
     run = run_folder(config, ranks)
     ranks.print(f"{config.connector} connector, run folder {run}")
     data = {}

@@ -101,13 +101,13 @@ class Block(nn.Module):
 
     def __init__(self, width, num_heads, hidden_width, act, eps, qkv_bias=True, layer_scale=None):
         super().__init__()
-        scaled = layer_scale is not None
+        scale = nn.Identity if layer_scale is None else partial(LayerScale, width, layer_scale)
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, num_heads, qkv_bias)
-        self.scale1 = LayerScale(width, layer_scale) if scaled else nn.Identity()
+        self.scale1 = scale()
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, hidden_width, act)
-        self.scale2 = LayerScale(width, layer_scale) if scaled else nn.Identity()
+        self.scale2 = scale()
 
     def forward(self, x, is_causal=False):
         x = x + self.scale1(self.attn(self.norm1(x), is_causal))
@@ -133,14 +133,14 @@ def run_blocks(blocks, x, layers=None, **options):
     Blocks beyond the deepest layer do not run. Raises InputError.
     """
     L = len(blocks)
-    layers = list(range(L + 1) if layers is None else layers)
+    layers = range(L + 1) if layers is None else layers
     needed = set()
     for layer in layers:
         needed.update(layer if isinstance(layer, range) else [layer])
     if not needed <= set(range(L + 1)):
         raise InputError(f"layers {layers}: this tower has hidden[0] to hidden[{L}]")
     states = [None] * len(layers)
-    for i in range(max(needed, default=0) + 1):
+    for i in range(max(needed) + 1):
         if i > 0:
             x = blocks[i - 1](x, **options)
         for j, layer in enumerate(layers):
@@ -154,7 +154,7 @@ def run_blocks(blocks, x, layers=None, **options):
     return states
 
 
-class VisionTower(PretrainedTower, nn.Module):
+class VisionTower(PretrainedTower):
     """What all towers share. common/pretrained.py reads, writes and checks (PretrainedTower)."""
 
     num_prefix_tokens = 1  # tokens before the patches
@@ -241,9 +241,7 @@ class ViT(VisionTower):
         return run_blocks(self.blocks, x, layers)
 
     def classify(self, pixels):
-        """Compute the head's logits (B, num_labels). Raises InputError without a head."""
-        if not self.config.num_labels:
-            raise InputError("this checkpoint has no classification head")
+        """Compute the logits (B, num_labels) of a checkpoint with a head."""
         x = self.norm(self(pixels)[-1])  # (B, S, D)
         logits = self.classifier(x[:, 0])
         if self.config.distilled_head:

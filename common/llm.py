@@ -21,12 +21,10 @@ def scale_rope(frequency, scaling):
     return keep * frequency + (1 - keep) * slowed
 
 
-def check_request(config, tokens, lengths, T, new, temperature=0, top_k=None, top_p=None, **_):
+def check_request(config, lengths, new, temperature=0, top_k=None, top_p=None, **_):
     """Raise InputError if Llama.stream cannot do what its arguments ask for."""
-    if len(lengths) == 0 or lengths.min() < 1 or lengths.max() > T:
-        raise InputError(f"empty prompt, or wrong lengths: must be between 1 and {T} tokens")
-    if tokens is not None and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
-        raise InputError(f"tokens: an id is outside the vocabulary of {config.vocab_size}")
+    if lengths.min() < 1:
+        raise InputError("empty prompt: lengths must be 1 or more")
     if new < 1 or lengths.max() + new > config.context:
         raise InputError(
             f"max_new_tokens={new}: must be 1 or more, and together with the prompt "

@@ -67,7 +67,7 @@ def attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
     if q.shape[2] == 1:
         return attend_from_one(q, k, v, attn_mask)
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and attn_mask is None
-    if slow and (q.shape[2] <= LONGEST or not torch.is_grad_enabled()):
+    if slow and (q.shape[2] <= LONGEST or not q.requires_grad):
         return attend_by_matmuls(q, k, v, is_causal)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa
@@ -222,7 +222,7 @@ def compile_blocks(model, memory_budget):
 
 def compile_step(model):
     """Compile the LLM's decoding step into one CUDA graph."""
-    (llm,) = (module for module in model.modules() if hasattr(module, "step"))
+    llm = getattr(model, "llm", model)
     # Tuning finds a kernel for single rows that reads at the memory's bandwidth.
     options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
     compiled = torch.compile(llm.step, fullgraph=True, options=options)

@@ -41,7 +41,7 @@ from common.save import (
     write_json,
 )
 from connector import Tower, make_connector
-from dialogue import MARK, named
+from dialogue import MARK, TEMPLATES
 from interop.llava import DENSE, TOWER
 from interop.load import load_model, newest_model
 
@@ -195,7 +195,7 @@ def tokenizer_files(model, tokenizer=None):
     transformers' processors put BOS before a chat template's text, its tokenizers do not.
     tokenizer: for a processor, with the token <image>. None: the model's, alone.
     """
-    template, files = named(model.template), {}
+    template, files = TEMPLATES[model.template], {}
     if template.keeps_questions:
         files["chat_template.jinja"] = chat_template(template, has_bos=tokenizer is None)
     tokenizer = Tokenizer.from_str((tokenizer or model.tokenizer).to_str())

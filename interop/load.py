@@ -70,7 +70,8 @@ def start_from(model, path, mapped=False):
     """Return the model that training starts from: `model`, or the one at `path` if it has an LLM.
 
     path: a folder or an id. A connector alone, such as LLaVA's mm_projector, is loaded into
-    `model`. mapped: see MLLM.assemble. Raises InputError where the connector is another one.
+    `model`. mapped: leave the LLM in its files, for FSDP. Raises InputError where the connector is
+    another one.
     """
     folder, places = locate(path), {}
     for file in folder.glob("*.safetensors"):

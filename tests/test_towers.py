@@ -93,8 +93,6 @@ def test_similarity_is_the_scaled_cosine_and_does_not_depend_on_the_other_texts(
     # a text that is too long is cut, and keeps its end
     tokens = clip.tokenize(["a " * 300, "a"])
     assert tokens.shape == (2, 64) and tokens[0, -1] == 3
-    with refused("65"):
-        clip.text(torch.zeros(1, 65, dtype=torch.long))
     clip.tokenizer = None
     with refused("tokenizer.json"):
         clip.similarity(pixels, texts)
@@ -142,8 +140,6 @@ def test_another_kind_of_checkpoint_is_an_error(tmp_path):
     for tower_class, variant in [*wrong, (CLIPVision, "siglip_vision")]:
         with refused("model_type"):
             tower_class.from_pretrained(recorded(variant)[0])
-    with refused("head"):
-        ViT.from_pretrained(recorded("mae")[0]).classify(random_pixels(32))
     with refused("deit3"):
         ViT.from_pretrained(recorded("deit3")[0]).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "vit_base"}')
