@@ -96,9 +96,9 @@ def score(task, answers, targets):
     return {"exact match" if task == "reg" else "accuracy": exact}
 
 
-def exchange(count, seed=0):
+def exchange(count):
     """Return a permutation of range(count) that moves everything: a random cycle."""
-    cycle = np.random.default_rng(seed).permutation(count)
+    cycle = np.random.default_rng(0).permutation(count)
     return np.roll(cycle, 1)[cycle.argsort()].tolist()
 
 

@@ -147,8 +147,8 @@ def report(config, task, folder, items, answers, total):
     results = {}
     if task.score:
         results = score(task.score, [item for item in items if item.target], answers)
-    summary = {"task": config.task, "model": config.model, "results": results}
-    write_json(folder / "scores.json", summary | {"lower bound": bool(task.judge)})
+    summary = {"task": config.task, "model": config.model, "lower bound": bool(task.judge)}
+    write_json(folder / "scores.json", summary | {"results": results})
     print(f"{config.model}: {config.task}, {len(items):,} of {total:,} questions answered\n")
     print_scores(results)
     if task.judge:

@@ -35,8 +35,8 @@ def download(name, revision):
     if revision or any(folder.glob("*.safetensors")) or constants.HF_HUB_OFFLINE:
         return folder
     # openai/clip-vit-large-patch14-336, for one, has safetensors only in the hub's own pull request
-    pulls = {"author": "SFconvertbot", "discussion_type": "pull_request"}
-    for pull in hub.get_repo_discussions(name, **pulls):
+    pulls = hub.get_repo_discussions(name, author="SFconvertbot", discussion_type="pull_request")
+    for pull in pulls:
         print(f"{name}: using its safetensors, @{pull.git_reference}", file=sys.stderr)
         return Path(hub.snapshot_download(name, revision=pull.git_reference, **files))
     return folder
@@ -49,5 +49,5 @@ def explain(error):
         return "no such folder or repository (a gated one needs its license accepted, and HF_TOKEN)"
     if constants.HF_HUB_OFFLINE:
         return "no such folder, not in the cache, and HF_HUB_OFFLINE forbids downloading: unset it"
-    cause = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    cause = f"{type(error).__name__}: {error}"[:120]
     return f"no such folder, and downloading it failed ({cause}): try again, or name a folder"

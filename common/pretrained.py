@@ -456,8 +456,10 @@ def read_parts(folder, towers, llms):
 
     towers, llms: see import_class. Raises InputError.
     """
-    config, processor = read_config(folder), read_json(folder / "preprocessor_config.json")
-    built = []
+    config, built = read_config(folder), []
+    if config.get("model_type") != "mllm":
+        raise InputError(f"{folder}: is not a multimodal model")
+    processor = read_json(folder / "preprocessor_config.json")
     for fields, numbers in zip(config["vision"], processor["towers"], strict=True):
         built.append(build_part(towers, fields, folder, numbers["mean"], numbers["std"]))
     return built, build_part(llms, config["llm"], folder), config

@@ -70,8 +70,6 @@ class FileData:
 
     def load(self, index):
         """Return what `parse` returned for a sample."""
-        # as in a list: -1 is the last, and IndexError ends a loop
-        index = range(len(self))[index]
         return json.loads(self.buffer[self.ends[index] : self.ends[index + 1]])
 
     def __getitem__(self, index):

@@ -139,8 +139,6 @@ class Config:
                 check_name(part, PARTS, f"--train{stage}")
         if self.wandb and not find_spec("wandb"):
             raise InputError("--wandb: not installed; pip install wandb")
-        if self.fsdp_replicas > 1 and not (self.fsdp or self.fsdp1 or self.fsdp2):
-            raise InputError(f"--fsdp_replicas={self.fsdp_replicas}: needs --fsdp")
         if self.memory_budget and self.lora_dropout:
             # blocks that are computed again would draw other random numbers
             raise InputError("--lora_dropout: needs --memory_budget=0")

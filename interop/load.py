@@ -18,16 +18,16 @@ from interop import llava
 from mllm import MLLM
 
 
-def newest_model(root="out"):
-    """Return the folder of the newest multimodal model under `root`. Raises InputError."""
+def newest_model():
+    """Return the folder of the newest multimodal model under out/. Raises InputError."""
     found = []
-    for path in Path(root).rglob("config.json"):
+    for path in Path("out").rglob("config.json"):
         folder = path.parent
         if folder.suffix != ".partial" and read_config(folder).get("model_type") == "mllm":
             found.append((path.stat().st_mtime_ns, folder))
     if not found:
         raise InputError(
-            f"no model under {root}/: train one (python train.py), or name its folder (--model=...)"
+            "no model under out/: train one (python train.py), or name its folder (--model=...)"
         )
     return max(found)[1]
 

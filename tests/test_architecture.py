@@ -36,16 +36,6 @@ BUDGETS = {
     "sample": 170,
     "eval": 180,
 }
-# Files that only one connector, format or page needs, and the limit of each in tokens.
-BEYOND = {
-    "common/anyres": 700,
-    "common/grid": 500,
-    "common/mix": 1050,
-    "common/video": 450,
-    "benchmarks/judged": 550,
-    "interop/convnext": 850,
-    "tools/web": 900,
-}
 
 
 def modules():
@@ -111,17 +101,12 @@ def test_the_lecture_fits_its_budgets():
     assert sum(tokens for _, tokens in lectures.values()) <= 17_000
 
 
-def test_the_house_and_each_file_beyond_it_fit_their_budgets():
-    sizes = {}
-    for path in ROOT.glob("*.py"):
-        sizes[path.stem] = count(path)
+def test_the_house_fits_its_budget():
+    paths = [*ROOT.glob("*.py")]
     for room in ROOMS:
-        for path in (ROOT / room).glob("*.py"):
-            sizes[f"{room}/{path.stem}"] = count(path)
-    over = {name for name, tokens in BEYOND.items() if sizes.pop(name)[1] > tokens}
-    assert not over
-    assert sum(lines for lines, _ in sizes.values()) <= 11_500
-    assert sum(tokens for _, tokens in sizes.values()) <= 70_000
+        paths += (ROOT / room).rglob("*.py")
+    lines, tokens = map(sum, zip(*map(count, paths), strict=True))
+    assert lines <= 11_500 and tokens <= 70_000
 
 
 def traced(arguments):

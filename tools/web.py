@@ -95,14 +95,13 @@ def add_answers(models, inputs):
                     label="Boxes of the answer",
                     format="png",
                     interactive=False,
-                    buttons=["fullscreen", "download"],
                 )
             button.click(partial(ask, model), inputs, [text, image], **QUEUE)
 
 
 def build(models):
     """Build the page of models [(name, MLLM)]."""
-    with gr.Blocks(title="nanoMLLM", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(title="nanoMLLM", analytics_enabled=False) as page:
         gr.Markdown("# nanoMLLM")
         with gr.Row():
             with gr.Column():

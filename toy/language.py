@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from toy import world
 from toy.views import GRID, PATCH
 
-TOKENIZER = Tokenizer.from_file(str(Path(__file__).parents[1] / "weights/llama/tokenizer.json"))
+FOLDER = Path(__file__).parents[1] / "weights" / "llama"
+TOKENIZER = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
 # The ids of <pad>, <s> and </s>.
 PAD, BOS, EOS = 0, 2, 3
 

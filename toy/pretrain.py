@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from clip import CLIP, CLIPTextConfig, CLIPVisionConfig
 from common import cli
 from common.cli import option
-from common.pretrained import read_config
+from common.pretrained import read_config, read_json
 from common.save import write_json
 from dialogue import IGNORE, IMAGE, encode
 from dinov2 import DINOv2, DINOv2Config
@@ -446,8 +446,7 @@ def save(model, folder):
     model.half().save_pretrained(folder)
     if isinstance(model, CLIP | Llama):
         TOKENIZER.save(str(folder / "tokenizer.json"))
-        tokens = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>"}
-        tokens |= {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+        tokens = read_json(language.FOLDER / "tokenizer_config.json")
         if isinstance(model, CLIP):
             tokens["model_max_length"] = model.text.config.max_position_embeddings
         write_json(folder / "tokenizer_config.json", tokens)
@@ -462,7 +461,6 @@ def main(arguments):
     config = cli.parse(Config, [*defaults.split(), *arguments])
     torch.manual_seed(config.seed)
     folder = Path(config.out or f"weights/{name}")
-    print(config)
     model = pretrain(config)
     save(model, folder)
     with torch.no_grad():
