@@ -242,6 +242,8 @@ class Loader(Batches):
             # neither a BadImage nor NothingToLearn
             if type(error) is InputError:
                 raise error
+            if index not in self.skipped:
+                print(f"skipped {name}: {error}", file=sys.stderr)
             self.skipped[index] = name, error
         bad = [pair for pair in self.skipped.values() if isinstance(pair[1], BadImage)]
         if len(bad) > max(3, 0.01 * min(max(self.seen, 20_000), len(self.lengths))):

@@ -264,7 +264,7 @@ def train_stage(config, stage, model, dataset, held_out, run, ranks):
         check_progress(stage, step, useless_steps, steps)
 
         # log
-        log.count(loss, num_tokens, num_skipped, loader.skipped)
+        log.count(loss, num_tokens, num_skipped)
         is_finished = step + 1 == steps
         if step % config.log_every == 0 or is_finished or stop:
             record = {"step": step, "loss": loss, "lr": options.lr * factor}

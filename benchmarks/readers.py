@@ -14,6 +14,7 @@ import csv
 import io
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ TYPES = """
 
 def types_of(record):
     """Return the groups "all" and "type: value", or none for a record without types."""
-    record, groups = {**record, **record.get("types", {}), **record.get("metadata", {})}, []
+    record, groups = {**record, **record.get("types", {}), **(record.get("metadata") or {})}, []
     for key in TYPES:
         values = record.get(key, [])
         values = values if isinstance(values, list) else [values]
@@ -183,7 +184,7 @@ def mme_answers(folder):
 
 def mme_question(text):
     """Remove the instructions behind a question, which is one line."""
-    return text.split("\n")[0].removesuffix("Please answer yes or no.").strip()
+    return text.strip().split("\n")[0].removesuffix("Please answer yes or no.").strip()
 
 
 # --- multiple choice ----------------------------------------------------------------------
@@ -224,7 +225,7 @@ def read_mmbench(path, config):
     # A row may name another one that has the image.
     encoded = {row["index"]: row["image"] for row in rows}
     for row in rows:
-        options = [row[letter] for letter in LETTERS if letter in row]
+        options = [row[letter] for letter in takewhile(row.__contains__, LETTERS)]
         target = None
         if "answer" in row:
             target = {"letter": row["answer"], "options": options, "index": int(row["index"])}

@@ -77,7 +77,8 @@ class ImageSpec:
     @classmethod
     def from_config(cls, config):
         # the first files of ViT and MAE do not name their processor
-        kind = config.get("image_processor_type", config.get("feature_extractor_type", "ViT"))
+        default = "CLIP" if "crop_size" in config else "ViT"
+        kind = config.get("image_processor_type", config.get("feature_extractor_type", default))
         size = config["size"]
         # a number is the side of a square for these, else the shorter side
         is_square = kind.startswith(("ViT", "DeiT", "Siglip"))

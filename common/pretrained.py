@@ -16,6 +16,7 @@ Towers, LLMs and whole models inherit from_pretrained from here. save.py writes 
 import json
 import math
 import pkgutil
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -33,6 +34,7 @@ from common.layouts import LLAMA, ROPE_KEYS
 from common.save import save_llm, save_tower
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ONE_THREAD = threading.RLock()
 LARGE = 1e9  # number of parameters from which a second copy in memory is avoided
 
 
@@ -156,7 +158,7 @@ def on_meta(where="a checkpoint"):
     # normal_ on the meta device would import torch's compiler: that is slower than loading a model
     no_normal = mock.patch.object(torch.Tensor, "normal_", lambda tensor, *_, **__: tensor)
     try:
-        with no_normal, torch.device("meta"):
+        with ONE_THREAD, no_normal, torch.device("meta"):
             yield
     except InputError:
         raise

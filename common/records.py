@@ -22,8 +22,8 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 ROLES = {"human": "user", "gpt": "assistant"}
 # Keys that hold media or a system prompt elsewhere. Ignoring them would train on text alone.
 UNREAD = (
-    "img img_path image_path image_file image_url picture photo video video_path frames audio "
-    "system system_prompt"
+    "image images img img_path image_path image_file image_url picture photo video video_path "
+    "frames audio system system_prompt"
 ).split()
 
 
@@ -151,8 +151,8 @@ def llava_fields(record, image_dir, where):
 
     There must be as many marks as images. Without images a mark may be text within a message.
     """
-    for key in UNREAD:
-        if record.get(key):
+    for key in record:
+        if record[key] and key not in ("image", "images") and key.lower() in UNREAD:
             raise InputError(
                 f'{where}: the key {key} is not read: images belong under "image", texts '
                 'under "conversations", a system prompt into a message from "system"'
@@ -174,7 +174,7 @@ def image_paths(names, folder, where):
     Links are followed: data sets are often linked into one folder.
     """
     names = [names] if isinstance(names, str) else names
-    if not all(map(is_text, names)):
+    if not isinstance(names, list) or not all(map(is_text, names)):
         raise InputError(f"{where}: image should be a file name or a list of them")
     paths = [os.path.normpath(os.path.join(folder, name)) for name in names]
     for path in paths:

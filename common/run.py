@@ -121,9 +121,7 @@ class Config:
     image_dir1: str | None = option(None, "image_dir of stage 1 only")
     image_dir2: str | None = option(None, "image_dir of stage 2 only")
     fsdp1: bool | None = option(None, "fsdp in stage 1 only")
-    fsdp2: bool | None = option(None, "fsdp in stage 2 only")
     activation_checkpointing1: bool | None = option(None, "recompute in stage 1 only")
-    activation_checkpointing2: bool | None = option(None, "recompute in stage 2 only")
 
     def __post_init__(self):
         self.lora_alpha = self.lora_alpha or 2 * self.lora_rank
@@ -146,7 +144,7 @@ class Config:
             raise InputError(f"--init={self.init}: names the start of stage 2, so add --stage=2")
 
     def stage_options(self, stage):
-        """Return the options of one stage: in stage 2 .lr is --lr2, and --fsdp2 overrides .fsdp."""
+        """Return the options of one stage: in stage 1 .lr is --lr1, and --fsdp1 overrides .fsdp."""
         options = dict(vars(self))
         for key, value in vars(self).items():
             if key.endswith(str(stage)) and value is not None:
@@ -312,7 +310,7 @@ class Log:
         self.path = run / "log.jsonl"
         self.began = self.interval_began = time.perf_counter()
         self.stage = state["stage"]
-        self.tokens = self.num_steps = self.num_printed = 0
+        self.tokens = self.num_steps = 0
         self.interval = state["interval"]
         has_wandb = config.wandb and ranks.is_main
         self.wandb = start_wandb(config, run, self.stage) if has_wandb else None
@@ -332,17 +330,14 @@ class Log:
                     kept.append(line + "\n")
         self.path.write_text("".join(kept))
 
-    def count(self, loss, num_tokens, num_skipped, skipped):
-        """Add a step to the interval, and name the samples that were skipped for the first time."""
+    def count(self, loss, num_tokens, num_skipped):
+        """Add a step to the interval."""
         self.tokens += num_tokens
         self.num_steps += 1
         self.interval["skipped"] += num_skipped
         if math.isfinite(loss):
             self.interval["steps"] += 1
             self.interval["loss"] += loss
-        for name, error in list(skipped.values())[self.num_printed :]:
-            print(f"skipped {name}: {error}", file=sys.stderr)
-        self.num_printed = len(skipped)
 
     def write(self, record):
         """Print and write a line: record has step, lr, and the other numbers of the step."""
@@ -387,7 +382,7 @@ class Log:
         """
         if not datasets:
             return
-        ranks = self.ranks
+        ranks, began = self.ranks, time.perf_counter()
         loader = replace(loader, dataset=ConcatDataset(datasets))
         model.eval()
         sums = torch.zeros(2)
@@ -407,6 +402,8 @@ class Log:
         loss /= max(1, num_tokens)
         ranks.print(f"stage {self.stage}  step {step:5d}/{self.steps}  held-out loss {loss:.4f}")
         self.append({"step": step, "held_out_loss": loss})
+        # The time of training steps does not include this.
+        self.interval_began += time.perf_counter() - began
 
     def append(self, record):
         """Write numbers of a step to log.jsonl and W&B."""
@@ -467,7 +464,7 @@ def print_stage(config, stage, model, groups, num_samples, steps, ranks):
     ranks.print(
         f"\nstage {stage}: {', '.join(parts)}\n"
         f"  {num_samples:,} samples ({', '.join(options.data)}), "
-        f"{model.tokens_per_image} visual tokens an image\n"
+        f"{model.tokens_per_image} visual tokens an image or tile\n"
         f"  {steps} steps of {options.batch}, peak learning rates: {rates}; "
         f"{precision} on {ranks.size} x {ranks.device.type}{extras}"
     )

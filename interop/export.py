@@ -264,7 +264,7 @@ def chat_template(template, has_bos):
 def read_checkpoint(folder):
     """Load a run's checkpoint as a whole MLLM in float32, LoRA adapters merged."""
     state = read_json(folder / "state.json")
-    config = fields_of(train.Config, state["config"])
+    config = fields_of(train.Config, state["config"] | {"bf16": False})
     run = folder.resolve().parents[1]
     model = train.build_stage(config, state["stage"], run, Ranks("cpu"))
     checkpoint.load(folder, model)

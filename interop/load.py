@@ -91,7 +91,9 @@ def start_from(model, path, mapped=False):
         print(f"starting from the connector {path}")
         return model
     llm = model.llm.embed_tokens.weight
-    whole = load_model(folder, None if mapped else llm.dtype, "cpu" if mapped else llm.device)
+    whole = load_model(folder, None, "cpu" if mapped else llm.device)
+    if not mapped:
+        whole.llm.to(llm.dtype)
     expected, found = model.connector, whole.connector
     if (expected.name, expected.options) != (found.name, found.options):
         raise InputError(

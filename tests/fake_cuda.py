@@ -47,6 +47,7 @@ from torch.fx.graph import _BoxedCodeGen
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import ConcatDataset
 from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -483,7 +484,7 @@ def run(config):
         budget = config.memory_budget if options.activation_checkpointing else 0
         speed_up(model, "train", config.compile, budget or 1.0)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        train.train_stage(config, stage, model, range(10**6), [], folder, ranks)
+        train.train_stage(config, stage, model, ConcatDataset([range(10**6)]), [], folder, ranks)
     batch, options = step[0], config.stage_options(stage)
     squared = sum(length**2 for length in batch.lengths)
     trains_llm = "llm" in options.train

@@ -41,11 +41,11 @@ STAGES = [f"{recipe} --stage={stage}" for recipe in RECIPES for stage in (1, 2)]
 STAGES.remove("comm_7b --stage=2")
 WAYS = [
     "dense_7b --lora_rank=128",
-    "dense_7b --lora_rank=128 --fsdp2=false",
+    "dense_7b --lora_rank=128 --fsdp=false",
     "dense_7b --text_only --batch2=8",
     "comm_7b --gpus=64 --rank=63",
     "dense_7b --gpus=16 --rank=9 --fsdp_replicas=2",
-    "dense_siglip_8b --fsdp2=false --lora_rank=128 --gpus=1 --batch2=16",
+    "dense_siglip_8b --fsdp=false --lora_rank=128 --gpus=1 --batch2=16",
 ]
 
 

@@ -12,7 +12,7 @@ from conftest import records
 import train
 
 DEVICE = os.environ.get("DEVICE", "cuda")
-FLAGS = "--steps1=1 --steps2=1 --log_every=1 --evaluate=false --activation_checkpointing2".split()
+FLAGS = "--steps1=1 --steps2=1 --log_every=1 --evaluate=false --activation_checkpointing".split()
 # The last two are compiled, as by default on a GPU.
 WAYS = ("--connector=comm --compile=false", "--connector=dense", "--memory_budget=0.3")
 pytestmark = [

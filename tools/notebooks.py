@@ -22,28 +22,25 @@ assert os.path.exists("train.py"), "open this notebook in docs/notebooks of the 
 """
 
 
-def cell(kind, text, **metadata):
-    content = {"cell_type": kind, "metadata": metadata, "source": text.strip()}
+def cell(kind, text):
+    content = {"cell_type": kind, "metadata": {}, "source": text.strip()}
     return content if kind == "markdown" else content | {"execution_count": None, "outputs": []}
 
 
 def notebook(lesson):
     """Turn the Markdown of a lesson into a notebook in nbformat 4.4."""
     lesson = re.sub(r"\]\((?!https?:|\.\./)", "](../lessons/", lesson)
-    cells, changed = [], False
+    cells = []
     # BLOCK splits into text, kind, block, text, kind, block, ..., text.
     parts = iter(BLOCK.split(lesson))
     for text in parts:
         if text.strip():
             cells.append(cell("markdown", text))
-        changed = "```diff" in text or (changed and "### " not in text)
-        # Without the change its snippet fails. With this tag "Run all" continues.
-        metadata = {"tags": ["raises-exception"]} if changed else {}
         kind, block = next(parts, ""), next(parts, "")
         if kind == "sh":
             block = re.sub(r"(?m)^(?=python)", "!", block)
         if block:
-            cells.append(cell("code", block, **metadata))
+            cells.append(cell("code", block))
     cells.insert(1, cell("code", START))
     kernel = {"name": "python3", "display_name": "Python 3"}
     return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 4}

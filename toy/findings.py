@@ -149,7 +149,7 @@ def run_arm(config, run):
     arm, connector, seed = run
     flags = f"--connector={connector} --steps1={config.steps1} --steps2={config.steps2}"
     command = f"python train.py {flags} --evaluate=false --seed={seed}"
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         arguments = [sys.executable, *command.split()[1:], f"--out={folder}/run"]
         done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
