@@ -232,7 +232,7 @@ class Loader(Batches):
             yield step
 
     def count(self, batch):
-        """Count the samples of a batch. Raises InputError if too many images are bad.
+        """Count the samples of a batch and name those left out. Raises InputError for bad images.
 
         At most three bad images or 1% of the samples seen are allowed. Bad images come in clumps,
         so at least 20,000 samples count as seen, or the whole dataset if it is smaller.

@@ -201,7 +201,9 @@ def load_stage_1(run, model):
     """Load what stage 1 of a run trained, from which stage 2 starts. Raises InputError."""
     folder = newest(run, 1)
     if folder is None:
-        raise InputError(f"{run}: has no stage 1: train it, or give --init=MODEL or --init=new")
+        raise InputError(
+            f"{run}: has no stage 1: train it (--stage=1), or give --init=MODEL or new"
+        )
     load(folder, model)
 
 
@@ -210,7 +212,7 @@ def check_run(config, run):
     saved = {stage: newest(run, stage) for stage in (1, 2)}
     is_taken = saved[2] or (config.stage != 2 and (saved[1] or (run / "model").exists()))
     if is_taken and not config.resume:
-        raise InputError(f"{run}: has this stage: give --resume, or another --out for a new run")
+        raise InputError(f"{run}: was trained here: add --resume, or another --out for a new run")
     if config.stage == 1 and saved[2]:
         raise InputError(f"{run}: --stage=1 cannot be resumed after stage 2: drop --stage")
     for stage, folder in saved.items():

@@ -32,7 +32,7 @@ def shard(model, device, replicas, llm_dtype, bf16):
 
     The LLM may be on the CPU in any dtype. Trained parameters become float32, a frozen LLM becomes
     llm_dtype. bf16: the LLM's blocks are gathered and computed in bfloat16, and their gradients are
-    reduced in float32. Towers and connector are gathered in float32, and autocast converts them.
+    reduced in float32. A trained tower or connector is gathered in float32 and cast by autocast.
     """
     # imported here, so that a run without --fsdp starts faster
     from torch.distributed.device_mesh import init_device_mesh

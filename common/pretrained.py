@@ -34,6 +34,7 @@ from common.layouts import LLAMA, ROPE_KEYS
 from common.save import save_llm, save_tower
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# on_meta exchanges a method of Tensor, which all threads see.
 ONE_THREAD = threading.RLock()
 LARGE = 1e9  # number of parameters from which a second copy in memory is avoided
 

@@ -64,7 +64,7 @@ class Config:
     stage: int = option(
         0, "1, 2, or 0: both", section="stages (options that end in 1 or 2 belong to that stage)"
     )
-    init: str = option("", "stage 2 starts from a model, a connector, or 'new'; default: stage 1")
+    init: str = option("", "start of stage 2: a model, a connector, or new; default: stage 1")
     train1: list[str] = option(["connector"], "trainable parts: vision, connector, llm")
     train2: list[str] = option(["connector", "llm"], "the same for stage 2")
     data1: list[str] = option(["world"], "LLaVA's .json or .jsonl, world, or KIND:FILE (mix.py)")
@@ -111,7 +111,7 @@ class Config:
     fsdp_replicas: int = option(1, "copies of the sharded model (HSDP): one for each node")
     activation_checkpointing: bool = option(False, "recompute the LLM's blocks: less memory")
     memory_budget: float = option(
-        0.0, "recomputed blocks keep this share of activations, if compiled"
+        0.0, "share of activations that recomputed blocks keep; needs --compile"
     )
     workers: int | None = option(None, "loader processes per rank; default: 4 on CUDA, else 0")
     image_mode1: str | None = option(
@@ -493,7 +493,7 @@ def name_out_of_memory(step, batch):
 
 
 def check_progress(stage, step, useless_steps, steps):
-    """Raise InputError after ten steps in a row that taught nothing."""
+    """Raise InputError after ten steps in a row without a loss that counts."""
     if useless_steps == min(10, steps):
         raise InputError(
             f"step {step}: {useless_steps} steps in a row without a finite loss or a supervised "

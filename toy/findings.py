@@ -119,7 +119,7 @@ class Config:
     out: str = option("out/findings", "folder of the results")
 
     def rows(self, table):
-        """Return the rows of a table: [[label, arm, connector, paper's numbers], ...]."""
+        """Return the rows of a table: [[label, arm, flags, paper's numbers], ...]."""
         if table == "connectors":
             return [[name, name, name] for name in self.connectors]
         return [line.split(" | ") for line in TABLES[table].strip().splitlines()]
@@ -135,10 +135,10 @@ def checksums():
     return {file.parent.name: f"{zlib.crc32(file.read_bytes()):08x}" for file in files}
 
 
-def settings(config, connector):
+def settings(config, flags):
     """Return what all runs of an arm share."""
     return {
-        "flags": f"--connector={connector}",
+        "flags": f"--connector={flags}",
         "budget": {"steps1": config.steps1, "steps2": config.steps2, "count": config.count},
         "weights": checksums(),
     }
@@ -146,16 +146,16 @@ def settings(config, connector):
 
 def run_arm(config, run):
     """Train an arm with a seed, evaluate it, and write OUT/ARM-SEED.json."""
-    arm, connector, seed = run
-    flags = f"--connector={connector} --steps1={config.steps1} --steps2={config.steps2}"
-    command = f"python train.py {flags} --evaluate=false --seed={seed}"
+    arm, flags, seed = run
+    options = f"--connector={flags} --steps1={config.steps1} --steps2={config.steps2}"
+    command = f"python train.py {options} --evaluate=false --seed={seed}"
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         arguments = [sys.executable, *command.split()[1:], f"--out={folder}/run"]
         done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise InputError(f"{command}: status {done.returncode}: {done.stderr[-300:]}")
         model = MLLM.from_pretrained(f"{folder}/run/model", device=cli.pick_device("auto"))
-    result = {"command": command, **settings(config, connector), "tokens": model.tokens_per_image}
+    result = {"command": command, **settings(config, flags), "tokens": model.tokens_per_image}
     scores = result["scores"] = {}
     if arm.startswith("video-"):
         scores |= video.evaluate(model, config.count // 2)
@@ -169,7 +169,7 @@ def run_arm(config, run):
     print(f"{command}: {scores}", flush=True)
 
 
-def finished_runs(config, arm, connector):
+def finished_runs(config, arm, flags):
     """Read the finished runs of an arm -> {seed: result}.
 
     Raises InputError if one is another training.
@@ -179,7 +179,7 @@ def finished_runs(config, arm, connector):
         path = Path(config.out, f"{arm}-{seed}.json")
         if path.exists():
             result = runs[seed] = json.loads(path.read_text(encoding="utf-8"))
-            if not settings(config, connector).items() <= result.items():
+            if not settings(config, flags).items() <= result.items():
                 raise InputError(f"{path}: other flags, budget or weights; choose another --out")
     return runs
 
@@ -192,9 +192,9 @@ def run_all(config):
         arms = {arm: cli.find_class(arms, arm, "--arms") for arm in config.arms}
     missing = []
     for seed in range(config.seeds):
-        for arm, connector in arms.items():
-            if seed not in finished_runs(config, arm, connector):
-                missing.append((arm, connector, seed))
+        for arm, flags in arms.items():
+            if seed not in finished_runs(config, arm, flags):
+                missing.append((arm, flags, seed))
     print(f"{len(missing)} runs to do", flush=True)
     # For each train.py: models this small gain little by a second thread.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -209,8 +209,8 @@ def run_all(config):
 def results(config, name):
     """List the arms of a table that have runs: (label, runs, the paper's numbers)."""
     found = []
-    for label, arm, connector, *paper in config.rows(name):
-        runs = list(finished_runs(config, arm, connector).values())
+    for label, arm, flags, *paper in config.rows(name):
+        runs = list(finished_runs(config, arm, flags).values())
         if runs:
             found.append((label, runs, paper))
     return found
